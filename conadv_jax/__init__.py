@@ -1,0 +1,1 @@
+"""ConAdv: concurrent adversarial learning for large-batch training."""

@@ -1,0 +1,60 @@
+"""Saving and restoring a TrainState with orbax."""
+
+from __future__ import annotations
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from conadv_jax.state import TrainState
+
+
+class Checkpoints:
+  """The checkpoints of a run, in `workdir/checkpoints`.
+
+  The pending perturbation is left out: it is as large as a batch of float
+  images, and `train_step.pending_perturbation` makes it again bit for bit.
+  """
+
+  def __init__(self, workdir: epath.Path, keep: int):
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, cleanup_tmp_directories=True
+    )
+    self._manager = ocp.CheckpointManager(
+      epath.Path(workdir).absolute() / 'checkpoints', options=options
+    )
+
+  def latest_step(self) -> int | None:
+    """Newest saved step, or None."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: TrainState) -> None:
+    """Starts saving `state`; a step that is already there is kept."""
+    if step not in self._manager.all_steps():
+      content = ocp.args.StandardSave(state.replace(perturbation=None))
+      self._manager.save(step, args=content)
+
+  def restore(self, step: int, like: TrainState) -> TrainState:
+    """The state saved at `step`, placed and typed as the abstract `like`.
+
+    Its perturbation is None.
+    """
+    like = like.replace(perturbation=None)
+    return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+
+  def wait(self, step: int) -> None:
+    """Blocks until the save of `step` is complete on disk.
+
+    Raises:
+      RuntimeError: if it is not.
+    """
+    self._manager.wait_until_finished()
+    self._manager.reload()
+    if step not in self._manager.all_steps():
+      raise RuntimeError(
+        f'checkpoint of step {step} did not reach {self._manager.directory}'
+      )
+
+  def close(self) -> None:
+    self._manager.close()
+
+

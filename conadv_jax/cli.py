@@ -1,0 +1,121 @@
+"""Command lines: flags, errors and exit codes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from conadv_jax.config import ConfigError, flatten, unknown
+
+EXIT_USAGE = 2
+EXIT_NONFINITE = 4
+EXIT_PREEMPTED = 42
+
+
+class Preempted(Exception):
+  """The run was asked to stop, and has saved its state."""
+
+
+class NonFiniteError(Exception):
+  """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+def run(main: Callable[[Sequence[str]], Any], usage: str) -> None:
+  """Runs `main(argv)` and exits: 0, 2 usage, 4 not finite, 42 preempted."""
+  if {'-h', '--help'} & set(sys.argv[1:]):
+    print(usage)
+    sys.exit(0)
+  try:
+    main(sys.argv)
+  except (ConfigError, flags.Error) as error:
+    _fail(f'error: {error}', EXIT_USAGE)
+  except NonFiniteError as error:
+    _fail(f'error: {error}', EXIT_NONFINITE)
+  except Preempted as error:
+    _fail(str(error), EXIT_PREEMPTED)
+
+
+def parse_config_file(
+  argv: Sequence[str],
+) -> tuple[ml_collections.ConfigDict, str]:
+  """`--config=FILE[:args] --workdir=DIR [--config.field=value ...]`.
+
+  Raises:
+    ConfigError: for a missing flag, a file that does not load, or an override
+      of an unknown field.
+  """
+  values = flags.FlagValues()
+  config = config_flags.DEFINE_config_file('config', flag_values=values)
+  workdir = flags.DEFINE_string('workdir', None, '', flag_values=values)
+  try:
+    _reject_positional(values(argv))
+  except (AttributeError, KeyError) as error:
+    raise _unknown_override(argv) or error from error
+  if values['config'].value is None:
+    raise ConfigError('missing --config=configs/NAME.py')
+  if not workdir.value:
+    raise ConfigError('missing --workdir=DIR, where the run is written')
+  return config.value, workdir.value
+
+
+def parse_overrides(
+  argv: Sequence[str], config: ml_collections.ConfigDict
+) -> ml_collections.ConfigDict:
+  """`config` with the `--config.field=value` of `argv`; skips `--workdir`.
+
+  Raises:
+    ConfigError: for an override of an unknown field.
+  """
+  values = flags.FlagValues()
+  holder = config_flags.DEFINE_config_dict('config', config, flag_values=values)
+  flags.DEFINE_string('workdir', None, '', flag_values=values)
+  try:
+    _reject_positional(values(argv))
+  except (AttributeError, KeyError) as error:
+    raise _unknown_field(argv, config) or error from error
+  return holder.value
+
+
+def parse_workdir(argv: Sequence[str]) -> str:
+  """The value of `--workdir`; every other flag is left for later."""
+  values = flags.FlagValues()
+  workdir = flags.DEFINE_string('workdir', None, '', flag_values=values)
+  values(argv, known_only=True)
+  if not workdir.value:
+    raise ConfigError('missing --workdir=DIR, the directory of a run')
+  return workdir.value
+
+
+def _fail(message: str, code: int) -> None:
+  print(message, file=sys.stderr, flush=True)
+  sys.exit(code)
+
+
+def _reject_positional(rest: Sequence[str]) -> None:
+  if rest[1:]:
+    raise ConfigError(f'unexpected argument {rest[1]!r}; flags are --name=value')
+
+
+def _unknown_override(argv: Sequence[str]) -> ConfigError | None:
+  """The error of an override that the config file has no field for."""
+  values = flags.FlagValues()
+  config = config_flags.DEFINE_config_file('config', flag_values=values)
+  values(
+    [a for a in argv if not re.match(r'--?(no)?config\.', a)], known_only=True
+  )
+  return _unknown_field(argv, config.value)
+
+
+def _unknown_field(argv: Sequence[str], config: Any) -> ConfigError | None:
+  known = flatten(config.to_dict()) if config is not None else {}
+  for arg in argv:
+    match = re.match(r'--?(?:no)?config\.([^=\s]+)', arg)
+    if match and match[1] not in known:
+      return unknown('config field', match[1], known)
+  return None

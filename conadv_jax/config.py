@@ -1,0 +1,587 @@
+"""ConfigDict at the edge -> one frozen, validated `Config`; epochs -> steps.
+
+Config files (`configs/*.py`) return an `ml_collections.ConfigDict`. It becomes
+the frozen dataclasses below exactly once, in `from_config_dict`; everything
+after that reads attributes, so a misspelt field cannot fall back to a default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class ConfigError(ValueError):
+  """A setting is wrong; the message names field, value and fix (exit code 2)."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+  """The error for `name`, which is not among `known`; names the nearest."""
+  known = sorted(known)
+  near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+  hint = f'did you mean {near[0]!r}? ' if near else ''
+  return ConfigError(f'unknown {kind} {name!r}; {hint}known: {", ".join(known)}')
+
+
+def _check(ok: bool, field: str, value: Any, fix: str) -> None:
+  if not ok:
+    raise ConfigError(f'{field}={value!r}: {fix}')
+
+
+def _check_choice(field: str, value: str, choices: Iterable[str]) -> None:
+  if value not in choices:
+    raise unknown(field, value, choices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A preset over views, routes and staleness.
+
+  Attributes:
+    views: (view, route) pairs, in the order of the view axis V.
+    staleness_steps: tau; None where no view is adversarial.
+  """
+
+  views: tuple[tuple[str, str], ...]
+  staleness_steps: int | None = None
+
+  @property
+  def routes(self) -> tuple[str, ...]:
+    """Names of the batch-norm rows, in the order of the rows."""
+    return tuple(dict.fromkeys(route for _, route in self.views))
+
+
+# `autoaugment` trains its one view on the `clean` route: that is the route of
+# evaluation and export.
+METHODS = {
+  'baseline': Method((('clean', 'clean'),)),
+  'autoaugment': Method((('aa', 'clean'),)),
+  'disadv': Method((('clean', 'clean'), ('adv', 'adv')), 0),
+  'conadv': Method((('clean', 'clean'), ('adv', 'adv')), 1),
+  'conadv_aa': Method((('clean', 'clean'), ('aa', 'aa'), ('adv', 'adv')), 1),
+}
+
+# Attack presets, in grey levels of 255. `paper` is what the released code runs
+# at a batch of 96K: its epsilon of 9 acts as about 4 grey levels there, as the
+# images are standardised before a step that assumes [-1, 1].
+ATTACK_PRESETS: dict[str, dict[str, Any]] = {
+  'fgsm': dict(
+    norm='linf', epsilon_px=4.0, step_size_px=None, steps=1, targeted=False,
+    random_start_prob=0.0, train_mode=True, update_batch_stats=False,
+  ),
+  'paper': dict(
+    norm='linf', epsilon_px=4.0, step_size_px=None, steps=1, targeted=True,
+    random_start_prob=0.8, train_mode=True, update_batch_stats=False,
+  ),
+  'pgd': dict(
+    norm='linf', epsilon_px=4.0, step_size_px=1.0, steps=5, targeted=False,
+    random_start_prob=1.0, train_mode=True, update_batch_stats=False,
+  ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  name: str
+  data_dir: str
+  crop_padding_px: int
+  random_flip: bool
+
+  def __post_init__(self):
+    _check(
+      self.crop_padding_px >= 0,
+      'dataset.crop_padding_px',
+      self.crop_padding_px,
+      'must be >= 0 pixels (0 = no random crop)',
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+  """How perturbations are made; see `conadv_jax.attack`."""
+
+  preset: str
+  norm: str
+  epsilon_px: float
+  step_size_px: float
+  steps: int
+  targeted: bool
+  random_start_prob: float
+  train_mode: bool
+  update_batch_stats: bool
+
+  def __post_init__(self):
+    _check_choice('attack.norm', self.norm, ('linf', 'l2'))
+    for field in ('epsilon_px', 'step_size_px'):
+      value = getattr(self, field)
+      _check(
+        value >= 0 and math.isfinite(value),
+        f'attack.{field}',
+        value,
+        'must be finite and >= 0, in grey levels of 255',
+      )
+    _check(self.steps >= 1, 'attack.steps', self.steps, 'must be >= 1')
+    _check(
+      0 <= self.random_start_prob <= 1,
+      'attack.random_start_prob',
+      self.random_start_prob,
+      'must be a probability, 0 to 1',
+    )
+    _check(
+      self.train_mode or not self.update_batch_stats,
+      'attack.update_batch_stats',
+      True,
+      'needs attack.train_mode=True: in evaluation mode the attack computes '
+      'no batch statistics',
+    )
+
+
+# Value of `optimizer.eps` where it is left None, by optimizer: none for LARS
+# (MLPerf), the paper's for LAMB, TensorFlow EfficientNet's for RMSProp.
+OPTIMIZER_EPS = {'lars': 0.0, 'sgd': 0.0, 'lamb': 1e-6, 'rmsprop': 1e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  name: str
+  learning_rate: float
+  base_batch_size: int
+  scaling: str
+  momentum: float
+  nesterov: bool
+  weight_decay: float
+  lars_denominator: str
+  trust_coefficient: float
+  beta1: float
+  beta2: float
+  decay: float
+  eps: float
+
+  def __post_init__(self):
+    _check_choice('optimizer.name', self.name, OPTIMIZER_EPS)
+    _check_choice('optimizer.scaling', self.scaling, ('none', 'linear', 'sqrt'))
+    _check_choice(
+      'optimizer.lars_denominator',
+      self.lars_denominator,
+      ('norm_of_sum', 'sum_of_norms'),
+    )
+    for field in ('learning_rate', 'base_batch_size', 'trust_coefficient'):
+      value = getattr(self, field)
+      _check(value > 0, f'optimizer.{field}', value, 'must be > 0')
+    for field in ('weight_decay', 'eps'):
+      value = getattr(self, field)
+      _check(value >= 0, f'optimizer.{field}', value, 'must be >= 0')
+    for field in ('momentum', 'beta1', 'beta2', 'decay'):
+      value = getattr(self, field)
+      _check(0 <= value < 1, f'optimizer.{field}', value, 'must be in [0, 1)')
+
+  def peak_learning_rate(self, batch_size: int) -> float:
+    """learning_rate * (batch_size / base_batch_size) ** {0, 1, 0.5}."""
+    power = {'none': 0.0, 'linear': 1.0, 'sqrt': 0.5}[self.scaling]
+    return self.learning_rate * (batch_size / self.base_batch_size) ** power
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  name: str
+  warmup_epochs: float
+  power: float
+  end_learning_rate: float
+  decay_rate: float
+  decay_epochs: float
+
+  def __post_init__(self):
+    _check_choice(
+      'schedule.name', self.name, ('polynomial', 'cosine', 'exponential')
+    )
+    for field in ('warmup_epochs', 'end_learning_rate'):
+      value = getattr(self, field)
+      _check(value >= 0, f'schedule.{field}', value, 'must be >= 0')
+    for field in ('power', 'decay_epochs'):
+      value = getattr(self, field)
+      _check(value > 0, f'schedule.{field}', value, 'must be > 0')
+    _check(
+      0 < self.decay_rate <= 1,
+      'schedule.decay_rate',
+      self.decay_rate,
+      'must be in (0, 1]',
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  label_smoothing: float
+  view_weights: Mapping[str, float]
+
+  def __post_init__(self):
+    _check(
+      0 <= self.label_smoothing < 1,
+      'loss.label_smoothing',
+      self.label_smoothing,
+      'must be in [0, 1)',
+    )
+    for view, weight in self.view_weights.items():
+      _check(weight >= 0, f'loss.view_weights.{view}', weight, 'must be >= 0')
+
+  def weights_of(self, views: tuple[str, ...]) -> tuple[float, ...]:
+    """Weights of `views`, summing to 1."""
+    total = sum(self.view_weights[v] for v in views)
+    return tuple(self.view_weights[v] / total for v in views)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ema:
+  decay: float
+  batch_stats: bool
+
+  def __post_init__(self):
+    _check(
+      0 <= self.decay < 1, 'ema.decay', self.decay, 'must be in [0, 1), 0 = off'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  every_steps: int
+  keep: int
+
+  def __post_init__(self):
+    _check(
+      self.every_steps >= 0,
+      'checkpoint.every_steps',
+      self.every_steps,
+      'must be >= 0 (0 = only at the end and when interrupted)',
+    )
+    _check(self.keep >= 1, 'checkpoint.keep', self.keep, 'must be >= 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+  batch_size: int
+  every_steps: int
+  attack: str
+  epsilon_px: float
+  pgd_steps: int
+  route: str
+  use_ema: bool
+
+  def __post_init__(self):
+    _check(
+      self.batch_size >= 1, 'eval.batch_size', self.batch_size, 'must be >= 1'
+    )
+    _check(
+      self.every_steps >= 0,
+      'eval.every_steps',
+      self.every_steps,
+      'must be >= 0 (0 = only at the end)',
+    )
+    _check_choice('eval.attack', self.attack, ('none', 'fgsm', 'pgd', 'all'))
+    _check(
+      self.epsilon_px >= 0,
+      'eval.epsilon_px',
+      self.epsilon_px,
+      'must be >= 0, in grey levels of 255',
+    )
+    _check(
+      self.pgd_steps >= 1, 'eval.pgd_steps', self.pgd_steps, 'must be >= 1'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Everything about a run; `configs/common.py` documents every field."""
+
+  seed: int
+  method: str
+  model: str
+  dataset: Dataset
+  batch_size: int
+  epochs: float
+  max_steps: int
+  staleness_steps: int
+  bn_group_size: int
+  bn_momentum: float
+  bn_epsilon: float
+  dtype: str
+  loss: Loss
+  attack: Attack
+  optimizer: Optimizer
+  schedule: Schedule
+  ema: Ema
+  checkpoint: Checkpoint
+  eval: Eval
+  log_every_steps: int
+  attack_stats_every_steps: int
+  max_nonfinite_steps: int
+
+  def __post_init__(self):
+    _check_choice('method', self.method, METHODS)
+    _check_choice('dtype', self.dtype, ('float32', 'bfloat16', 'float64'))
+    _check(
+      0 <= self.seed < 2**31, 'seed', self.seed, 'must be in [0, 2**31)'
+    )
+    _check(self.batch_size >= 1, 'batch_size', self.batch_size, 'must be >= 1')
+    _check(self.epochs > 0, 'epochs', self.epochs, 'must be > 0')
+    _check(
+      self.max_steps >= 0, 'max_steps', self.max_steps, 'must be >= 0 (0 = off)'
+    )
+    self._check_batch_norm()
+    self._check_staleness()
+    for field in ('log_every_steps', 'max_nonfinite_steps'):
+      value = getattr(self, field)
+      _check(value >= 1, field, value, 'must be >= 1')
+    _check(
+      self.attack_stats_every_steps >= 0,
+      'attack_stats_every_steps',
+      self.attack_stats_every_steps,
+      'must be >= 0 (0 = off)',
+    )
+    _check(
+      self.schedule.warmup_epochs <= self.epochs,
+      'schedule.warmup_epochs',
+      self.schedule.warmup_epochs,
+      f'must not exceed epochs={self.epochs}',
+    )
+    views = [view for view, _ in self.views]
+    missing = sorted(set(views) - set(self.loss.view_weights))
+    _check(not missing, 'loss.view_weights', missing, 'views without a weight')
+    total = sum(self.loss.view_weights[view] for view in views)
+    _check(
+      total > 0,
+      'loss.view_weights',
+      dict(self.loss.view_weights),
+      f'the weights of the views of {self.method!r} must not all be 0',
+    )
+    _check_choice('eval.route', self.eval.route, self.routes)
+    _check(
+      not self.eval.use_ema or self.ema.decay > 0,
+      'eval.use_ema',
+      True,
+      'there is no average to evaluate: set ema.decay > 0',
+    )
+
+  def _check_batch_norm(self):
+    _check(
+      self.bn_group_size >= 1,
+      'bn_group_size',
+      self.bn_group_size,
+      'must be >= 1 example',
+    )
+    if self.batch_size % self.bn_group_size:
+      groups = max(1, round(self.batch_size / self.bn_group_size))
+      raise ConfigError(
+        f'batch_size={self.batch_size}: must be a multiple of '
+        f'bn_group_size={self.bn_group_size}; nearest: '
+        f'batch_size={groups * self.bn_group_size}'
+      )
+    _check(
+      0 <= self.bn_momentum < 1,
+      'bn_momentum',
+      self.bn_momentum,
+      'must be in [0, 1): the share of the old running statistic',
+    )
+    _check(self.bn_epsilon > 0, 'bn_epsilon', self.bn_epsilon, 'must be > 0')
+
+  def _check_staleness(self):
+    tau = self.staleness_steps
+    _check(tau >= 0, 'staleness_steps', tau, 'must be >= 0 steps')
+    preset = METHODS[self.method].staleness_steps
+    _check(
+      preset is not None or tau == 0,
+      'staleness_steps',
+      tau,
+      f'method {self.method!r} has no adversarial view; leave it unset',
+    )
+    _check(
+      self.method != 'disadv' or tau == 0,
+      'staleness_steps',
+      tau,
+      "method 'disadv' is staleness 0; use method 'conadv' for more",
+    )
+
+  @property
+  def views(self) -> tuple[tuple[str, str], ...]:
+    """(view, route) pairs in the order of the view axis."""
+    return METHODS[self.method].views
+
+  @property
+  def routes(self) -> tuple[str, ...]:
+    return METHODS[self.method].routes
+
+  @property
+  def is_adversarial(self) -> bool:
+    return METHODS[self.method].staleness_steps is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """A run's length in steps: the only place where epochs become steps.
+
+  Attributes:
+    total: optimizer steps of the whole schedule, round(epochs * N / B), >= 1.
+    stop: the step to stop at: `total`, or `max_steps` if that is sooner.
+    warmup: steps of linear warm-up.
+    decay: steps per epoch-counted decay of the exponential schedule.
+    per_epoch: N / B, not rounded.
+  """
+
+  total: int
+  stop: int
+  warmup: int
+  decay: int
+  per_epoch: float
+
+  @classmethod
+  def of(cls, config: Config, num_examples: int) -> Steps:
+    per_epoch = num_examples / config.batch_size
+
+    def steps(epochs: float) -> int:
+      return round(epochs * per_epoch)
+
+    total = max(1, steps(config.epochs))
+    return cls(
+      total=total,
+      stop=min(total, config.max_steps or total),
+      warmup=min(steps(config.schedule.warmup_epochs), total),
+      decay=max(1, steps(config.schedule.decay_epochs)),
+      per_epoch=per_epoch,
+    )
+
+
+def from_config_dict(values: Mapping[str, Any]) -> Config:
+  """Resolves presets and validates; the only way from a file to a `Config`.
+
+  Fields that are None take the value of their preset: `staleness_steps` the
+  method's, the fields of `attack` those of `attack.preset`, `optimizer.eps` the
+  optimizer's.
+
+  Raises:
+    ConfigError: for an unknown, missing or mistyped field, a value out of
+      range, or a method whose views the input pipeline cannot make.
+  """
+  values = _plain(values)
+  _check_choice('method', values.get('method'), METHODS)
+  method = METHODS[values['method']]
+  if values.get('staleness_steps') is None:
+    values['staleness_steps'] = method.staleness_steps or 0
+  attack = values.get('attack')
+  if isinstance(attack, dict):
+    _check_choice('attack.preset', attack.get('preset'), ATTACK_PRESETS)
+    for field, value in ATTACK_PRESETS[attack['preset']].items():
+      if attack.get(field) is None:
+        attack[field] = value
+    if attack['step_size_px'] is None:
+      attack['step_size_px'] = attack['epsilon_px']
+  optimizer = values.get('optimizer')
+  if isinstance(optimizer, dict) and optimizer.get('eps') is None:
+    optimizer['eps'] = OPTIMIZER_EPS.get(optimizer.get('name'), 0.0)
+  config = _build(Config, values, '')
+  if any(view == 'aa' for view, _ in config.views):
+    raise ConfigError(
+      f'method={config.method!r}: AutoAugment is not in the input pipeline yet; '
+      "use 'baseline', 'disadv' or 'conadv'"
+    )
+  return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+  """Plain nested dict, ready for JSON; `from_config_dict` reads it back."""
+  return dataclasses.asdict(config)
+
+
+def describe(config: Config) -> str:
+  """The resolved configuration as an aligned two-column table."""
+  rows = list(flatten(to_dict(config)).items())
+  width = max(len(name) for name, _ in rows)
+  return '\n'.join(f'{name:<{width}}  {value}' for name, value in rows)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """{'a': {'b': 1}} -> {'a.b': 1}."""
+  flat = {}
+  for name, value in values.items():
+    if isinstance(value, Mapping):
+      flat |= flatten(value, f'{prefix}{name}.')
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+def parse_args(arg: str | None, **defaults: Any) -> dict[str, Any]:
+  """Arguments of a config file: 'k=v,...' typed like `defaults`.
+
+  Raises:
+    ConfigError: for an unknown name or a value that does not parse.
+  """
+  parsed = dict(defaults)
+  for item in (arg or '').split(','):
+    if not item:
+      continue
+    name, equals, text = item.partition('=')
+    if name not in defaults:
+      raise unknown('config argument', name, defaults)
+    kind = type(defaults[name])
+    try:
+      if not equals:
+        raise ValueError('missing "=value"')
+      if kind is bool:
+        parsed[name] = {'true': True, 'false': False}[text.lower()]
+      else:
+        parsed[name] = kind(text)
+    except (ValueError, KeyError) as error:
+      raise ConfigError(
+        f'config argument {item!r}: {name} needs a {kind.__name__}'
+      ) from error
+  return parsed
+
+
+def _plain(values: Any) -> Any:
+  """ConfigDict or mapping -> nested plain dicts (a copy)."""
+  if hasattr(values, 'to_dict'):
+    values = values.to_dict()
+  if isinstance(values, Mapping):
+    return {str(k): _plain(v) for k, v in values.items()}
+  return values
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+  """Builds dataclass `cls` from `values`, checking names and types."""
+  types = typing.get_type_hints(cls)
+  if not isinstance(values, Mapping):
+    raise ConfigError(f'{prefix[:-1]}={values!r}: must be a group of fields')
+  for name in values:
+    if name not in types:
+      raise unknown('config field', prefix + name, (prefix + t for t in types))
+  missing = [prefix + name for name in types if name not in values]
+  if missing:
+    raise ConfigError(
+      f'missing config fields: {", ".join(missing)}; start from '
+      'configs/common.py, which has them all'
+    )
+  fields = {}
+  for name, kind in types.items():
+    if dataclasses.is_dataclass(kind):
+      fields[name] = _build(kind, values[name], f'{prefix}{name}.')
+    else:
+      fields[name] = _typed(kind, values[name], prefix + name)
+  return cls(**fields)
+
+
+def _typed(kind: Any, value: Any, field: str) -> Any:
+  if typing.get_origin(kind) is not None:
+    if not isinstance(value, Mapping):
+      raise ConfigError(f'{field}={value!r}: must be a mapping name -> number')
+    return {k: _typed(float, v, f'{field}.{k}') for k, v in value.items()}
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if type(value) is not kind:
+    raise ConfigError(
+      f'{field}={value!r}: must be {kind.__name__}, is {type(value).__name__}'
+    )
+  if kind is float and not math.isfinite(value):
+    raise ConfigError(f'{field}={value!r}: must be finite')
+  return value

@@ -1,0 +1,179 @@
+"""Config -> everything static of a run: mesh, network, optimizer, steps.
+
+Training, evaluation and audits build the same `Experiment`, so that what is
+measured or audited is what trains. It needs neither data nor TensorFlow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from conadv_jax import mesh as mesh_lib
+from conadv_jax import models, optim, schedules
+from conadv_jax.config import Config, ConfigError, Steps
+from conadv_jax.data import datasets
+from conadv_jax.state import Snapshot, Stream, TrainState, stream_key
+from conadv_jax.train_step import StepFn, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """What a run does not change; made by `build`."""
+
+  config: Config
+  spec: datasets.DatasetSpec
+  steps: Steps
+  mesh: jax.sharding.Mesh
+  apply_fn: models.ApplyFn
+  optimizer: optax.GradientTransformation
+  schedule: optax.Schedule
+  step_fn: StepFn
+  model: Any
+
+  @property
+  def groups(self) -> int:
+    return self.config.batch_size // self.config.bn_group_size
+
+  def init_state(self) -> TrainState:
+    """The state before step 0, made on the devices in one program.
+
+    Its perturbation is zero: `pending_perturbation` makes the real one.
+    """
+    shapes = jax.eval_shape(self._init)
+    shardings = mesh_lib.state_shardings(self.mesh, shapes)
+    return jax.jit(self._init, out_shardings=shardings)()
+
+  def abstract_state(self) -> TrainState:
+    """Shapes, types and shardings of the state."""
+    shapes = jax.eval_shape(self._init)
+    shardings = mesh_lib.state_shardings(self.mesh, shapes)
+    return jax.tree.map(
+      lambda s, sharding: jax.ShapeDtypeStruct(
+        s.shape, s.dtype, sharding=sharding
+      ),
+      shapes,
+      shardings,
+    )
+
+  def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and shardings of a training batch."""
+    layout = (self.groups, self.config.bn_group_size)
+    sharding = mesh_lib.batch_sharding(self.mesh)
+
+    def array(shape, dtype):
+      return jax.ShapeDtypeStruct(layout + shape, dtype, sharding=sharding)
+
+    images = {view for view, _ in self.config.views} - {'adv'}
+    if self.config.is_adversarial:
+      images |= {'clean'}
+    batch = {v: array(self.spec.image_shape, jnp.uint8) for v in sorted(images)}
+    return batch | {'label': array((), jnp.int32)}
+
+  def jit_step(self) -> jax.stages.Wrapped:
+    """The training step under jit: state donated, shardings pinned."""
+    state, batch = self.abstract_state(), self.abstract_batch()
+    state_shardings = jax.tree.map(lambda s: s.sharding, state)
+    batch_shardings = jax.tree.map(lambda s: s.sharding, batch)
+    return jax.jit(
+      self.step_fn,
+      in_shardings=(state_shardings, batch_shardings, batch_shardings),
+      out_shardings=(state_shardings, mesh_lib.replicated(self.mesh)),
+      donate_argnums=0,
+    )
+
+  def compile_step(self) -> jax.stages.Compiled:
+    """The compiled training step: the one program of a run."""
+    batch = self.abstract_batch()
+    return self.jit_step().lower(self.abstract_state(), batch, batch).compile()
+
+  def local_positions(self) -> np.ndarray:
+    """Places in the global batch that this host feeds, flat."""
+    positions = mesh_lib.local_positions(
+      self.mesh, self.groups, self.config.bn_group_size
+    )
+    return positions.reshape(-1)
+
+  def put_batch(self, local: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This host's share of a training batch -> global arrays [G, b, ...]."""
+    return mesh_lib.put_batch(
+      self.mesh, self.groups, self.config.bn_group_size, local
+    )
+
+  def _init(self) -> TrainState:
+    config = self.config
+    key = stream_key(config.seed, Stream.INIT, 0)
+    routes = tuple(range(len(config.routes)))
+    image = (1, len(routes), mesh_lib.bn_span(self.mesh), *self.spec.image_shape)
+    variables = self.model.init(key, jnp.zeros(image), routes, True)
+    now = Snapshot(variables['params'], variables['batch_stats'])
+    zero = jnp.zeros((), jnp.int32)
+    perturbation = None
+    if config.staleness_steps:
+      shape = (self.groups, config.bn_group_size, *self.spec.image_shape)
+      perturbation = jnp.zeros(shape, config.dtype)
+    return TrainState(
+      step=zero,
+      params=now.params,
+      batch_stats=now.batch_stats,
+      opt_state=self.optimizer.init(now.params),
+      snapshots=(now,) * config.staleness_steps,
+      ema=now if config.ema.decay else None,
+      perturbation=perturbation,
+      nonfinite_steps=zero,
+      nonfinite_streak=zero,
+    )
+
+
+def build(
+  config: Config, devices: Sequence[jax.Device] | None = None
+) -> Experiment:
+  """Builds the `Experiment` of `config` on `devices` (default: all).
+
+  Raises:
+    ConfigError: for an unknown data set or model, a batch that does not divide
+      over the devices, or a flip that the data set does not allow.
+  """
+  spec = datasets.get_spec(config.dataset.name)
+  if config.dataset.random_flip and not spec.allows_flip:
+    raise ConfigError(
+      f'dataset.random_flip=True: a mirrored image of {spec.name!r} is not of '
+      'its class; set it to False'
+    )
+  if config.dtype == 'float64' and not jax.config.jax_enable_x64:
+    raise ConfigError("dtype='float64': set JAX_ENABLE_X64=1")
+  steps = Steps.of(config, spec.num_train)
+  mesh = mesh_lib.make_mesh(config.batch_size, config.bn_group_size, devices)
+  model = models.create(
+    config.model,
+    num_classes=spec.num_classes,
+    num_routes=len(config.routes),
+    span=mesh_lib.bn_span(mesh),
+    bn_momentum=config.bn_momentum,
+    bn_epsilon=config.bn_epsilon,
+    dtype=jnp.dtype(config.dtype),
+  )
+  schedule = schedules.make_schedule(
+    config.schedule,
+    steps,
+    config.optimizer.peak_learning_rate(config.batch_size),
+  )
+  optimizer = optim.make_optimizer(config.optimizer, schedule)
+  apply_fn = models.make_apply_fn(model)
+  return Experiment(
+    config=config,
+    spec=spec,
+    steps=steps,
+    mesh=mesh,
+    apply_fn=apply_fn,
+    optimizer=optimizer,
+    schedule=schedule,
+    step_fn=make_train_step(config, spec, apply_fn, optimizer, schedule),
+    model=model,
+  )

@@ -1,0 +1,127 @@
+"""Where numbers go: `metrics.jsonl`, TensorBoard and the progress line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+# Values that two runs of the same configuration do not share.
+TIMINGS = ('images_per_sec', 'input_wait_percent', 'seconds')
+
+
+class MetricWriter:
+  """Appends to `metrics.jsonl` and writes the same values to TensorBoard.
+
+  A line is a JSON object: `step`, `split`, then the values in order. Lines of
+  later steps than `start_step` are dropped when a run resumes there, so that
+  every step is in the file once.
+  """
+
+  def __init__(self, workdir: epath.Path, start_step: int):
+    # clu imports tensorflow, which the training step must not need.
+    from clu import metric_writers
+
+    self.workdir = epath.Path(workdir)
+    path = self.workdir / 'metrics.jsonl'
+    kept = [r for r in read_metrics(workdir) if r['step'] <= start_step]
+    path.write_text(''.join(json.dumps(row) + '\n' for row in kept))
+    self.seconds_before = max((r.get('seconds', 0) for r in kept), default=0)
+    self._file = path.open('a')
+    self._tensorboard = metric_writers.SummaryWriter(str(workdir))
+
+  def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+    """Writes numbers and strings; TensorBoard gets the numbers."""
+    values = {name: _plain(value) for name, value in values.items()}
+    row = {'step': step, 'split': split, **values}
+    self._file.write(json.dumps(row) + '\n')
+    self._file.flush()
+    scalars = {
+      f'{split}/{name}': value
+      for name, value in values.items()
+      if not isinstance(value, str)
+    }
+    self._tensorboard.write_scalars(step, scalars)
+
+  def close(self) -> None:
+    self._file.close()
+    self._tensorboard.close()
+
+
+def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
+  """Rows of `metrics.jsonl`; a last line that was cut short is left out."""
+  path = epath.Path(workdir) / 'metrics.jsonl'
+  if not path.exists():
+    return []
+  rows = []
+  for line in path.read_text().splitlines():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+class Progress:
+  """Rates over the steps since the last report, without what was paused."""
+
+  def __init__(self, start_step: int, stop_step: int, batch_size: int):
+    self._stop_step = stop_step
+    self._batch_size = batch_size
+    self._step = self._start_step = start_step
+    self._waited = 0.0
+    self._since = time.monotonic()
+    self.seconds = 0.0  # spent training, over all reports
+
+  def report(self, step: int, waited_seconds: float) -> dict[str, float]:
+    """`images_per_sec` and the share of time spent waiting for input."""
+    now = time.monotonic()
+    elapsed = max(now - self._since, 1e-9)
+    images = (step - self._step) * self._batch_size
+    rates = {
+      'images_per_sec': images / elapsed,
+      'input_wait_percent': 100 * (waited_seconds - self._waited) / elapsed,
+    }
+    self.seconds += elapsed
+    self._step, self._waited, self._since = step, waited_seconds, now
+    return rates
+
+  @contextlib.contextmanager
+  def paused(self):
+    """Around work that is not training, such as an evaluation."""
+    start = time.monotonic()
+    yield
+    self._since += time.monotonic() - start
+
+  @property
+  def images_per_sec(self) -> float:
+    """Over all reports; 0 before the first."""
+    images = (self._step - self._start_step) * self._batch_size
+    return images / self.seconds if self.seconds else 0.0
+
+  def eta(self) -> str:
+    """Time left, 'h:mm:ss', at the mean rate so far."""
+    if not self.images_per_sec:
+      return '?'
+    images = (self._stop_step - self._step) * self._batch_size
+    return clock(images / self.images_per_sec)
+
+
+def clock(seconds: float) -> str:
+  """12345.6 -> '3:25:46'."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}'
+
+
+def _plain(value: Any) -> Any:
+  """Numbers of any library -> int, float or str, for JSON."""
+  if isinstance(value, str):
+    return value
+  value = np.asarray(value).item()
+  return value

@@ -1,0 +1,60 @@
+"""The one thing that changes in a run, and the keys that do not."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import flax
+import jax
+
+
+@flax.struct.dataclass
+class Snapshot:
+  """Weights of an earlier step."""
+
+  params: Any
+  batch_stats: Any
+
+
+@flax.struct.dataclass
+class TrainState:
+  """State before step t.
+
+  Attributes:
+    step: t, int32 scalar: batches seen so far.
+    params: theta_t; batch-norm leaves have one row per route.
+    batch_stats: running statistics, one row per route.
+    opt_state: of optax.
+    snapshots: theta_{t - tau}, ..., theta_{t - 1}, length tau; theta_0 where
+      the index is negative. The first is what made the pending perturbation.
+    ema: averaged params and statistics as a Snapshot, or None.
+    perturbation: delta_t, [G, b, H, W, C] grey levels, or None where tau = 0.
+      Not saved: `train_step.pending_perturbation` makes it again.
+    nonfinite_steps: steps whose update was not applied, int32.
+    nonfinite_streak: how many of them are the last ones in a row, int32.
+  """
+
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+  snapshots: tuple[Snapshot, ...]
+  ema: Snapshot | None
+  perturbation: jax.Array | None
+  nonfinite_steps: jax.Array
+  nonfinite_streak: jax.Array
+
+
+class Stream(enum.IntEnum):
+  """What a random key is for. Numbers are part of a run: never reuse one."""
+
+  INIT = 0
+  ATTACK = 1
+  EVAL_ATTACK = 2
+
+
+def stream_key(seed: int, stream: Stream, step: jax.Array | int) -> jax.Array:
+  """fold_in(fold_in(key(seed), stream), step): addressed, never carried."""
+  key = jax.random.fold_in(jax.random.key(seed), stream)
+  return jax.random.fold_in(key, step)

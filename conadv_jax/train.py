@@ -1,0 +1,379 @@
+"""Train one configuration.
+
+  python -m conadv_jax.train --config=configs/NAME.py[:k=v,...] --workdir=DIR
+                             [--config.FIELD=VALUE ...]
+
+The work directory gets config.json, metrics.jsonl, TensorBoard events,
+checkpoints/, plots/ and, at the end, summary.json. The same command again
+resumes where the run stopped. Ctrl-C or SIGTERM saves and exits with 42;
+2 means a wrong setting, 4 that the loss stopped being finite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from conadv_jax import cli, config, evaluate, experiment, metrics, optim
+from conadv_jax import plots, workdir
+from conadv_jax.checkpoint import Checkpoints
+from conadv_jax.config import Config
+from conadv_jax.data import datasets, pipeline, sampler
+from conadv_jax.experiment import Experiment
+from conadv_jax.state import TrainState
+from conadv_jax.train_step import (
+  Metrics,
+  make_attack_stats_fn,
+  normalize,
+  pending_perturbation,
+)
+
+
+def train(settings: Config, directory: str) -> dict[str, Any]:
+  """Trains `settings` in the work directory; returns the run's summary.
+
+  Raises:
+    ConfigError: for a wrong setting, missing data, or another run's directory.
+    cli.Preempted: when asked to stop; the state is saved.
+    cli.NonFiniteError: after `max_nonfinite_steps` such steps in a row.
+  """
+  with contextlib.ExitStack() as stack:
+    stop_request = stack.enter_context(StopRequest())
+
+    # ---- 1. Everything static ----------------------------------------------
+    run = experiment.build(settings)
+    print(config.describe(settings))
+    print(_describe(run), flush=True)
+
+    # ---- 2. Data -----------------------------------------------------------
+    data_dir = settings.dataset.data_dir
+    source = datasets.load(run.spec, 'train', data_dir)
+    eval_source = datasets.load(run.spec, 'eval', data_dir)
+    evaluator = evaluate.Evaluator(run, eval_source)
+
+    # ---- 3. State: restored or new -----------------------------------------
+    path = workdir.prepare(directory, run)
+    checkpoints = Checkpoints(path, settings.checkpoint.keep)
+    stack.callback(checkpoints.close)
+    start = checkpoints.latest_step()
+    if start is None:
+      start, state = 0, run.init_state()
+    else:
+      state = checkpoints.restore(start, run.abstract_state())
+      print(f'resumed at step {start}', flush=True)
+    stop = run.steps.stop
+    writer = metrics.MetricWriter(path, start)
+    stack.callback(writer.close)
+
+    # ---- 4. The step, compiled once, and the perturbation that it needs ----
+    step_fn = _compile(run)
+    batches = _batches(run, source, start, max(0, stop - start) + 1)
+    batch = next(batches)
+    state = pending_perturbation(settings, step_fn, state, batch)
+    attack_stats_fn = _attack_stats_fn(run)
+    kernels = optim.kernel_names(state.params)
+
+    # ---- 5. Steps ----------------------------------------------------------
+    progress = metrics.Progress(start, stop, settings.batch_size)
+    watch = NonFiniteWatch(run, path)
+    for step in range(start + 1, stop + 1):
+      if stop_request.signal is not None:
+        break
+      next_batch = next(batches)
+      state, values = step_fn(state, batch, next_batch)
+      batch = next_batch
+      watch.check(step, values)
+      if step % settings.log_every_steps == 0 or step == stop:
+        jax.block_until_ready(state)
+        rates = progress.report(step, batches.wait_seconds)
+        rates['seconds'] = writer.seconds_before + progress.seconds
+        row = _readable(values, kernels) | rates
+        writer.write(step, 'train', row)
+        print(_progress_line(run, step, row, progress), flush=True)
+      with progress.paused():
+        if attack_stats_fn and _due(step, settings.attack_stats_every_steps):
+          row = jax.device_get(attack_stats_fn(state, batch))
+          writer.write(step, 'attack', row)
+        if _due(step, settings.eval.every_steps) and step < stop:
+          row = evaluator(evaluate.weights_of(settings, state))
+          writer.write(step, 'test', row)
+        if _due(step, settings.checkpoint.every_steps) and step < stop:
+          checkpoints.save(step, state)
+    watch.finish()
+
+    # ---- 6. The end: save, evaluate, summarise, draw -----------------------
+    step = int(jax.device_get(state.step))
+    checkpoints.save(step, state)
+    checkpoints.wait(step)
+    if step < stop:
+      raise cli.Preempted(
+        f'{stop_request.signal.name}: saved step {step} of {stop}; run the '
+        'same command again to go on'
+      )
+    summary = _summarize(run, state, evaluator, writer, progress)
+    workdir.write_json(path / 'summary.json', summary)
+    _draw(run, state, eval_source, path)
+    print(_describe_summary(summary, path), flush=True)
+    return summary
+
+
+class StopRequest:
+  """Remembers SIGINT or SIGTERM, so that the loop can save and leave.
+
+  A second signal interrupts at once.
+  """
+
+  _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+  def __init__(self):
+    self.signal: signal.Signals | None = None
+
+  def __enter__(self) -> StopRequest:
+    self._before = {s: signal.signal(s, self._handle) for s in self._SIGNALS}
+    return self
+
+  def __exit__(self, *_) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def _handle(self, number: int, _) -> None:
+    if self.signal is not None:
+      raise KeyboardInterrupt
+    self.signal = signal.Signals(number)
+    print(
+      f'{self.signal.name}: saving after this step; again to quit at once',
+      flush=True,
+    )
+
+
+class NonFiniteWatch:
+  """Stops a run that stays non-finite, and says on which examples.
+
+  Reads the counter of the step before, so that the device is never waited for.
+  """
+
+  def __init__(self, run: Experiment, path: epath.Path):
+    self._run = run
+    self._path = path / 'nonfinite_steps.json'
+    self._last: tuple[int, Metrics] | None = None
+    self._steps: list[int] = []
+
+  def check(self, step: int, values: Metrics) -> None:
+    """Notes the metrics of `step`, judges those of the step before.
+
+    Raises:
+      cli.NonFiniteError: after `max_nonfinite_steps` in a row.
+    """
+    last, self._last = self._last, (step, values)
+    if last is not None:
+      self._judge(*last)
+
+  def finish(self) -> None:
+    """Judges the last step."""
+    if self._last is not None:
+      self._judge(*self._last)
+
+  def _judge(self, step: int, values: Metrics) -> None:
+    streak = int(jax.device_get(values['nonfinite_streak']))
+    if not streak:
+      return
+    loss, norm = jax.device_get((values['loss'], values['grad_norm']))
+    print(
+      f'step {step}: loss {loss}, gradient norm {norm}: not finite, update not '
+      f'applied ({streak} in a row)',
+      flush=True,
+    )
+    self._steps = [*self._steps, step][-streak:]
+    limit = self._run.config.max_nonfinite_steps
+    if streak < limit:
+      return
+    examples = {str(s): self._example_ids(s) for s in self._steps}
+    workdir.write_json(self._path, examples)
+    first = ', '.join(str(i) for i in examples[str(self._steps[0])][:8])
+    raise cli.NonFiniteError(
+      f'{streak} steps in a row, {self._steps[0]} to {step}, were not finite '
+      f'(max_nonfinite_steps={limit}). Example ids of step {self._steps[0]}: '
+      f'{first}, ...; all are in {self._path}. Lower optimizer.learning_rate '
+      'or lengthen schedule.warmup_epochs, or look at these examples'
+    )
+
+  def _example_ids(self, step: int) -> list[int]:
+    ids, _ = sampler.example_ids(
+      self._run.config.seed,
+      step - 1,  # step counts from 1, batches from 0
+      self._run.config.batch_size,
+      self._run.spec.num_train,
+    )
+    return ids.tolist()
+
+
+def _due(step: int, every_steps: int) -> bool:
+  return every_steps > 0 and step % every_steps == 0
+
+
+def _batches(
+  run: Experiment, source: datasets.Source, start: int, count: int
+) -> pipeline.Prefetcher:
+  """Batches start, start + 1, ... on the devices, `count` of them."""
+  settings = run.config
+  local = pipeline.train_batches(
+    source,
+    seed=settings.seed,
+    batch_size=settings.batch_size,
+    positions=run.local_positions(),
+    start_step=start,
+    num_steps=count,
+    crop_padding_px=settings.dataset.crop_padding_px,
+    random_flip=settings.dataset.random_flip,
+  )
+  return pipeline.Prefetcher(local, run.put_batch, expected=count)
+
+
+def _compile(run: Experiment):
+  start = time.monotonic()
+  print('compiling the training step ...', end=' ', flush=True)
+  step_fn = run.compile_step()
+  print(f'{time.monotonic() - start:.1f} s', flush=True)
+  return step_fn
+
+
+def _attack_stats_fn(run: Experiment):
+  settings = run.config
+  if not settings.staleness_steps or not settings.attack_stats_every_steps:
+    return None
+  return jax.jit(make_attack_stats_fn(settings, run.spec, run.apply_fn))
+
+
+def _readable(values: Metrics, kernels: Sequence[str]) -> dict[str, Any]:
+  """Device metrics -> numbers; trust ratios -> the extreme ones by name."""
+  values = dict(jax.device_get(values))
+  ratios = values.pop('trust_ratios', None)
+  if ratios is not None:
+    for name, index in (('min', np.argmin(ratios)), ('max', np.argmax(ratios))):
+      values[f'trust_ratio_{name}'] = ratios[index]
+      values[f'trust_ratio_{name}_layer'] = kernels[index]
+  return values
+
+
+def _progress_line(
+  run: Experiment, step: int, row: dict[str, Any], progress: metrics.Progress
+) -> str:
+  accuracy = ' '.join(
+    f'{view} {row[f"top1_{view}"]:.1f} %' for view, _ in run.config.views
+  )
+  return (
+    f'step {step}/{run.steps.stop}  loss {row["loss"]:.4f}  {accuracy}  '
+    f'lr {row["learning_rate"]:.3g}  {row["images_per_sec"]:.0f} images/s  '
+    f'input wait {row["input_wait_percent"]:.0f} %  ETA {progress.eta()}'
+  )
+
+
+def _describe(run: Experiment) -> str:
+  shapes = run.abstract_state()
+  count = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+  settings = run.config
+  views = ', '.join(f'{view} (route {r})' for view, r in settings.views)
+  return (
+    f'\n{settings.model}: {count:,} parameters; views: {views}; '
+    f'{run.groups} batch-norm groups of {settings.bn_group_size}\n'
+    f'{run.spec.num_train:,} training examples, {run.steps.total} steps of '
+    f'{settings.batch_size} = {settings.epochs:g} epochs, warm-up '
+    f'{run.steps.warmup} steps; stops at step {run.steps.stop}\n'
+    f'{run.mesh.size} x {jax.devices()[0].device_kind}'
+  )
+
+
+def _summarize(
+  run: Experiment,
+  state: TrainState,
+  evaluator: evaluate.Evaluator,
+  writer: metrics.MetricWriter,
+  progress: metrics.Progress,
+) -> dict[str, Any]:
+  """Evaluates the last weights and collects the numbers of the run."""
+  settings = run.config
+  weights = evaluate.weights_of(settings, state)
+  clean = evaluator(weights)
+  writer.write(run.steps.stop, 'test', clean)
+  robust = {}
+  for name in evaluate.attack_names(settings.eval.attack):
+    robust[name] = evaluator(weights, name)['top1']
+    writer.write(run.steps.stop, f'test_{name}', {'top1': robust[name]})
+  # A rerun of a finished run trains nothing: its rate is the first run's.
+  rates = [
+    row['images_per_sec']
+    for row in metrics.read_metrics(writer.workdir)
+    if row['split'] == 'train'
+  ]
+  return {
+    'method': settings.method,
+    'staleness_steps': settings.staleness_steps,
+    'model': settings.model,
+    'dataset': settings.dataset.name,
+    'batch_size': settings.batch_size,
+    'seed': settings.seed,
+    'steps': run.steps.stop,
+    'epochs': run.steps.stop / run.steps.per_epoch,
+    'top1': clean['top1'],
+    'robust_top1': min(robust.values(), default=None),
+    'robust_top1_by_attack': robust,
+    'robust_epsilon_px': settings.eval.epsilon_px,
+    'images_per_sec': float(np.median(rates)) if rates else None,
+    'seconds': writer.seconds_before + progress.seconds,
+    'nonfinite_steps': int(jax.device_get(state.nonfinite_steps)),
+  }
+
+
+def _describe_summary(summary: dict[str, Any], path: epath.Path) -> str:
+  robust = ', '.join(
+    f'{name} {top1:.2f} %'
+    for name, top1 in summary['robust_top1_by_attack'].items()
+  )
+  return (
+    f'done: top-1 {summary["top1"]:.2f} % clean'
+    + (f', {robust} at {summary["robust_epsilon_px"]:g} px' if robust else '')
+    + f'; {summary["seconds"]:.0f} s of training; pictures in {path}/plots'
+  )
+
+
+def _draw(
+  run: Experiment, state: TrainState, source: datasets.Source, path: epath.Path
+) -> None:
+  """Writes plots/training_curves.png and plots/adversarial_images.png."""
+  settings = run.config
+  title = (
+    f'{settings.method}, {settings.model}, {settings.dataset.name}, batch '
+    f'{settings.batch_size}, {run.steps.stop} steps'
+  )
+  rows = metrics.read_metrics(path)
+  plots.training_curves(rows, title, path / 'plots' / 'training_curves.png')
+
+  attack = evaluate.eval_attack(settings, 'fgsm')
+  weights = evaluate.weights_of(settings, state)
+  clean, labels = source.images[:12], source.labels[:12]
+  delta, logits = evaluate.attacked(run, attack, weights, clean, labels)
+  names = [[str(i) for i in row.argmax(-1)] for row in logits]
+  plots.adversarial_grid(
+    clean,
+    delta,
+    *names,
+    [str(i) for i in labels],
+    f'FGSM, {attack.epsilon_px:g} of 255 grey levels: {title}',
+    path / 'plots' / 'adversarial_images.png',
+  )
+
+
+def main(argv: Sequence[str]) -> None:
+  values, directory = cli.parse_config_file(argv)
+  train(config.from_config_dict(values), directory)
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__)

@@ -1,0 +1,129 @@
+"""The work directory of a run: its `config.json` and what guards it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+from typing import Any
+
+import jax
+from etils import epath
+
+from conadv_jax.config import (
+  Config,
+  ConfigError,
+  flatten,
+  from_config_dict,
+  to_dict,
+)
+from conadv_jax.experiment import Experiment
+
+_PACKAGES = (
+  'conadv_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint',
+  'tensorflow', 'tensorflow-cpu', 'tensorflow-datasets', 'numpy',
+)  # fmt: skip
+
+# Fields that a rerun may change: they do not alter the weights of any step.
+_FREE = (
+  'max_steps', 'log_every_steps', 'attack_stats_every_steps',
+  'max_nonfinite_steps', 'dataset.data_dir', 'checkpoint.', 'eval.',
+)  # fmt: skip
+
+
+def prepare(workdir: str, experiment: Experiment) -> epath.Path:
+  """Makes `workdir` and writes `config.json`, or checks the one there.
+
+  Raises:
+    ConfigError: if the directory holds a run of another configuration, with
+      the fields that differ, or cannot be written.
+  """
+  path = epath.Path(workdir)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ConfigError(f'workdir={workdir!r}: cannot be made: {error}') from error
+  if (path / 'config.json').exists():
+    _check_same(path, experiment.config)
+  if jax.process_index() == 0:
+    content = {
+      'config': to_dict(experiment.config),
+      'steps': vars(experiment.steps),
+      'versions': _versions(),
+      'git_commit': git_commit(),
+      'devices': {
+        'kind': jax.devices()[0].device_kind,
+        'count': jax.device_count(),
+        'hosts': jax.process_count(),
+      },
+    }
+    write_json(path / 'config.json', content)
+  return path
+
+
+def read_config(workdir: str) -> dict[str, Any]:
+  """The resolved configuration of the run in `workdir`, as nested dicts.
+
+  Raises:
+    ConfigError: if there is no run.
+  """
+  path = epath.Path(workdir) / 'config.json'
+  if not path.exists():
+    raise ConfigError(
+      f'workdir={workdir!r}: holds no run (no config.json); train one with '
+      f'python -m conadv_jax.train --config=... --workdir={workdir}'
+    )
+  try:
+    return json.loads(path.read_text())['config']
+  except (json.JSONDecodeError, KeyError) as error:
+    raise ConfigError(f'{path}: not readable: {error!r}') from error
+
+
+def write_json(path: epath.Path, content: Any) -> None:
+  """Writes through a temporary file, so that no reader sees half of it."""
+  temporary = path.parent / (path.name + '.tmp')
+  temporary.write_text(json.dumps(content, indent=2) + '\n')
+  temporary.replace(path)
+
+
+def git_commit() -> str:
+  """Commit of the code, '+changes' if it is edited, '' outside git."""
+  folder = epath.Path(__file__).parent
+
+  def git(*args: str) -> str:
+    command = ['git', '-C', str(folder), *args]
+    return subprocess.run(
+      command, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+  try:
+    commit = git('rev-parse', 'HEAD')
+    return commit + ('+changes' if git('status', '--porcelain') else '')
+  except (OSError, subprocess.CalledProcessError):
+    return ''
+
+
+def _check_same(path: epath.Path, config: Config) -> None:
+  old = flatten(to_dict(from_config_dict(read_config(str(path)))))
+  new = flatten(to_dict(config))
+  changed = [
+    f'  {name}: {old[name]!r} -> {new[name]!r}'
+    for name in new
+    if old[name] != new[name] and not name.startswith(_FREE)
+  ]
+  if changed:
+    raise ConfigError(
+      f'workdir={str(path)!r}: holds a run of another configuration:\n'
+      + '\n'.join(changed)
+      + '\nuse another --workdir, or the configuration of that run'
+    )
+
+
+def _versions() -> dict[str, str]:
+  versions = {}
+  for name in _PACKAGES:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue  # tensorflow and tensorflow-cpu: one of the two is installed
+  return versions

@@ -1,0 +1,103 @@
+"""Every field of a run, with unit and meaning; recipes override a few.
+
+A field that is None is filled from its preset when the file is read
+(`staleness_steps` from `method`, the fields of `attack` from `attack.preset`,
+`optimizer.eps` from `optimizer.name`).
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from conadv_jax import config as config_lib
+
+parse_args = config_lib.parse_args
+
+
+def get_config() -> ml_collections.ConfigDict:
+  c = ml_collections.ConfigDict()
+
+  c.seed = 0  # keys order, augmentation, initial weights and attack noise
+  c.method = 'conadv'  # baseline, autoaugment, disadv, conadv, conadv_aa
+  c.model = 'resnet8'  # a name in conadv_jax.models.MODELS
+
+  c.dataset = ml_collections.ConfigDict()
+  c.dataset.name = 'digits'  # a name in conadv_jax.data.datasets.DATASETS
+  c.dataset.data_dir = ''  # TFDS directory; '' = $TFDS_DATA_DIR or TFDS's own
+  c.dataset.crop_padding_px = 0  # zero padding before a random crop; 0 = off
+  c.dataset.random_flip = False  # left-right, where the data set allows it
+
+  c.batch_size = 320  # examples per optimizer step, over all devices
+  c.epochs = 60.0  # length of the schedule, in passes over the training split
+  c.max_steps = 0  # stop after so many steps, schedule unchanged; 0 = off
+
+  # tau: the attack on batch t uses the weights of step t - tau.
+  c.staleness_steps = config_dict.placeholder(int)  # None = the method's
+
+  c.bn_group_size = 64  # examples that share batch-norm statistics
+  c.bn_momentum = 0.9  # share of the old running statistic kept per step
+  c.bn_epsilon = 1e-5  # added to the variance
+  c.dtype = 'float32'  # of activations; parameters and loss stay float32
+  #   bfloat16 halves the activations; float64 is for tests (JAX_ENABLE_X64=1)
+
+  c.loss = ml_collections.ConfigDict()
+  c.loss.label_smoothing = 0.1  # share spread evenly over all classes
+  c.loss.view_weights = ml_collections.ConfigDict(
+    {'clean': 1.0, 'aa': 1.0, 'adv': 1.0}  # relative; 1:1:1 as in the paper
+  )
+
+  c.attack = ml_collections.ConfigDict()
+  c.attack.preset = 'fgsm'  # fgsm, paper, pgd; fills the fields left None
+  c.attack.norm = config_dict.placeholder(str)  # linf or l2
+  c.attack.epsilon_px = config_dict.placeholder(float)  # radius, grey levels
+  c.attack.step_size_px = config_dict.placeholder(float)  # per step, grey levels
+  c.attack.steps = config_dict.placeholder(int)  # gradient steps k
+  c.attack.targeted = config_dict.placeholder(bool)  # towards a random class
+  c.attack.random_start_prob = config_dict.placeholder(float)  # 0 = clean start
+  c.attack.train_mode = config_dict.placeholder(bool)  # batch statistics
+  c.attack.update_batch_stats = config_dict.placeholder(bool)  # let it move BN
+
+  c.optimizer = ml_collections.ConfigDict()
+  c.optimizer.name = 'lars'  # lars, sgd, lamb, rmsprop
+  c.optimizer.learning_rate = 4.0  # peak, at base_batch_size
+  c.optimizer.base_batch_size = 256  # examples
+  c.optimizer.scaling = 'none'  # none, linear, sqrt: of the peak with the batch
+  c.optimizer.momentum = 0.9  # lars, sgd, rmsprop
+  c.optimizer.nesterov = False  # lars, sgd, rmsprop
+  c.optimizer.weight_decay = 1e-4  # convolution and dense kernels only
+  c.optimizer.lars_denominator = 'norm_of_sum'  # |g + wd w| (optax), or
+  #   sum_of_norms: |g| + wd |w| (the paper's code, MLPerf)
+  c.optimizer.trust_coefficient = 0.001  # lars: eta
+  c.optimizer.beta1 = 0.9  # lamb: decay of the first moment
+  c.optimizer.beta2 = 0.999  # lamb: decay of the second moment
+  c.optimizer.decay = 0.9  # rmsprop: decay of the mean square
+  c.optimizer.eps = config_dict.placeholder(float)  # None = the optimizer's
+
+  c.schedule = ml_collections.ConfigDict()
+  c.schedule.name = 'polynomial'  # polynomial, cosine, exponential
+  c.schedule.warmup_epochs = 5.0  # linear from 0 to the peak
+  c.schedule.power = 2.0  # polynomial: of the remaining share
+  c.schedule.end_learning_rate = 0.0  # polynomial, cosine: the last value
+  c.schedule.decay_rate = 0.97  # exponential: factor of each decay
+  c.schedule.decay_epochs = 2.4  # exponential: epochs between decays
+
+  c.ema = ml_collections.ConfigDict()
+  c.ema.decay = 0.0  # of the average of parameters, per step; 0 = off
+  c.ema.batch_stats = True  # average the batch-norm statistics too
+
+  c.checkpoint = ml_collections.ConfigDict()
+  c.checkpoint.every_steps = 500  # 0 = only at the end and when interrupted
+  c.checkpoint.keep = 3  # newest checkpoints kept
+
+  c.eval = ml_collections.ConfigDict()
+  c.eval.batch_size = 512  # examples, over all devices
+  c.eval.every_steps = 0  # clean accuracy while training; 0 = only at the end
+  c.eval.attack = 'fgsm'  # none, fgsm, pgd, all: of robust_top1 at the end
+  c.eval.epsilon_px = 4.0  # L-infinity radius, grey levels
+  c.eval.pgd_steps = 10  # step size 2.5 * epsilon / steps
+  c.eval.route = 'clean'  # batch-norm row: clean, aa, adv
+  c.eval.use_ema = False  # evaluate the averaged weights
+
+  c.log_every_steps = 50  # metrics.jsonl, TensorBoard and the progress line
+  c.attack_stats_every_steps = 100  # stale against fresh perturbation; 0 = off
+  c.max_nonfinite_steps = 5  # stop after so many non-finite steps in a row
+  return c

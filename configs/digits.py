@@ -1,0 +1,32 @@
+r"""Handwritten digits, 8x8: ConAdv at a large batch, in a minute on two cores.
+
+Run:    python -m conadv_jax.train \
+          --config=configs/digits.py:method=conadv,batch_size=320 \
+          --workdir=runs/digits
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  args = common.parse_args(arg, method='conadv', batch_size=320, seed=0)
+  c = common.get_config()
+  c.update(args)
+  c.dataset.name = 'digits'
+  c.dataset.crop_padding_px = 1
+  c.model = 'resnet8'
+  c.epochs = 40.0
+  c.bn_group_size = min(64, args['batch_size'])
+
+  c.attack.epsilon_px = 16.0
+  c.eval.epsilon_px = 16.0
+
+  c.optimizer.learning_rate = 8.0
+  c.optimizer.base_batch_size = 320
+  c.optimizer.scaling = 'sqrt'
+  c.log_every_steps = 20
+  c.eval.every_steps = 60
+  c.attack_stats_every_steps = 20
+  return c

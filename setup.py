@@ -1,0 +1,88 @@
+"""Package metadata of conadv_jax.
+
+Only lower bounds here, so that users can install next to their own versions;
+requirements.lock holds the exact versions that the tests run with.
+"""
+
+import pathlib
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+
+# tensorflow-cpu has wheels for x86-64 Linux and Windows only. Elsewhere
+# (macOS, ARM) plain `tensorflow` is the CPU build.
+HAS_TENSORFLOW_CPU = (
+  "sys_platform != 'darwin' and"
+  " (platform_machine == 'x86_64' or platform_machine == 'AMD64')"
+)
+NO_TENSORFLOW_CPU = (
+  "sys_platform == 'darwin' or"
+  " (platform_machine != 'x86_64' and platform_machine != 'AMD64')"
+)
+
+INSTALL_REQUIRES = [
+  'absl-py>=2.1',
+  # Record files of prepared datasets: tfds asks for it on Linux only, and
+  # there are no wheels for Windows.
+  "array_record>=0.8; sys_platform != 'win32'",
+  # The jax that an older Python can take is chosen by pip: 0.10 on 3.11.
+  'clu>=0.0.12',
+  'flax>=0.12',
+  'jax>=0.10',
+  'matplotlib>=3.9',
+  'ml_collections>=1.0',
+  'numpy>=2.0',
+  'optax>=0.2.5',
+  'orbax-checkpoint>=0.11.30',
+  'scikit-learn>=1.5',
+  'tensorboard>=2.18',
+  f'tensorflow-cpu>=2.20; {HAS_TENSORFLOW_CPU}',
+  f'tensorflow>=2.20; {NO_TENSORFLOW_CPU}',
+  'tensorflow-datasets>=4.9.9',
+]
+
+EXTRAS_REQUIRE = {
+  # jax knows which libtpu belongs to it (0.10.2: libtpu 0.0.42.*). Not in
+  # install_requires: libtpu slows start-up and is noisy where there is no TPU.
+  'tpu': ['jax[tpu]>=0.10'],
+  # References that some tests compare with.
+  'parity': ['foolbox>=3.3', 'timm>=1.0', 'torch>=2.6'],
+  'dev': [
+    'hypothesis>=6.100',
+    'pytest>=8.3',
+    'pytest-xdist>=3.6',
+    'ruff>=0.9',
+    'uv>=0.5',
+  ],
+}
+
+
+def long_description() -> str:
+  readme = HERE / 'README.md'
+  return readme.read_text(encoding='utf-8') if readme.exists() else ''
+
+
+setuptools.setup(
+  name='conadv_jax',
+  version='0.1.0',
+  description=(
+    'Concurrent adversarial learning (ConAdv) for large-batch training,'
+    ' in JAX and Flax'
+  ),
+  long_description=long_description(),
+  long_description_content_type='text/markdown',
+  author='The conadv_jax authors',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  packages=setuptools.find_packages(include=['conadv_jax', 'conadv_jax.*']),
+  install_requires=INSTALL_REQUIRES,
+  extras_require=EXTRAS_REQUIRE,
+  classifiers=[
+    'Intended Audience :: Science/Research',
+    'Programming Language :: Python :: 3.11',
+    'Programming Language :: Python :: 3.12',
+    'Programming Language :: Python :: 3.13',
+    'Topic :: Scientific/Engineering :: Artificial Intelligence',
+  ],
+)

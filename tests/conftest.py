@@ -1,0 +1,28 @@
+"""JAX on eight CPU devices, and the import paths of the tests."""
+
+import pathlib
+import sys
+
+import jax
+import pytest
+
+# Before anything asks JAX for its devices: their number is fixed from then on.
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 8)
+
+# `configs` and `helpers` are imported by name, wherever pytest is started.
+_TESTS = pathlib.Path(__file__).resolve().parent
+for _path in (_TESTS, _TESTS.parent):
+  if str(_path) not in sys.path:
+    sys.path.insert(0, str(_path))
+
+
+@pytest.fixture(scope='module')
+def x64():
+  """64-bit types while the tests of a module, or what asks for it, run.
+
+  Programs that were compiled with this on do not run with it off, so a module
+  asks for it as a whole: `pytestmark = pytest.mark.usefixtures('x64')`.
+  """
+  with jax.enable_x64(True):
+    yield

@@ -1,0 +1,208 @@
+"""Small configs, batches, weights and a network that several files share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from conadv_jax import config as config_lib
+from conadv_jax import models
+from conadv_jax.data import datasets
+from conadv_jax.models.norm import Layout, RoutedBatchNorm
+from conadv_jax.state import Snapshot, TrainState
+from configs import common
+
+# Two channels with different means, so that a swapped one shows.
+SPEC = dataclasses.replace(
+  datasets.get_spec('digits'),
+  name='tiny',
+  num_classes=5,
+  image_shape=(4, 4, 2),
+  mean_px=(100.0, 140.0),
+  std_px=(60.0, 80.0),
+)
+
+
+def make_config(fields: dict[str, Any] | None = None) -> config_lib.Config:
+  """configs/common.py for two groups of three, with dotted `fields` changed.
+
+  `conadv_aa` is built around `from_config_dict`, which refuses it for as long
+  as the input pipeline makes no AutoAugment view; the step is there already.
+  """
+  values = common.get_config()
+  values.update_from_flattened_dict(
+    {
+      'batch_size': 6,
+      'bn_group_size': 3,
+      'optimizer.learning_rate': 0.3,
+      'optimizer.trust_coefficient': 0.2,
+      'schedule.warmup_epochs': 0.0,
+    }
+    | (fields or {})
+  )
+  method = values.method
+  if method == 'conadv_aa':
+    values.method = 'conadv'
+  config = config_lib.from_config_dict(values)
+  return dataclasses.replace(config, method=method)
+
+
+class TinyNet(nn.Module):
+  """Two 3x3 convolutions, each with batch norm and relu; mean; dense.
+
+  Takes the arguments of `models.SmallResNet`, so that it can stand in for it.
+  """
+
+  num_classes: int
+  num_routes: int
+  span: int = 1
+  bn_momentum: float = 0.9
+  bn_epsilon: float = 1e-5
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, routes, train):
+    """x: [G, V, b, H, W, C] -> logits [G, V, b, K]."""
+    layout = Layout(x.shape[0], self.span, routes)
+    y = layout.fold(x)
+    for i, features in enumerate((3, 4), start=1):
+      y = nn.Conv(
+        features,
+        (3, 3),
+        use_bias=False,
+        dtype=self.dtype,
+        param_dtype=self.dtype,
+        name=f'conv{i}',
+      )(y)
+      y = RoutedBatchNorm(
+        self.num_routes,
+        self.bn_momentum,
+        self.bn_epsilon,
+        self.dtype,
+        name=f'norm{i}',
+      )(y, layout, train)
+      y = nn.relu(y)
+    logits = nn.Dense(
+      self.num_classes, dtype=self.dtype, param_dtype=self.dtype, name='head'
+    )(y.mean((1, 2)))
+    return layout.unfold(logits)
+
+
+def tiny_net(config: config_lib.Config) -> tuple[nn.Module, models.ApplyFn]:
+  """`TinyNet` for `SPEC` and `config`, and its `apply_fn`."""
+  model = TinyNet(
+    num_classes=SPEC.num_classes,
+    num_routes=len(config.routes),
+    bn_momentum=config.bn_momentum,
+    bn_epsilon=config.bn_epsilon,
+    dtype=jnp.dtype(config.dtype),
+  )
+  return model, models.make_apply_fn(model)
+
+
+def random_weights(config: config_lib.Config, seed: int = 0) -> Snapshot:
+  """Weights and statistics of `TinyNet`, every row of them different."""
+  model, _ = tiny_net(config)
+  routes = tuple(range(len(config.routes)))
+  image = jax.ShapeDtypeStruct(
+    (1, len(routes), 1, *SPEC.image_shape), jnp.dtype(config.dtype)
+  )
+  shapes = jax.eval_shape(
+    lambda x: model.init(jax.random.key(0), x, routes, True), image
+  )
+  rng = np.random.default_rng(seed)
+
+  def draw(path, shape):
+    noise = rng.standard_normal(shape.shape)
+    value = {
+      'kernel': lambda: noise / np.sqrt(np.prod(shape.shape[:-1])),
+      'scale': lambda: 1 + 0.2 * noise,
+      'bias': lambda: 0.1 * noise,
+      'mean': lambda: 0.3 * noise,
+      'var': lambda: np.exp(0.3 * noise),
+    }[path[-1].key]()
+    return jnp.asarray(value, shape.dtype)
+
+  values = jax.tree_util.tree_map_with_path(draw, dict(shapes))
+  return Snapshot(values['params'], values['batch_stats'])
+
+
+def start_state(
+  config: config_lib.Config, weights: Snapshot, tx: Any
+) -> TrainState:
+  """The state before step 0 from `weights`; no buffer is in it twice."""
+  zero = jnp.zeros((), jnp.int32)
+  perturbation = None
+  if config.staleness_steps:
+    groups = config.batch_size // config.bn_group_size
+    shape = (groups, config.bn_group_size, *SPEC.image_shape)
+    perturbation = jnp.zeros(shape, config.dtype)
+  return copy(
+    TrainState(
+      step=zero,
+      params=weights.params,
+      batch_stats=weights.batch_stats,
+      opt_state=tx.init(weights.params),
+      snapshots=(weights,) * config.staleness_steps,
+      ema=weights if config.ema.decay else None,
+      perturbation=perturbation,
+      nonfinite_steps=zero,
+      nonfinite_streak=zero,
+    )
+  )
+
+
+def random_batches(
+  config: config_lib.Config,
+  count: int,
+  seed: int = 0,
+  spec: datasets.DatasetSpec = SPEC,
+) -> list[dict[str, np.ndarray]]:
+  """Batches `[G, b, ...]` of noise, many of its pixels at 0 or 255."""
+  rng = np.random.default_rng(seed)
+  layout = (config.batch_size // config.bn_group_size, config.bn_group_size)
+
+  def image():
+    pixels = rng.normal(128, 120, layout + spec.image_shape)
+    return np.clip(pixels, 0, 255).astype(np.uint8)
+
+  views = [view for view, _ in config.views if view != 'adv']
+  return [
+    {view: image() for view in views}
+    | {'label': rng.integers(0, spec.num_classes, layout).astype(np.int32)}
+    for _ in range(count)
+  ]
+
+
+def copy(tree: Any) -> Any:
+  """`tree` with every array in a buffer of its own, safe to donate."""
+  return jax.tree.map(jnp.copy, tree)
+
+
+def scaled_error(actual: Any, expected: Any) -> float:
+  """Largest |actual - expected| over largest |expected|, of one array."""
+  actual, expected = np.asarray(actual), np.asarray(expected)
+  assert actual.shape == expected.shape, (actual.shape, expected.shape)
+  error = np.abs(actual.astype(np.float64) - expected).max(initial=0.0)
+  return error / (np.abs(expected).max(initial=0.0) or 1.0)
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
+  """Every leaf within `tolerance` of the leaf's largest expected value."""
+  actual = jax.tree_util.tree_leaves_with_path(actual)
+  expected = jax.tree_util.tree_leaves_with_path(expected)
+  assert [p for p, _ in actual] == [p for p, _ in expected]
+  for (path, a), (_, e) in zip(actual, expected, strict=True):
+    error = scaled_error(a, e)
+    # Written so that an error of nan fails.
+    assert error <= tolerance, f'{jax.tree_util.keystr(path)}: off by {error}'
+
+
+def bits(tree: Any) -> list[bytes]:
+  """The bytes of every leaf: equal only where nan equals nan, too."""
+  return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]

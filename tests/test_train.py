@@ -1,0 +1,367 @@
+"""Whole runs on real digits: determinism, resume, errors and exit codes."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from conadv_jax import cli, config, evaluate, experiment, metrics, train
+from conadv_jax.checkpoint import Checkpoints
+from conadv_jax.data import sampler
+from configs import digits
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_cache(tmp_path_factory):
+  """Runs of one configuration compile once: 8 s each otherwise."""
+  jax.config.update(
+    'jax_compilation_cache_dir', str(tmp_path_factory.mktemp('cache'))
+  )
+  yield
+  jax.config.update('jax_compilation_cache_dir', None)
+
+
+def settings(arg='batch_size=64', **fields):
+  values = digits.get_config(arg)
+  values.update_from_flattened_dict(
+    {
+      'bn_group_size': 8,
+      'max_steps': 20,
+      'log_every_steps': 1,
+      'attack_stats_every_steps': 5,
+      'eval.every_steps': 7,
+      'eval.attack': 'none',
+      'checkpoint.every_steps': 10,
+      **{name.replace('__', '.'): value for name, value in fields.items()},
+    }
+  )
+  return config.from_config_dict(values)
+
+
+def final_state(run, workdir, step):
+  """The saved state of `step`, its perturbation made again."""
+  checkpoints = Checkpoints(workdir, keep=3)
+  state = checkpoints.restore(step, run.abstract_state())
+  checkpoints.close()
+  return state
+
+
+def rows_without_timings(workdir):
+  return [
+    json.dumps({k: v for k, v in row.items() if k not in metrics.TIMINGS})
+    for row in metrics.read_metrics(workdir)
+  ]
+
+
+@pytest.fixture(scope='module')
+def unbroken(tmp_path_factory):
+  """A run of 20 steps: its settings and work directory."""
+  workdir = tmp_path_factory.mktemp('unbroken')
+  train.train(settings(), str(workdir))
+  return workdir
+
+
+def test_the_same_seed_gives_the_same_metrics(unbroken, tmp_path):
+  train.train(settings(), str(tmp_path))
+  rows = rows_without_timings(tmp_path)
+  assert rows == rows_without_timings(unbroken)
+  assert len(rows) == 20 + 4 + 2 + 1  # train, attack, test, test at the end
+
+
+def test_another_seed_gives_other_metrics(unbroken, tmp_path):
+  train.train(settings('batch_size=64,seed=1'), str(tmp_path))
+  assert rows_without_timings(tmp_path) != rows_without_timings(unbroken)
+
+
+def test_a_run_resumed_at_a_save_point_equals_the_unbroken_one(
+  unbroken, tmp_path
+):
+  train.train(settings(max_steps=10), str(tmp_path))
+  summary = json.loads((tmp_path / 'summary.json').read_text())
+  assert summary['steps'] == 10
+  train.train(settings(), str(tmp_path))
+
+  run = experiment.build(settings())
+  ours, theirs = (
+    jax.tree_util.tree_leaves_with_path(final_state(run, path, 20))
+    for path in (tmp_path, unbroken)
+  )
+  assert len(ours) == len(theirs) > 50
+  for (name, a), (_, b) in zip(ours, theirs, strict=True):
+    assert np.array_equal(a, b), jax.tree_util.keystr(name)
+  # The first part ended with an evaluation at step 10 that the other lacks.
+  first_end = [r for r in metrics.read_metrics(tmp_path) if r['step'] == 10]
+  assert [r['split'] for r in first_end] == ['train', 'attack', 'test']
+  rows = [
+    row
+    for row in rows_without_timings(tmp_path)
+    if not ('"step": 10,' in row and '"split": "test"' in row)
+  ]
+  assert rows == rows_without_timings(unbroken)
+
+
+@pytest.mark.parametrize('tau', [1, 3])
+def test_the_pending_perturbation_is_made_again_after_a_restore(tau, tmp_path):
+  """δ_t, random start included, from a checkpoint that does not hold it."""
+  cfg = settings(
+    staleness_steps=tau, attack__preset='paper', max_steps=6, epochs=2.0
+  )
+  run = experiment.build(cfg)
+  step_fn = run.compile_step()
+  source = train.datasets.load(run.spec, 'train', '')
+
+  def feed(start, count):
+    return iter(train._batches(run, source, start, count))
+
+  batches = list(feed(0, 6))
+  state = train.pending_perturbation(cfg, step_fn, run.init_state(), batches[0])
+  for t in range(5):
+    state, _ = step_fn(state, batches[t], batches[t + 1])
+  checkpoints = Checkpoints(tmp_path, keep=1)
+  checkpoints.save(5, state)
+  checkpoints.wait(5)
+  restored = checkpoints.restore(5, run.abstract_state())
+  checkpoints.close()
+  assert restored.perturbation is None
+  batch = next(feed(5, 1))
+  restored = train.pending_perturbation(cfg, step_fn, restored, batch)
+  assert np.any(np.asarray(state.perturbation))
+  for (name, a), (_, b) in zip(
+    jax.tree_util.tree_leaves_with_path(restored),
+    jax.tree_util.tree_leaves_with_path(state),
+    strict=True,
+  ):
+    assert np.array_equal(a, b), jax.tree_util.keystr(name)
+  # Two donated steps after the restore.
+  next_batch = next(feed(6, 1))
+  for _ in range(2):
+    restored, values = step_fn(restored, batch, next_batch)
+  assert np.isfinite(values['loss'])
+
+
+def test_a_run_writes_what_the_readme_says(unbroken):
+  content = json.loads((unbroken / 'config.json').read_text())
+  assert content['config']['batch_size'] == 64
+  assert content['versions']['jax'] == jax.__version__
+  assert content['devices']['count'] == 8
+  summary = json.loads((unbroken / 'summary.json').read_text())
+  for name in (
+    'method', 'batch_size', 'seed', 'steps', 'epochs', 'top1', 'robust_top1',
+    'images_per_sec', 'seconds',
+  ):  # fmt: skip
+    assert name in summary
+  assert 0 <= summary['top1'] <= 100
+  for name in ('training_curves.png', 'adversarial_images.png'):
+    png = (unbroken / 'plots' / name).read_bytes()
+    assert png.startswith(b'\x89PNG') and len(png) > 10_000
+  assert list(unbroken.glob('events.out.tfevents.*'))
+  row = metrics.read_metrics(unbroken)[0]
+  assert {
+    'loss', 'loss_clean', 'loss_adv', 'top1_clean', 'top1_adv', 'grad_norm',
+    'trust_ratio_min', 'trust_ratio_max_layer', 'input_wait_percent',
+  } <= set(row)  # fmt: skip
+
+
+def test_tensorboard_has_the_values_of_metrics_jsonl(unbroken):
+  from tensorboard.backend.event_processing import event_accumulator
+
+  events = event_accumulator.EventAccumulator(
+    str(unbroken), size_guidance={'tensors': 0}
+  )
+  events.Reload()
+  written = {
+    e.step: float(np.frombuffer(e.tensor_proto.tensor_content, np.float32)[0])
+    if e.tensor_proto.tensor_content
+    else e.tensor_proto.float_val[0]
+    for e in events.Tensors('train/loss')
+  }
+  expected = {
+    row['step']: np.float32(row['loss'])
+    for row in metrics.read_metrics(unbroken)
+    if row['split'] == 'train'
+  }
+  assert written == expected
+
+
+def test_a_directory_of_another_configuration_is_refused(unbroken):
+  with pytest.raises(config.ConfigError, match=r'seed: 0 -> 7') as error:
+    train.train(settings('batch_size=64,seed=7'), str(unbroken))
+  assert 'another --workdir' in str(error.value)
+
+
+def test_fields_that_do_not_alter_the_run_may_change(unbroken):
+  cfg = settings()
+  changed = dataclasses.replace(cfg, log_every_steps=3, max_steps=20)
+  train.train(changed, str(unbroken))  # nothing left to train
+
+
+def test_a_nonfinite_run_stops_with_the_example_ids(tmp_path):
+  cfg = settings(
+    optimizer__name='sgd',
+    optimizer__learning_rate=1e30,
+    schedule__warmup_epochs=0.0,
+    max_nonfinite_steps=3,
+  )
+  with pytest.raises(cli.NonFiniteError, match='3 steps in a row') as error:
+    train.train(cfg, str(tmp_path))
+  content = json.loads((tmp_path / 'nonfinite_steps.json').read_text())
+  steps = sorted(int(step) for step in content)
+  assert len(steps) == 3 and steps[-1] - steps[0] == 2
+  ids, _ = sampler.example_ids(cfg.seed, steps[0] - 1, 64, 1437)
+  assert content[str(steps[0])] == ids.tolist()
+  assert ', '.join(str(i) for i in ids[:8]) in str(error.value)
+  assert not list((tmp_path / 'checkpoints').glob('[0-9]*'))
+
+
+def test_missing_data_is_an_error_with_the_command(tmp_path):
+  cfg = settings(
+    dataset__name='cifar10', dataset__data_dir=str(tmp_path / 'none')
+  )
+  with pytest.raises(config.ConfigError, match='tfds build cifar10'):
+    train.train(cfg, str(tmp_path / 'run'))
+
+
+@pytest.mark.parametrize(
+  'field, value, message',
+  [
+    ('model', 'resnet9', "did you mean 'resnet"),
+    ('dataset.name', 'digit', "did you mean 'digits'"),
+    ('dataset.random_flip', True, 'mirrored'),
+    ('batch_size', 60, 'does not divide over 8 devices'),
+    ('dtype', 'float64', 'JAX_ENABLE_X64'),
+  ],
+)
+def test_wrong_settings_fail_before_anything_is_written(
+  field, value, message, tmp_path
+):
+  fields = {field.replace('.', '__'): value}
+  if field == 'batch_size':
+    fields['bn_group_size'] = 60
+  with pytest.raises(config.ConfigError, match=message):
+    train.train(settings(**fields), str(tmp_path / 'run'))
+  assert not (tmp_path / 'run').exists()
+
+
+def exit_code(monkeypatch, main, *argv):
+  monkeypatch.setattr(sys, 'argv', ['prog', *argv])
+  with pytest.raises(SystemExit) as exit_:
+    cli.run(main, 'usage')
+  return exit_.value.code
+
+
+CONFIG = f'--config={ROOT}/configs/digits.py'
+
+
+@pytest.mark.parametrize(
+  'argv, message',
+  [
+    ([], 'missing --config'),
+    ([CONFIG], 'missing --workdir'),
+    ([f'{CONFIG}x', '--workdir=w'], 'digits.pyx'),
+    ([CONFIG, '--workdir=w', '--config.attack.epz=1'], 'attack.epz'),
+    ([CONFIG, '--workdir=w', '--config.seed=x'], 'seed'),
+    ([CONFIG, '--wrkdir=w'], 'wrkdir'),
+    ([CONFIG, '--workdir=w', 'stray'], 'stray'),
+    ([f'{CONFIG}:metod=conadv', '--workdir=w'], "did you mean 'method'"),
+    ([f'{CONFIG}:method=conadw', '--workdir=w'], "did you mean 'conadv'"),
+    ([f'{CONFIG}:method=conadv_aa', '--workdir=w'], 'AutoAugment'),
+    ([CONFIG, '--workdir=w', '--config.attack.epsilon_px=-1.0'], '>= 0'),
+    ([CONFIG, '--workdir=w', '--config.staleness_steps=-1'], '>= 0'),
+    ([CONFIG, '--workdir=w', '--config.optimizer.name=adam'], 'optimizer.name'),
+  ],
+)
+def test_bad_usage_exits_with_2_and_says_why(
+  argv, message, monkeypatch, capsys
+):
+  assert exit_code(monkeypatch, train.main, *argv) == 2
+  assert message in capsys.readouterr().err
+
+
+def test_a_nonfinite_run_exits_with_4(monkeypatch, capsys):
+  def main(argv):
+    raise cli.NonFiniteError('5 steps in a row')
+
+  assert exit_code(monkeypatch, main) == 4
+  assert '5 steps in a row' in capsys.readouterr().err
+
+
+def test_evaluate_prints_a_table_and_adds_it_to_the_summary(unbroken, capsys):
+  rows = evaluate.evaluate(
+    ['prog', f'--workdir={unbroken}', '--config.eval.pgd_steps=2']
+  )
+  assert [row['attack'] for row in rows] == ['none', 'fgsm', 'pgd']
+  assert rows[0]['top1'] >= rows[1]['top1']
+  out = capsys.readouterr().out
+  assert '360 examples' in out and f'{rows[2]["top1"]:.2f}' in out
+  summary = json.loads((unbroken / 'summary.json').read_text())
+  assert summary['evaluations'] == rows
+  assert summary['top1'] == pytest.approx(rows[0]['top1'])
+  # The adversarial route gives other numbers, and is kept beside the others.
+  more = evaluate.evaluate(
+    ['prog', f'--workdir={unbroken}', '--config.eval.route=adv',
+     '--config.eval.attack=none']
+  )  # fmt: skip
+  assert more[0]['loss'] != rows[0]['loss']
+  summary = json.loads((unbroken / 'summary.json').read_text())
+  assert summary['evaluations'] == rows + more
+
+
+def test_evaluate_refuses_a_directory_without_a_run(tmp_path, monkeypatch):
+  argv = [f'--workdir={tmp_path}']
+  assert exit_code(monkeypatch, evaluate.evaluate, *argv) == 2
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(unbroken):
+  """360 examples: smaller, not a divisor, and larger than the split."""
+  results = []
+  for size in (8, 104, 512):
+    run = experiment.build(settings(eval__batch_size=size))
+    state = final_state(run, unbroken, 20)
+    source = train.datasets.load(run.spec, 'eval', '')
+    weights = evaluate.weights_of(run.config, state)
+    results.append(evaluate.Evaluator(run, source)(weights, 'fgsm'))
+  assert results[0]['top1'] == results[1]['top1'] == results[2]['top1']
+  np.testing.assert_allclose(
+    [r['loss'] for r in results], results[0]['loss'], rtol=1e-5
+  )  # sums of float32 in another order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_exits_with_42_and_the_rerun_finishes(number, tmp_path):
+  command = [
+    sys.executable, '-m', 'conadv_jax.train',
+    '--config=configs/digits.py:batch_size=32', f'--workdir={tmp_path}',
+    '--config.max_steps=120', '--config.log_every_steps=1',
+  ]  # fmt: skip
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
+  with subprocess.Popen(
+    command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+  ) as process:
+    for line in process.stdout:
+      if line.startswith('step 5/'):
+        process.send_signal(number)
+        break
+    rest = process.stdout.read()
+    assert process.wait(timeout=120) == 42, rest
+  steps = [int(p.name) for p in (tmp_path / 'checkpoints').glob('[0-9]*')]
+  assert len(steps) == 1 and 5 <= steps[0] < 120
+  assert not (tmp_path / 'summary.json').exists()
+  again = subprocess.run(
+    command, cwd=ROOT, env=environment, capture_output=True, text=True
+  )
+  assert again.returncode == 0, again.stderr
+  assert f'resumed at step {steps[0]}' in again.stdout
+  rows = metrics.read_metrics(tmp_path)
+  train_steps = [r['step'] for r in rows if r['split'] == 'train']
+  assert train_steps == list(range(1, 121))
