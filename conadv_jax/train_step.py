@@ -239,7 +239,7 @@ def make_attack_stats_fn(config: Config, spec: DatasetSpec, apply_fn: ApplyFn):
 def pending_perturbation(
   config: Config, step_fn: StepFn, state: TrainState, batch: Batch
 ) -> TrainState:
-  """`state` with delta_t made again, from batch_t and theta_{t - tau}.
+  """`state` with delta_t made (again), from batch_t and theta_{t - tau}.
 
   Runs `step_fn`, the compiled step that trains, as step t - 1 from the oldest
   snapshot and discards its update: only the same program gives the same bits.
@@ -254,6 +254,10 @@ def pending_perturbation(
   )
   if config.staleness_steps == 1:
     past = past.replace(params=oldest.params, batch_stats=oldest.batch_stats)
+  if past.perturbation is None:  # restored: its value is not read, its shape is
+    image = batch['clean']
+    blank = jnp.zeros(image.shape, config.dtype, device=image.sharding)
+    past = past.replace(perturbation=blank)
   past = jax.tree.map(jnp.copy, past)  # the step donates: no buffer may be twice
   return state.replace(perturbation=step_fn(past, batch, batch)[0].perturbation)
 

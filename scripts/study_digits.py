@@ -25,7 +25,7 @@ from conadv_jax import config, train  # noqa: E402
 
 COLUMNS = (
   'method', 'batch_size', 'seed', 'steps', 'epochs', 'top1', 'top1_fgsm',
-  'top1_pgd', 'epsilon_px', 'images_per_sec', 'seconds',
+  'top1_pgd', 'epsilon_px',
 )  # fmt: skip
 
 

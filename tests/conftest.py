@@ -17,12 +17,8 @@ for _path in (_TESTS, _TESTS.parent):
     sys.path.insert(0, str(_path))
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture
 def x64():
-  """64-bit types while the tests of a module, or what asks for it, run.
-
-  Programs that were compiled with this on do not run with it off, so a module
-  asks for it as a whole: `pytestmark = pytest.mark.usefixtures('x64')`.
-  """
+  """64-bit types during a test; what it compiles runs with this on only."""
   with jax.enable_x64(True):
     yield

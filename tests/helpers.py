@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -206,3 +208,67 @@ def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
 def bits(tree: Any) -> list[bytes]:
   """The bytes of every leaf: equal only where nan equals nan, too."""
   return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """One line of compiled HLO text."""
+
+  name: str
+  kind: str  # e.g. 'all-reduce'
+  shapes: tuple[tuple[int, ...], ...]  # one, or those of a tuple
+  operands: tuple[str, ...]
+  source: str  # op_name: of a parameter, the argument it is
+  is_root: bool
+
+
+_INSTRUCTION = re.compile(
+  r'\s*(?P<root>ROOT )?%(?P<name>[\w.-]+) = (?P<type>.*?) (?P<kind>[\w-]+)'
+  r'\((?P<operands>[^)]*)\)(?P<rest>.*)'
+)
+
+
+def instructions(hlo: str) -> Iterator[Instruction]:
+  """The instructions of all computations of a compiled program."""
+  for match in filter(None, map(_INSTRUCTION.match, hlo.splitlines())):
+    shapes = re.findall(r'[a-z]\w*\[([\d,]*)\]', match['type'])
+    source = re.search(r'op_name="((?:[^"\\]|\\.)*)"', match['rest'])
+    yield Instruction(
+      name=match['name'],
+      kind=match['kind'],
+      shapes=tuple(tuple(map(int, filter(None, s.split(',')))) for s in shapes),
+      operands=tuple(re.findall(r'%([\w.-]+)', match['operands'])),
+      source=source[1].replace('\\', '') if source else '',
+      is_root=match['root'] is not None,
+    )
+
+
+_COLLECTIVE = re.compile(
+  '(all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|'
+  'ragged-all-to-all|collective-broadcast)(-start)?'
+)
+
+
+def collectives(hlo: str) -> list[Instruction]:
+  """Every instruction that talks to other devices."""
+  return [i for i in instructions(hlo) if _COLLECTIVE.fullmatch(i.kind)]
+
+
+class Entry:
+  """The data flow of the entry computation of a compiled program."""
+
+  def __init__(self, hlo: str):
+    start = hlo.index('\nENTRY ')
+    found = list(instructions(hlo[start : hlo.index('\n}', start)]))
+    self._by_name = {i.name: i for i in found}
+    (self.root,) = (i for i in found if i.is_root)
+
+  def ancestors(self, names: Iterable[str]) -> list[Instruction]:
+    """What the instructions `names` are computed from, and themselves."""
+    seen, todo = {}, list(names)
+    while todo:
+      name = todo.pop()
+      if name not in seen:
+        seen[name] = self._by_name[name]
+        todo.extend(seen[name].operands)
+    return list(seen.values())

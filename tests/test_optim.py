@@ -291,7 +291,7 @@ def test_logged_trust_ratios_are_those_that_the_optimizer_applies(denominator):
     params, grads = nested(draw_params()), nested(draw_grads(0))
     tx = optim.make_optimizer(config, lambda _: 1.0)
     updates, _ = tx.update(grads, tx.init(params), params)
-    logged = optim.kernel_trust_ratios(config, grads, params)
+    logged = np.asarray(optim.kernel_trust_ratios(config, grads, params))
   names = optim.kernel_names(params)
   assert names == [path for path in sorted(SHAPES) if path.endswith('kernel')]
   assert logged.shape == (len(names),)

@@ -27,8 +27,9 @@ def rates(steps_of, warmup=10, total=110, decay=30, **changes):
     Steps(total=total, stop=total, warmup=warmup, decay=decay, per_epoch=1.0),
     PEAK,
   )
-  # Under jit and for an array of int32, as the optimizer's count comes.
-  return jax.jit(jax.vmap(schedule))(np.array(steps_of, np.int32))
+  # int64 counts, for float64: 1 - k / D cancels near the end.
+  with jax.enable_x64(True):
+    return np.asarray(jax.jit(jax.vmap(schedule))(np.array(steps_of)))
 
 
 def test_warmup_is_linear_from_zero_to_the_peak():
@@ -40,31 +41,46 @@ def test_warmup_is_linear_from_zero_to_the_peak():
 @pytest.mark.parametrize(
   'power, end, expected',
   [
-    # 60: half of the decay is left; 109: a hundredth.
-    (2.0, 0.0, [4.0, 1.0, 4e-4, 0.0]),
-    (2.0, 0.5, [4.0, 0.5 + 3.5 / 4, 0.5 + 3.5e-4, 0.5]),
-    (1.0, 0.0, [4.0, 2.0, 0.04, 0.0]),
-    # 0.5 ** 1.6 = 0.3298770, 0.01 ** 1.6 = 6.309573e-4
-    (1.6, 0.0, [4.0, 1.319508, 2.523829e-3, 0.0]),
-    (1.6, 1e-4, [4.0, 1.319575, 2.623766e-3, 1e-4]),
+    # 60: half of the decay is left; 109, the last update: a hundredth.
+    (2.0, 0.0, [4.0, 1.0, 4e-4]),
+    (2.0, 0.5, [4.0, 0.5 + 3.5 / 4, 0.5 + 3.5e-4]),
+    (1.0, 0.0, [4.0, 2.0, 0.04]),
+    # 0.5 ** 1.6 = 0.329876978, 0.01 ** 1.6 = 6.30957344e-4
+    (1.6, 0.0, [4.0, 1.31950791, 2.52382937e-3]),
+    (1.6, 1e-4, [4.0, 1.31957492, 2.62376628e-3]),
   ],
 )
 def test_polynomial_knots(power, end, expected):
-  actual = rates([10, 60, 109, 110], power=power, end_learning_rate=end)
-  np.testing.assert_allclose(actual, expected, 2e-6, 1e-9)
+  actual = rates([10, 60, 109], power=power, end_learning_rate=end)
+  np.testing.assert_allclose(actual, expected, 1e-6)
+
+
+@pytest.mark.parametrize('power', [1.6, 2.0])
+@pytest.mark.parametrize('total', [10, 100, 1173])
+def test_polynomial_ends_at_its_end_in_float32(power, total):
+  # No update of a run has this rate, but a restored run may ask for it. Where
+  # rounding makes 1 - D / D negative, a power of it is not a number.
+  schedule = make_schedule(
+    dataclasses.replace(POLYNOMIAL, power=power, end_learning_rate=0.5),
+    Steps(total=total, stop=total, warmup=0, decay=1, per_epoch=1.0),
+    PEAK,
+  )
+  after = np.array([total, total + 1], np.int32)
+  actual = jax.jit(jax.vmap(schedule))(after)
+  np.testing.assert_allclose(actual, [0.5, 0.5], 1e-6)
 
 
 @pytest.mark.parametrize(
   'end, expected',
   [
     # cos at 0, 45, 90 and 180 degrees
-    (0.0, [4.0, 3.414214, 2.0, 0.0]),
-    (1.0, [4.0, 3.560660, 2.5, 1.0]),
+    (0.0, [4.0, 3.41421356, 2.0, 0.0]),
+    (1.0, [4.0, 3.56066017, 2.5, 1.0]),
   ],
 )
 def test_cosine_knots(end, expected):
   actual = rates([10, 35, 60, 110], name='cosine', end_learning_rate=end)
-  np.testing.assert_allclose(actual, expected, 1e-6, 1e-6)
+  np.testing.assert_allclose(actual, expected, 1e-6, 1e-12)
 
 
 def test_exponential_is_a_staircase_counted_from_the_end_of_the_warmup():
@@ -82,7 +98,7 @@ def test_exponential_is_a_staircase_counted_from_the_end_of_the_warmup():
 )
 def test_without_warmup_the_first_update_has_the_peak(name, expected):
   actual = rates([0, 50, 99], warmup=0, total=100, name=name)
-  np.testing.assert_allclose(actual, expected, 1e-5, 1e-7)
+  np.testing.assert_allclose(actual, expected, 1e-6, 1e-12)
 
 
 @pytest.mark.parametrize('name', ['polynomial', 'cosine', 'exponential'])
@@ -94,7 +110,7 @@ def test_warmup_may_last_for_the_whole_run(name):
 @pytest.mark.parametrize('name', ['polynomial', 'cosine', 'exponential'])
 @pytest.mark.parametrize('warmup', [0, 1, 10])
 def test_rates_rise_to_the_peak_once_and_never_again(name, warmup):
-  actual = np.asarray(rates(range(110), name=name, warmup=warmup))
+  actual = rates(range(110), name=name, warmup=warmup)
   assert actual.argmax() == warmup and actual.max() == PEAK
   assert (np.diff(actual[:warmup]) > 0).all()
   assert (np.diff(actual[warmup:]) <= 0).all()

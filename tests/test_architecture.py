@@ -1,0 +1,232 @@
+"""What the source must keep to: import order, sharding, TensorFlow, length."""
+
+import ast
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import conadv_jax
+
+PACKAGE = pathlib.Path(conadv_jax.__file__).parent
+# A module imports only from those above it.
+ORDER = (
+  'config',
+  'mesh',
+  'data',
+  'models',
+  'losses',
+  'schedules',
+  'optim',
+  'attack',
+  'state',
+  'train_step',
+  'experiment',
+  'checkpoint',
+  'metrics',
+  'plots',
+  'cli',
+  'workdir',
+  'evaluate',
+  'train',
+)
+# These are narrower than their place in the order allows.
+MAY_IMPORT = {'data': {'config'}, 'models': {'config'}}
+SHARDING = {'Mesh', 'NamedSharding', 'PartitionSpec', 'make_mesh', 'P'}
+MAX_LINES = 60
+MAX_LINES_OF_THE_LOOP = 150
+
+SOURCES = {
+  path.relative_to(PACKAGE.parent).with_suffix('').as_posix(): path.read_text(
+    encoding='utf-8'
+  )
+  for path in sorted(PACKAGE.rglob('*.py'))
+}
+
+
+def component(module):
+  """'conadv_jax/data/sampler' or 'conadv_jax.data.sampler' -> 'data'."""
+  parts = module.replace('/', '.').split('.')
+  return parts[1] if len(parts) > 1 else '__init__'
+
+
+def imported(source):
+  """Dotted names that `source` imports, also inside of functions.
+
+  `from a import b` gives a.b: of this package, b is a module or the name of
+  something in one, and both are of the same component.
+  """
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, 'relative imports hide what is imported'
+      yield from (f'{node.module}.{alias.name}' for alias in node.names)
+
+
+def order_violations(module, source):
+  """Messages about the imports of `module` from this package."""
+  importer = component(module)
+  if importer not in (*ORDER, '__init__'):
+    yield f'{module} is new: add {importer!r} to ORDER in this file'
+    return
+  for name in imported(source):
+    if name.split('.')[0] != 'conadv_jax':
+      continue
+    target = component(name)
+    if importer == '__init__':
+      yield f'{module} imports {name}: importing the package loads nothing'
+    elif target not in ORDER:
+      yield f'{module} imports {name}: add {target!r} to ORDER in this file'
+    elif target != importer:
+      above = ORDER[: ORDER.index(importer)]
+      if target not in MAY_IMPORT.get(importer, above):
+        yield f'{module} imports {name}, which is not above it'
+
+
+def tensorflow_violations(module, source):
+  if component(module) != 'data':
+    for name in imported(source):
+      if name.split('.')[0] in ('tensorflow', 'tensorflow_datasets'):
+        yield f'{module} imports {name}: only conadv_jax.data may'
+
+
+def sharding_violations(module, source):
+  """Everything of jax that makes a mesh or a sharding, by its own name."""
+  if component(module) == 'mesh':
+    return
+  for name in imported(source):
+    if name.split('.')[0] == 'jax' and name.split('.')[-1] in SHARDING:
+      yield f'{module} imports {name}'
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Attribute):
+      name = ast.unparse(node)
+      # `jax.sharding.Mesh` may be the type of an argument.
+      if name.startswith('jax.') and node.attr in SHARDING - {'Mesh'}:
+        yield f'{module} names {name}'
+    elif isinstance(node, ast.Call):
+      name = ast.unparse(node.func)
+      if name.split('.')[-1] in SHARDING - {'make_mesh', 'P'}:
+        yield f'{module} calls {name}'
+
+
+def banned_violations(module, source):
+  banned = {'pickle', 'cloudpickle', 'dill', 'pmap'}
+  for name in imported(source):
+    if banned & set(name.split('.')):
+      yield f'{module} imports {name}'
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Attribute) and node.attr == 'pmap':
+      yield f'{module} uses {ast.unparse(node)}'
+
+
+def length_violations(module, source):
+  functions = ast.FunctionDef | ast.AsyncFunctionDef
+  long = []
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, functions):
+      lines = node.end_lineno - node.lineno + 1
+      if lines > MAX_LINES:
+        long.append((lines, node.name))
+  # The loop reads from top to bottom, so it may be one long function.
+  if component(module) == 'train' and len(long) == 1:
+    long = [f for f in long if f[0] > MAX_LINES_OF_THE_LOOP]
+  for lines, name in long:
+    yield f'{module}: {name} has {lines} lines'
+
+
+CHECKS = [
+  order_violations,
+  tensorflow_violations,
+  sharding_violations,
+  banned_violations,
+  length_violations,
+]
+
+
+@pytest.mark.parametrize('check', CHECKS, ids=lambda check: check.__name__)
+def test_the_package_has_none_of_the(check):
+  found = [m for name, source in SOURCES.items() for m in check(name, source)]
+  assert not found, '\n'.join(found)
+
+
+LONG = 'def f():\n' + '  x = 1\n' * 60
+
+
+@pytest.mark.parametrize(
+  'check, module, source',
+  [
+    (order_violations, 'mesh', 'from conadv_jax import state'),
+    (order_violations, 'mesh', 'import conadv_jax.state'),
+    (order_violations, 'attack', 'from conadv_jax.state import Stream'),
+    (order_violations, 'attack', 'def f():\n  from conadv_jax import train'),
+    (order_violations, 'data/sampler', 'from conadv_jax import mesh'),
+    (order_violations, 'models/norm', 'from conadv_jax.data import datasets'),
+    (order_violations, 'config', 'from conadv_jax import helpers'),
+    (order_violations, 'brand_new', ''),
+    (order_violations, '__init__', 'from conadv_jax import config'),
+    (tensorflow_violations, 'train', 'import tensorflow as tf'),
+    (tensorflow_violations, 'train', 'from tensorflow.io import gfile'),
+    (tensorflow_violations, 'state', 'def f():\n  import tensorflow_datasets'),
+    (sharding_violations, 'state', 'from jax.sharding import NamedSharding'),
+    (sharding_violations, 'state', 'from jax import P'),
+    (sharding_violations, 'state', 'import jax\njax.make_mesh((1,), "x")'),
+    (sharding_violations, 'state', 'jax.sharding.PartitionSpec("data")'),
+    (sharding_violations, 'state', 'jax.sharding.Mesh(devices, ("data",))'),
+    (banned_violations, 'state', 'import pickle'),
+    (banned_violations, 'data/cache', 'from pickle import dumps'),
+    (banned_violations, 'state', 'from jax import pmap'),
+    (banned_violations, 'state', 'jax.pmap(f)'),
+    (length_violations, 'state', LONG),
+    (length_violations, 'train', LONG + LONG),
+    (length_violations, 'train', LONG + '  x = 1\n' * 90),
+  ],
+)
+def test_the_checks_find_what_they_look_for(check, module, source):
+  assert list(check(f'conadv_jax/{module}', source))
+
+
+@pytest.mark.parametrize(
+  'check, module, source',
+  [
+    (order_violations, 'attack', 'from conadv_jax.config import Attack'),
+    (order_violations, 'data/sampler', 'from conadv_jax.data import datasets'),
+    (order_violations, 'train', 'import conadv_jax.evaluate'),
+    (tensorflow_violations, 'data/pipeline', 'import tensorflow as tf'),
+    (sharding_violations, 'experiment', 'mesh: jax.sharding.Mesh'),
+    (sharding_violations, 'experiment', 'mesh = mesh_lib.make_mesh(64, 8)'),
+    (sharding_violations, 'mesh', 'from jax.sharding import NamedSharding'),
+    (length_violations, 'state', LONG.replace('  x = 1\n', '', 1)),
+    (length_violations, 'train', LONG),
+  ],
+)
+def test_the_checks_let_pass_what_is_allowed(check, module, source):
+  assert not list(check(f'conadv_jax/{module}', source))
+
+
+def test_a_new_module_is_told_where_to_go():
+  (message,) = order_violations('conadv_jax/brand_new', '')
+  assert "add 'brand_new' to ORDER" in message
+
+
+def test_the_step_loads_neither_tensorflow_nor_plotting():
+  code = (
+    'import json, sys; import conadv_jax.experiment; '
+    'print(json.dumps(sorted({m.split(".")[0] for m in sys.modules})))'
+  )
+  process = subprocess.run(
+    [sys.executable, '-c', code],
+    env=os.environ | {'PYTHONPATH': str(PACKAGE.parent)},
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert process.returncode == 0, process.stderr
+  loaded = set(json.loads(process.stdout.splitlines()[-1]))
+  assert {'jax', 'flax', 'optax', 'conadv_jax'} <= loaded
+  heavy = {'tensorflow', 'tensorflow_datasets', 'clu', 'matplotlib'}
+  assert not loaded & heavy
