@@ -26,9 +26,12 @@ INSTALL_REQUIRES = [
   # Record files of prepared datasets: tfds asks for it on Linux only, and
   # there are no wheels for Windows.
   "array_record>=0.8; sys_platform != 'win32'",
-  # The jax that an older Python can take is chosen by pip: 0.10 on 3.11.
   'clu>=0.0.12',
+  'etils[epath]>=1.7',
   'flax>=0.12',
+  # tfds 4.9.10 imports it when it prepares a data set, without asking for it.
+  'importlib_resources>=6.0',
+  # The jax that an older Python can take is chosen by pip: 0.10 on 3.11.
   'jax>=0.10',
   'matplotlib>=3.9',
   'ml_collections>=1.0',

@@ -56,5 +56,3 @@ class Checkpoints:
 
   def close(self) -> None:
     self._manager.close()
-
-

@@ -99,7 +99,9 @@ def _fail(message: str, code: int) -> None:
 
 def _reject_positional(rest: Sequence[str]) -> None:
   if rest[1:]:
-    raise ConfigError(f'unexpected argument {rest[1]!r}; flags are --name=value')
+    raise ConfigError(
+      f'unexpected argument {rest[1]!r}; flags are --name=value'
+    )
 
 
 def _unknown_override(argv: Sequence[str]) -> ConfigError | None:

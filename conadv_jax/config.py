@@ -16,7 +16,7 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-  """A setting is wrong; the message names field, value and fix (exit code 2)."""
+  """A wrong setting; the message names field, value and fix. Exit code 2."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
@@ -24,7 +24,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
   known = sorted(known)
   near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
   hint = f'did you mean {near[0]!r}? ' if near else ''
-  return ConfigError(f'unknown {kind} {name!r}; {hint}known: {", ".join(known)}')
+  return ConfigError(
+    f'unknown {kind} {name!r}; {hint}known: {", ".join(known)}'
+  )
 
 
 def _check(ok: bool, field: str, value: Any, fix: str) -> None:
@@ -321,9 +323,7 @@ class Config:
   def __post_init__(self):
     _check_choice('method', self.method, METHODS)
     _check_choice('dtype', self.dtype, ('float32', 'bfloat16', 'float64'))
-    _check(
-      0 <= self.seed < 2**31, 'seed', self.seed, 'must be in [0, 2**31)'
-    )
+    _check(0 <= self.seed < 2**31, 'seed', self.seed, 'must be in [0, 2**31)')
     _check(self.batch_size >= 1, 'batch_size', self.batch_size, 'must be >= 1')
     _check(self.epochs > 0, 'epochs', self.epochs, 'must be > 0')
     _check(
@@ -482,8 +482,8 @@ def from_config_dict(values: Mapping[str, Any]) -> Config:
   config = _build(Config, values, '')
   if any(view == 'aa' for view, _ in config.views):
     raise ConfigError(
-      f'method={config.method!r}: AutoAugment is not in the input pipeline yet; '
-      "use 'baseline', 'disadv' or 'conadv'"
+      f'method={config.method!r}: AutoAugment is not in the input pipeline '
+      "yet; use 'baseline', 'disadv' or 'conadv'"
     )
   return config
 

@@ -75,9 +75,7 @@ def make_eval_fn(
       'loss': jnp.where(mask, loss, 0).sum(),
     }
 
-  return jax.jit(
-    eval_fn, out_shardings=mesh_lib.replicated(experiment.mesh)
-  )
+  return jax.jit(eval_fn, out_shardings=mesh_lib.replicated(experiment.mesh))
 
 
 def attacked(
@@ -263,7 +261,9 @@ def _add_to_summary(path: epath.Path, rows: list[dict[str, Any]]) -> None:
 
   new = [kind(row) for row in rows]
   old = [r for r in summary.get('evaluations', []) if kind(r) not in new]
-  workdir.write_json(path / 'summary.json', {**summary, 'evaluations': old + rows})
+  workdir.write_json(
+    path / 'summary.json', {**summary, 'evaluations': old + rows}
+  )
 
 
 if __name__ == '__main__':

@@ -110,7 +110,12 @@ class Experiment:
     config = self.config
     key = stream_key(config.seed, Stream.INIT, 0)
     routes = tuple(range(len(config.routes)))
-    image = (1, len(routes), mesh_lib.bn_span(self.mesh), *self.spec.image_shape)
+    image = (
+      1,
+      len(routes),
+      mesh_lib.bn_span(self.mesh),
+      *self.spec.image_shape,
+    )
     variables = self.model.init(key, jnp.zeros(image), routes, True)
     now = Snapshot(variables['params'], variables['batch_stats'])
     zero = jnp.zeros((), jnp.int32)

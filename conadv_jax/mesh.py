@@ -73,7 +73,9 @@ def local_positions(mesh: Mesh, groups: int, group_size: int) -> np.ndarray:
   """
   shape = (groups, group_size)
   blocks = batch_sharding(mesh).addressable_devices_indices_map(shape).values()
-  blocks = {tuple(s.indices(n) for s, n in zip(b, shape)) for b in blocks}
+  blocks = {
+    tuple(s.indices(n) for s, n in zip(b, shape, strict=True)) for b in blocks
+  }
   rows, columns = (
     np.concatenate([np.arange(*s) for s in sorted({b[axis] for b in blocks})])
     for axis in (0, 1)

@@ -144,8 +144,10 @@ def kernel_trust_ratios(
   config: Optimizer, grads: Params, params: Params
 ) -> jax.Array:
   """LARS trust ratios of all kernels: [L]."""
-  mask = jax.tree.leaves(kernel_mask(params))
-  pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(params))
+  leaves = zip(
+    *(jax.tree.leaves(tree) for tree in (grads, params, kernel_mask(params))),
+    strict=True,
+  )
   return jnp.stack(
-    [trust_ratio(config, g, w) for (g, w), kernel in zip(pairs, mask) if kernel]
+    [trust_ratio(config, g, w) for g, w, kernel in leaves if kernel]
   )

@@ -14,15 +14,24 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from conadv_jax import cli, config, evaluate, experiment, metrics, optim
-from conadv_jax import plots, workdir
+from conadv_jax import (
+  cli,
+  config,
+  evaluate,
+  experiment,
+  metrics,
+  optim,
+  plots,
+  workdir,
+)
+from conadv_jax import mesh as mesh_lib
 from conadv_jax.checkpoint import Checkpoints
 from conadv_jax.config import Config
 from conadv_jax.data import datasets, pipeline, sampler
@@ -31,7 +40,6 @@ from conadv_jax.state import TrainState
 from conadv_jax.train_step import (
   Metrics,
   make_attack_stats_fn,
-  normalize,
   pending_perturbation,
 )
 
@@ -233,7 +241,9 @@ def _batches(
     crop_padding_px=settings.dataset.crop_padding_px,
     random_flip=settings.dataset.random_flip,
   )
-  return pipeline.Prefetcher(local, run.put_batch, expected=count)
+  return pipeline.Prefetcher(
+    local, run.put_batch, expected=count, start_step=start
+  )
 
 
 def _compile(run: Experiment):
@@ -357,7 +367,9 @@ def _draw(
 
   attack = evaluate.eval_attack(settings, 'fgsm')
   weights = evaluate.weights_of(settings, state)
-  clean, labels = source.images[:12], source.labels[:12]
+  span = mesh_lib.bn_span(run.mesh)
+  count = -(-12 // span) * span
+  clean, labels = source.images[:count], source.labels[:count]
   delta, logits = evaluate.attacked(run, attack, weights, clean, labels)
   names = [[str(i) for i in row.argmax(-1)] for row in logits]
   plots.adversarial_grid(

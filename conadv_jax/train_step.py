@@ -85,10 +85,10 @@ def make_train_step(
   tx: optax.GradientTransformation,
   schedule: optax.Schedule,
 ) -> StepFn:
-  """The pure function (state_t, batch_t, batch_{t+1}) -> (state_{t+1}, metrics).
+  """The function (state_t, batch_t, batch_{t+1}) -> (state_{t+1}, metrics).
 
-  Not jitted here: whoever runs or audits it jits the same function. Where
-  tau = 0, or nothing is adversarial, batch_{t+1} is not read.
+  Pure, and not jitted here: whoever runs or audits it jits this very function.
+  Where tau = 0, or nothing is adversarial, batch_{t+1} is not read.
 
   An update whose loss or gradient norm is not finite is not applied: weights,
   statistics, optimizer and averages stay as they were, the step is counted, and
@@ -149,7 +149,7 @@ def _make_update(config, spec, apply_fn, tx):
     smoothing = config.loss.label_smoothing
     loss_V = losses.cross_entropy(logits, labels_GVb, smoothing).mean((0, 2))
     top1_V = 100 * losses.top1(logits, labels_GVb).mean((0, 2))
-    loss = sum(w * l for w, l in zip(weights, loss_V, strict=True))
+    loss = jnp.dot(jnp.array(weights, loss_V.dtype), loss_V)
     return loss, (loss_V, top1_V, stats)
 
   def update(state, batch, delta, attack_stats):
@@ -221,7 +221,9 @@ def make_attack_stats_fn(config: Config, spec: DatasetSpec, apply_fn: ApplyFn):
     variables = {'params': now.params, 'batch_stats': now.batch_stats}
 
     def loss(delta):
-      pixels = batch['clean'].astype(_wide(config)) + delta.astype(_wide(config))
+      pixels = batch['clean'].astype(_wide(config)) + delta.astype(
+        _wide(config)
+      )
       x = normalize(spec, jnp.clip(pixels, 0, 255))[:, None]
       logits, _ = apply_fn(variables, x, route, config.attack.train_mode)
       return losses.cross_entropy(logits[:, 0], batch['label']).mean()
@@ -258,7 +260,9 @@ def pending_perturbation(
     image = batch['clean']
     blank = jnp.zeros(image.shape, config.dtype, device=image.sharding)
     past = past.replace(perturbation=blank)
-  past = jax.tree.map(jnp.copy, past)  # the step donates: no buffer may be twice
+  past = jax.tree.map(
+    jnp.copy, past
+  )  # the step donates: no buffer may be twice
   return state.replace(perturbation=step_fn(past, batch, batch)[0].perturbation)
 
 

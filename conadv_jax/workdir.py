@@ -42,7 +42,9 @@ def prepare(workdir: str, experiment: Experiment) -> epath.Path:
   try:
     path.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise ConfigError(f'workdir={workdir!r}: cannot be made: {error}') from error
+    raise ConfigError(
+      f'workdir={workdir!r}: cannot be made: {error}'
+    ) from error
   if (path / 'config.json').exists():
     _check_same(path, experiment.config)
   if jax.process_index() == 0:

@@ -1,4 +1,4 @@
-r"""Trains the baseline and ConAdv on digits at a large batch, and compares them.
+r"""Trains the baseline and ConAdv on digits at a large batch; compares them.
 
 Run:  python scripts/quickstart.py [--output=runs/quickstart] [--batch_size=320]
 
@@ -58,8 +58,9 @@ def report(summaries: dict[str, dict]) -> str:
   """A table: accuracy, robust accuracy and time per step of each method."""
   epsilon = summaries['conadv']['robust_epsilon_px']
   lines = [
-    f'{"method":<10}{"clean top-1 %":>15}'
-    f'{f"FGSM top-1 % ({epsilon:g} px)":>26}{"ms per step":>13}'
+    'method      clean top-1 %'
+    + f'FGSM top-1 % ({epsilon:g} px)'.rjust(26)
+    + 'ms per step'.rjust(13)
   ]
   step_ms = {}
   for method, s in summaries.items():

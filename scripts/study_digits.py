@@ -20,8 +20,8 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from configs import digits  # noqa: E402
-from conadv_jax import config, train  # noqa: E402
+from conadv_jax import config, train
+from configs import digits
 
 COLUMNS = (
   'method', 'batch_size', 'seed', 'steps', 'epochs', 'top1', 'top1_fgsm',
@@ -88,12 +88,14 @@ def read_rows(runs: pathlib.Path) -> list[dict]:
   for path in runs.glob('*/summary.json'):
     s = json.loads(path.read_text())
     robust = s['robust_top1_by_attack']
-    rows.append({
-      **{name: s[name] for name in COLUMNS if name in s},
-      'top1_fgsm': robust['fgsm'],
-      'top1_pgd': robust['pgd'],
-      'epsilon_px': s['robust_epsilon_px'],
-    })
+    rows.append(
+      {
+        **{name: s[name] for name in COLUMNS if name in s},
+        'top1_fgsm': robust['fgsm'],
+        'top1_pgd': robust['pgd'],
+        'epsilon_px': s['robust_epsilon_px'],
+      }
+    )
   order = {'baseline': 0, 'disadv': 1, 'conadv': 2}
   return sorted(
     rows, key=lambda r: (order[r['method']], r['batch_size'], r['seed'])
@@ -105,9 +107,9 @@ def write_csv(rows: list[dict], path: pathlib.Path) -> None:
     writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
     writer.writeheader()
     for row in rows:
-      writer.writerow({
-        k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()
-      })
+      writer.writerow(
+        {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+      )
 
 
 def groups_of(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
@@ -136,9 +138,7 @@ def make_table(rows: list[dict]) -> str:
       for size in sizes:
         values = [row[name] for row in groups.get((method, size), [])]
         spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
-        cells.append(
-          f'{np.mean(values):.2f} ± {spread:.2f}' if values else '-'
-        )
+        cells.append(f'{np.mean(values):.2f} ± {spread:.2f}' if values else '-')
       lines.append(f'| {method} | ' + ' | '.join(cells) + ' |')
     lines.append('')
   return '\n'.join(lines)
@@ -160,7 +160,9 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
       sizes = sorted(s for m, s in groups if m == method)
       values = [[r[name] for r in groups[method, s]] for s in sizes]
       mean = np.array([np.mean(v) for v in values])
-      spread = np.array([np.std(v, ddof=1) if len(v) > 1 else 0 for v in values])
+      spread = np.array(
+        [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
+      )
       axis.errorbar(
         sizes, mean, spread, label=method, color=color, marker='o', capsize=3
       )

@@ -1,10 +1,12 @@
 """Data sets are read whole or refused; batches depend on (seed, step) only."""
 
 import dataclasses
+import errno
 import gzip
 import hashlib
 import importlib.util
 import itertools
+import os
 import pathlib
 import shutil
 import socket
@@ -204,6 +206,21 @@ def test_the_second_to_finish_digits_drops_its_copy(
   assert [path.name for path in (tmp_path / 'digits').iterdir()] == ['1.0.0']
 
 
+def test_digits_appear_whole_or_not_at_all(tmp_path, monkeypatch):
+  target = tmp_path / 'digits' / '1.0.0'
+  rename = os.rename
+
+  def full_disk(source, destination, **kwargs):
+    if pathlib.Path(destination) == target:
+      raise OSError(errno.ENOSPC, 'No space left on device')
+    rename(source, destination, **kwargs)
+
+  monkeypatch.setattr(os, 'rename', full_disk)
+  with pytest.raises(config.ConfigError, match='No space left'):
+    datasets.load(DIGITS, 'eval', str(tmp_path))
+  assert list((tmp_path / 'digits').iterdir()) == []
+
+
 def test_a_data_dir_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(config.ConfigError, match='cannot write .*/file/digits'):
@@ -315,13 +332,13 @@ def test_another_data_set_of_that_name_is_refused(data_dir, change, message):
 
 
 def test_the_newest_version_is_read(broken_dir):
-  for version in ('0.9.0', '0.10.0'):
-    (broken_dir.parent / version).mkdir()
-  root = str(broken_dir.parents[1])
-  assert datasets.load(MANUAL, 'eval', root).num_examples == 360
-  (broken_dir.parent / '1.0.1').mkdir()
-  with pytest.raises(config.ConfigError, match=r'digits/1\.0\.1 is half'):
-    datasets.load(MANUAL, 'eval', root)
+  root = broken_dir.parents[1]
+  (root / 'digits' / '0.9.0').mkdir()
+  broken_dir.rename(root / 'digits' / '0.10.0')
+  assert datasets.load(MANUAL, 'eval', str(root)).num_examples == 360
+  (root / 'digits' / '0.10.1').mkdir()
+  with pytest.raises(config.ConfigError, match=r'digits/0\.10\.1 is half'):
+    datasets.load(MANUAL, 'eval', str(root))
 
 
 @pytest.mark.parametrize('label', [-1, 10])
@@ -477,6 +494,19 @@ def test_images_are_flipped_only_when_asked():
       )
 
 
+def test_each_op_has_a_stream_of_its_own(monkeypatch):
+  streams = []
+  op_seed = preprocess.op_seed
+
+  def record(seed, stream):
+    streams.append(stream)
+    return op_seed(seed, stream)
+
+  monkeypatch.setattr(preprocess, 'op_seed', record)
+  train(make_source(3), num_steps=1)
+  assert len(streams) == len(set(streams)) == 2
+
+
 def test_two_runs_are_equal_and_two_seeds_are_not():
   source = make_source(50)
   first = train(source, batch_size=16, num_steps=12)
@@ -534,6 +564,26 @@ def test_augmentation_is_keyed_by_epoch_and_id_not_by_place():
   assert len({small[0, epoch] for epoch in range(6)}) >= 4
 
 
+def test_slow_examples_keep_their_places():
+  """Also: the pipeline needs `num_examples` and `lookup`, no arrays."""
+
+  class SlowSource:
+    num_examples = 20
+
+    def lookup(self, example_id):
+      def read(i):
+        time.sleep(0.02 * (i % 2))
+        return np.full((2, 2, 1), i, np.uint8), np.int32(i)
+
+      image, label = tf.numpy_function(read, [example_id], [tf.uint8, tf.int32])
+      return tf.ensure_shape(image, (2, 2, 1)), tf.ensure_shape(label, ())
+
+  for step, batch in enumerate(train(SlowSource(), crop_padding_px=0)):
+    ids, _ = sampler.example_ids(5, step, 4, 20)
+    assert batch['label'].tolist() == ids.tolist()
+    assert batch['clean'][:, 0, 0, 0].tolist() == ids.tolist()
+
+
 def test_a_batch_may_exceed_the_data_set():
   batches = train(make_source(3), batch_size=10, num_steps=3)
   labels = np.concatenate([batch['label'] for batch in batches])
@@ -545,14 +595,23 @@ def test_batch_of_one():
   assert sorted(int(batch['label'][0]) for batch in batches) == [0, 1, 2]
 
 
-def test_gpus_are_hidden_from_tensorflow(monkeypatch):
+def test_gpus_are_hidden_before_tensorflow_starts(tmp_path, monkeypatch):
   calls = []
+  build = digits._build
   monkeypatch.setattr(
     tf.config, 'set_visible_devices', lambda *args: calls.append(args)
   )
+  monkeypatch.setattr(
+    digits, '_build', lambda root: calls.append('build') or build(root)
+  )
+  datasets.load(DIGITS, 'eval', str(tmp_path))
+  assert calls[:2] == [([], 'GPU'), 'build']
+  del calls[:]
+  datasets.load(MANUAL, 'eval', str(tmp_path))
+  assert calls == [([], 'GPU')]
   train(make_source(3), num_steps=1)
   list(pipeline.eval_batches(make_source(3), batch_size=2))
-  assert calls == [([], 'GPU')] * 2
+  assert calls == [([], 'GPU')] * 3
 
 
 @pytest.mark.parametrize('positions', [[-1], [4], [0, 0], []])

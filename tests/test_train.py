@@ -7,13 +7,12 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
+import helpers
 import jax
 import numpy as np
 import pytest
 
-import helpers
 from conadv_jax import cli, config, evaluate, experiment, metrics, models, train
 from conadv_jax.checkpoint import Checkpoints
 from conadv_jax.data import sampler
@@ -112,9 +111,7 @@ def test_a_run_resumed_at_a_save_point_equals_the_unbroken_one(
 @pytest.mark.parametrize('tau', [1, 3])
 def test_the_pending_perturbation_is_made_again_after_a_restore(tau, tmp_path):
   """δ_t, random start included, from a checkpoint that does not hold it."""
-  cfg = settings(
-    staleness_steps=tau, attack__preset='paper', max_steps=6
-  )
+  cfg = settings(staleness_steps=tau, attack__preset='paper', max_steps=6)
   run = experiment.build(cfg)
   step_fn = run.compile_step()
   source = train.datasets.load(run.spec, 'train', '')

@@ -13,7 +13,7 @@ import pytest
 from jax.interpreters import partial_eval
 
 from conadv_jax import attack as attack_lib
-from conadv_jax import experiment, losses, models, optim
+from conadv_jax import experiment, losses, optim
 from conadv_jax.state import Stream, stream_key
 from conadv_jax.train_step import (
   make_train_step,
@@ -508,30 +508,3 @@ def test_each_batch_is_attacked_from_a_start_of_its_own():
   a, b = (run.step(s, *same)[0] for s in (state, later))
   assert helpers.bits(a.params) == helpers.bits(b.params)
   assert helpers.bits(a.perturbation) != helpers.bits(b.perturbation)
-
-
-@pytest.mark.parametrize('devices', (1, 8))
-def test_the_state_can_be_donated_from_the_first_step_on(monkeypatch, devices):
-  """No two leaves of a state share a buffer: XLA refuses to donate it twice."""
-  monkeypatch.setitem(models.MODELS, 'tiny', helpers.TinyNet)
-  config = helpers.make_config(
-    {
-      'model': 'tiny',
-      'batch_size': 16,
-      'bn_group_size': 2,
-      'staleness_steps': 2,
-      'ema.decay': 0.9,
-    }
-  )
-  run = experiment.build(config, devices=jax.devices()[:devices])
-  batches = [
-    run.put_batch({k: x.reshape(-1, *x.shape[2:]) for k, x in batch.items()})
-    for batch in helpers.random_batches(config, 3, spec=run.spec)
-  ]
-  step = run.compile_step()
-  warm = pending_perturbation(config, step, run.init_state(), batches[0])
-  for state in (run.init_state(), warm):
-    for t in range(2):
-      state, metrics = step(state, batches[t], batches[t + 1])
-    assert counts(state) == (2, 0, 0)
-    assert np.isfinite(metrics['loss'])

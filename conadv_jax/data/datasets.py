@@ -231,6 +231,7 @@ def load(
   if spec.embedded:
     from conadv_jax.data import digits
 
+    hide_gpus()  # Encoding images starts tensorflow.
     directory = epath.Path(digits.prepare(str(root)))
   else:
     directory = _find(spec, root)

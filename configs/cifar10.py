@@ -1,0 +1,33 @@
+r"""CIFAR-10, 32x32.
+
+Prepare: tfds build cifar10
+Run:     python -m conadv_jax.train \
+           --config=configs/cifar10.py:method=conadv,batch_size=2048 \
+           --workdir=runs/cifar10
+Expect:  not measured; a starting point, meant for one accelerator.
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  args = common.parse_args(arg, method='conadv', batch_size=2048, seed=0)
+  c = common.get_config()
+  c.update(args)
+  c.dataset.name = 'cifar10'
+  c.dataset.crop_padding_px = 4
+  c.dataset.random_flip = True
+  c.model = 'resnet20'
+  c.epochs = 100.0
+  c.bn_group_size = min(128, args['batch_size'])
+
+  c.attack.epsilon_px = 4.0
+  c.eval.epsilon_px = 4.0
+
+  c.optimizer.learning_rate = 8.0
+  c.optimizer.base_batch_size = 2048
+  c.optimizer.scaling = 'sqrt'
+  c.eval.every_steps = 200
+  return c

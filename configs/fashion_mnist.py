@@ -1,0 +1,34 @@
+r"""Fashion-MNIST, 28x28: ten kinds of clothing.
+
+Prepare: python scripts/prepare_fashion_mnist.py (offline, from the IDX files),
+         or let TFDS download it: tfds build fashion_mnist
+Run:     python -m conadv_jax.train \
+           --config=configs/fashion_mnist.py:method=conadv,batch_size=2048 \
+           --workdir=runs/fashion_mnist
+Expect:  not measured; a starting point, meant for one accelerator.
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  args = common.parse_args(arg, method='conadv', batch_size=2048, seed=0)
+  c = common.get_config()
+  c.update(args)
+  c.dataset.name = 'fashion_mnist'
+  c.dataset.crop_padding_px = 2
+  c.dataset.random_flip = True
+  c.model = 'resnet20'
+  c.epochs = 40.0
+  c.bn_group_size = min(128, args['batch_size'])
+
+  c.attack.epsilon_px = 8.0
+  c.eval.epsilon_px = 8.0
+
+  c.optimizer.learning_rate = 8.0
+  c.optimizer.base_batch_size = 2048
+  c.optimizer.scaling = 'sqrt'
+  c.eval.every_steps = 200
+  return c

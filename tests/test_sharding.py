@@ -1,0 +1,329 @@
+"""One, two and eight devices: the same numbers, and what they tell each other.
+
+The collectives of a step whose batch-norm groups fit in a device: one
+all-reduce, which carries
+
+  the gradient of every parameter     the only sum that training needs
+  the statistics of every batch norm  mean over all groups, for evaluation
+  loss and accuracy of each view      to be logged
+
+and nothing for the attack. Where a group spans devices, batch norm talks within
+the group, in the update and in the attack: the statistics of each layer forward
+and their gradient backward. XLA merges what is ready together, hence the exact
+numbers below; what may not change is that nothing but sums is exchanged.
+"""
+
+import collections
+import functools
+import types
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conadv_jax import config as config_lib
+from conadv_jax import experiment, mesh, models
+from conadv_jax.models.norm import Layout
+from conadv_jax.train_step import pending_perturbation
+
+BATCH = 16
+STEPS = 3
+TOLERANCE = 1e-12
+
+
+@pytest.fixture
+def tiny_model(monkeypatch):
+  monkeypatch.setitem(models.MODELS, 'tiny', helpers.TinyNet)
+
+
+def build(devices, group_size, **fields):
+  """The experiment that the tests of this file run or compile."""
+  config = helpers.make_config(
+    {
+      'model': 'tiny',
+      'batch_size': BATCH,
+      'bn_group_size': group_size,
+      # Starts are random: they must not depend on the devices either.
+      'attack.preset': 'paper',
+      'attack.random_start_prob': 0.5,
+    }
+    | fields
+  )
+  return experiment.build(config, devices=jax.devices()[:devices])
+
+
+@functools.cache
+def trajectory(devices, group_size):
+  """A few steps in float64: [(state, metrics)] on the host, and whether the
+  first step took over every buffer of the state it was given."""
+  fields = {'dtype': 'float64', 'staleness_steps': 2, 'ema.decay': 0.9}
+  run = build(devices, group_size, **fields)
+  abstract = run.abstract_batch()
+  # Compiles in half the time, and rounds no worse.
+  step = (
+    run.jit_step()
+    .lower(run.abstract_state(), abstract, abstract)
+    .compile(compiler_options={'xla_backend_optimization_level': 0})
+  )
+  batches = [
+    run.put_batch({k: x.reshape(-1, *x.shape[2:]) for k, x in batch.items()})
+    for batch in helpers.random_batches(run.config, STEPS + 1, spec=run.spec)
+  ]
+  first = pending_perturbation(run.config, step, run.init_state(), batches[0])
+  # A copy, as an array that is looked at from the host cannot be donated.
+  state, history = first, [jax.device_get((helpers.copy(first), {}))]
+  for batch, following in zip(batches, batches[1:], strict=False):
+    state, metrics = step(state, batch, following)
+    history.append(jax.device_get((state, metrics)))
+  # A snapshot that nothing reads stays where it is.
+  kept = first.replace(snapshots=first.snapshots[1:])
+  donated = all(x.is_deleted() for x in jax.tree.leaves(kept))
+  return history, donated
+
+
+# (2, 2), (8, 2): groups within a device, mesh 2x1 and 8x1.
+# (8, 8): two groups over four devices each, mesh 2x4.
+@pytest.mark.usefixtures('tiny_model', 'x64')
+@pytest.mark.parametrize(('devices', 'group_size'), ((2, 2), (8, 2), (8, 8)))
+def test_a_run_does_not_depend_on_the_devices(devices, group_size):
+  expected, _ = trajectory(1, group_size)
+  actual, _ = trajectory(devices, group_size)
+  for (state, metrics), (e_state, e_metrics) in zip(
+    actual, expected, strict=True
+  ):
+    helpers.assert_close(state, e_state, TOLERANCE)
+    helpers.assert_close(metrics, e_metrics, TOLERANCE)
+  first, last = (jax.tree.leaves(expected[t][0].params) for t in (0, -1))
+  for a, b in zip(first, last, strict=True):
+    assert np.abs(a - b).max() > 1e-4
+
+
+@pytest.mark.usefixtures('tiny_model', 'x64')
+@pytest.mark.parametrize('devices', (1, 8))
+def test_the_state_is_donated_from_the_first_step_on(devices):
+  """No two of its leaves share a buffer: XLA refuses to donate one twice.
+
+  The state is that of `init_state` with a warm perturbation.
+  """
+  history, donated = trajectory(devices, 2)
+  assert donated
+  assert [int(state.step) for state, _ in history] == [0, 1, 2, 3]
+  assert history[-1][0].nonfinite_steps == 0
+
+
+# ---- Collectives, in the types that users train with -----------------------
+
+
+@functools.cache
+def compiled(group_size):
+  """(experiment, the program for eight devices)."""
+  run = build(8, group_size)
+  return run, run.compile_step()
+
+
+def reduced_by_a_step(run):
+  """Shapes of what the update needs summed over devices."""
+  state = run.abstract_state()
+  views = len(run.config.views)
+  per_view = [(views,), (views,)]  # loss, accuracy
+  leaves = jax.tree.leaves((state.params, state.batch_stats))
+  return unordered([x.shape for x in leaves] + per_view)
+
+
+def unordered(shapes):
+  """XLA may transpose a gradient before it sums it."""
+  return collections.Counter(tuple(sorted(shape)) for shape in shapes)
+
+
+@pytest.mark.usefixtures('tiny_model')
+def test_groups_within_a_device_need_one_all_reduce():
+  run, step = compiled(2)
+  found = helpers.collectives(step.as_text())
+  assert [i.kind for i in found] == ['all-reduce']
+  assert unordered(found[0].shapes) == reduced_by_a_step(run)
+
+
+@pytest.mark.usefixtures('tiny_model')
+def test_groups_over_devices_exchange_statistics_and_nothing_else():
+  run, step = compiled(8)
+  found = helpers.collectives(step.as_text())
+  # 2 layers x (update, attack) x (forward, backward) = 8 of batch norm, of
+  # which XLA merges one pair; 1 of kernel gradients, over all devices; 1 of the
+  # other gradients, statistics and metrics, over groups only.
+  assert collections.Counter(i.kind for i in found) == {'all-reduce': 9}
+  # No image, no activation: nothing is as large as one but kernels.
+  params = jax.tree.leaves(run.abstract_state().params)
+  kernels = unordered(x.shape for x in params)
+  one_image = np.prod(run.spec.image_shape)
+  for shape in unordered(shape for i in found for shape in i.shapes):
+    assert shape in kernels or np.prod(shape) < one_image
+
+
+@pytest.mark.usefixtures('tiny_model')
+def test_the_compiled_sub_steps_share_no_result_and_the_attack_no_collective():
+  run, step = compiled(2)
+  entry = helpers.Entry(step.as_text())
+  leaves = jax.tree_util.tree_leaves_with_path(run.abstract_state())
+  fields = [path[0].name for path, _ in leaves]
+  fields += ['metrics'] * (len(entry.root.operands) - len(fields))
+
+  def origin(*wanted):
+    """What the output fields `wanted` are computed from."""
+    outputs = zip(fields, entry.root.operands, strict=True)
+    return entry.ancestors(name for field, name in outputs if field in wanted)
+
+  def arguments(found):
+    return {i.source.split('[')[0] for i in found if i.kind == 'parameter'}
+
+  attack = origin('perturbation')
+  assert arguments(attack) == {'state.step', 'state.params', 'next_batch'}
+  assert 'all-reduce' not in {i.kind for i in attack}
+  update = origin('params', 'opt_state', 'batch_stats', 'ema', 'metrics')
+  assert {'batch', 'state.perturbation'} <= arguments(update)
+  assert 'next_batch' not in arguments(update)
+  assert 'all-reduce' in {i.kind for i in update}
+
+
+@pytest.mark.usefixtures('tiny_model')
+def test_the_state_stays_where_it_belongs():
+  run, step = compiled(8)
+  state, _ = step.output_shardings
+  assert state == jax.tree.map(lambda s: s.sharding, run.abstract_state())
+  shape = (2, 8, *run.spec.image_shape)
+  assert state.perturbation.shard_shape(shape) == (1, 2, *shape[2:])
+  assert all(s.is_fully_replicated for s in jax.tree.leaves(state.params))
+
+
+# ---- Layout ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('span', (1, 2, 4))
+def test_unfold_undoes_fold(span):
+  layout = Layout(groups=3, span=span, routes=(0, 1))
+  x = jnp.arange(3 * 2 * 8 * 5).reshape(3, 2, 8, 5)
+  folded = layout.fold(x)
+  assert folded.shape == (3 * 2 * 8, 5)
+  np.testing.assert_array_equal(layout.unfold(folded), x)
+
+
+@pytest.mark.parametrize('span', (1, 2, 4))
+def test_each_device_folds_its_own_examples_into_its_own_rows(span):
+  """So that the folded axis is sharded as it lies, and nothing moves."""
+  groups, views, size = 3, 2, 8
+  layout = Layout(groups, span, routes=(0, 1))
+  # The device of each example: groups over `data`, their parts over `bn`.
+  part = np.arange(size) // (size // span)
+  device = np.arange(groups)[:, None] * span + part
+  device = np.broadcast_to(device[:, None], (groups, views, size))
+  rows = np.asarray(layout.fold(jnp.asarray(device)[..., None]))[:, 0]
+  share = rows.size // (groups * span)
+  np.testing.assert_array_equal(rows, np.arange(rows.size) // share)
+
+
+@pytest.mark.parametrize('span', (1, 2, 4))
+def test_split_puts_views_and_blocks_on_axes_of_their_own(span):
+  layout = Layout(groups=3, span=span, routes=(0, 1))
+  x = jnp.arange(3 * 2 * 8).reshape(3, 2, 8, 1)
+  split = layout.split(layout.fold(x))
+  assert split.shape == (3, span, 2, 8 // span, 1)
+  for g, s, v in np.ndindex(3, span, 2):
+    expected = x[g, v].reshape(span, -1)[s]
+    np.testing.assert_array_equal(split[g, s, v, :, 0], expected)
+
+
+# ---- Mesh ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('batch_size', 'group_size', 'count', 'shape'),
+  (
+    (16, 2, 8, (8, 1)),
+    (16, 1, 8, (8, 1)),
+    (16, 4, 8, (4, 2)),
+    (16, 8, 8, (2, 4)),
+    (16, 16, 8, (1, 8)),
+    (16, 16, 1, (1, 1)),
+  ),
+)
+def test_groups_go_to_devices_and_large_groups_span_them(
+  batch_size, group_size, count, shape
+):
+  made = mesh.make_mesh(batch_size, group_size, jax.devices()[:count])
+  assert (made.shape['data'], made.shape['bn']) == shape
+  assert mesh.bn_span(made) == shape[1]
+
+
+@pytest.mark.parametrize(
+  ('batch_size', 'nearest'), ((18, 16), (23, 24), (30, 32), (3, 8))
+)
+def test_a_batch_that_does_not_divide_names_the_nearest(batch_size, nearest):
+  with pytest.raises(
+    config_lib.ConfigError, match=f'batch_size={batch_size}: .* 8 devices; '
+  ) as error:
+    mesh.make_mesh(batch_size, 1, jax.devices())
+  assert str(error.value).endswith(f'nearest: batch_size={nearest}')
+  mesh.make_mesh(nearest, 1, jax.devices())
+
+
+def test_groups_that_do_not_divide_name_the_examples_per_device():
+  with pytest.raises(
+    config_lib.ConfigError,
+    match=r'bn_group_size=4: 6 groups .* 8 devices; .* divides 3 examples',
+  ):
+    mesh.make_mesh(24, 4, jax.devices())
+  assert mesh.bn_span(mesh.make_mesh(24, 3, jax.devices())) == 1
+
+
+@pytest.mark.parametrize('group_size', (2, 4, 8, 16))
+def test_one_host_feeds_every_position_in_order(group_size):
+  made = mesh.make_mesh(BATCH, group_size, jax.devices())
+  positions = mesh.local_positions(made, BATCH // group_size, group_size)
+  np.testing.assert_array_equal(
+    positions, np.arange(BATCH).reshape(-1, group_size)
+  )
+
+
+def positions_of_host(monkeypatch, made, devices, group_size):
+  """`local_positions` of a host that has only `devices` of the mesh."""
+  sharding = mesh.batch_sharding(made)
+
+  def indices(shape):
+    every = sharding.devices_indices_map(shape)
+    return {device: every[device] for device in devices}
+
+  monkeypatch.setattr(
+    mesh,
+    'batch_sharding',
+    lambda _: types.SimpleNamespace(addressable_devices_indices_map=indices),
+  )
+  positions = mesh.local_positions(made, BATCH // group_size, group_size)
+  monkeypatch.undo()
+  return positions
+
+
+@pytest.mark.parametrize('group_size', (2, 4, 8, 16))
+@pytest.mark.parametrize('hosts', (2, 4))
+def test_hosts_share_the_positions_among_them(monkeypatch, group_size, hosts):
+  made = mesh.make_mesh(BATCH, group_size, jax.devices())
+  shares = [
+    positions_of_host(monkeypatch, made, devices, group_size)
+    for devices in np.split(made.devices.reshape(-1), hosts)
+  ]
+  assert {share.size for share in shares} == {BATCH // hosts}
+  union = np.sort(np.concatenate([share.reshape(-1) for share in shares]))
+  np.testing.assert_array_equal(union, np.arange(BATCH))
+  # A device's examples are those of its host: a group larger than a host's
+  # share is cut along the group, else hosts have whole groups.
+  for share in shares:
+    assert share.shape[1] == min(group_size, BATCH // hosts)
+
+
+def test_a_host_must_have_a_rectangle_of_the_batch(monkeypatch):
+  made = mesh.make_mesh(BATCH, 8, jax.devices())  # 2 groups x 4 devices
+  grid = made.devices
+  with pytest.raises(ValueError, match='whole rows of groups'):
+    positions_of_host(
+      monkeypatch, made, [grid[0, 0], grid[0, 1], grid[1, 2], grid[1, 3]], 8
+    )
