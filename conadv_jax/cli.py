@@ -54,7 +54,7 @@ def parse_config_file(
   config = config_flags.DEFINE_config_file('config', flag_values=values)
   workdir = flags.DEFINE_string('workdir', None, '', flag_values=values)
   try:
-    _reject_positional(values(argv))
+    _parse(values, argv)
   except (AttributeError, KeyError) as error:
     raise _unknown_override(argv) or error from error
   if values['config'].value is None:
@@ -76,7 +76,7 @@ def parse_overrides(
   holder = config_flags.DEFINE_config_dict('config', config, flag_values=values)
   flags.DEFINE_string('workdir', None, '', flag_values=values)
   try:
-    _reject_positional(values(argv))
+    _parse(values, argv)
   except (AttributeError, KeyError) as error:
     raise _unknown_field(argv, config) or error from error
   return holder.value
@@ -97,7 +97,13 @@ def _fail(message: str, code: int) -> None:
   sys.exit(code)
 
 
-def _reject_positional(rest: Sequence[str]) -> None:
+def _parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
+  # ml_collections looks for overrides in sys.argv, whatever it is given.
+  before, sys.argv = sys.argv, list(argv)
+  try:
+    rest = values(argv)
+  finally:
+    sys.argv = before
   if rest[1:]:
     raise ConfigError(
       f'unexpected argument {rest[1]!r}; flags are --name=value'

@@ -35,7 +35,7 @@ def _check(ok: bool, field: str, value: Any, fix: str) -> None:
 
 
 def _check_choice(field: str, value: str, choices: Iterable[str]) -> None:
-  if value not in choices:
+  if not isinstance(value, str) or value not in choices:
     raise unknown(field, value, choices)
 
 
@@ -226,7 +226,9 @@ class Loss:
       self.label_smoothing,
       'must be in [0, 1)',
     )
+    known = sorted({v for m in METHODS.values() for v, _ in m.views})
     for view, weight in self.view_weights.items():
+      _check_choice('loss.view_weights', view, known)
       _check(weight >= 0, f'loss.view_weights.{view}', weight, 'must be >= 0')
 
   def weights_of(self, views: tuple[str, ...]) -> tuple[float, ...]:
@@ -464,21 +466,7 @@ def from_config_dict(values: Mapping[str, Any]) -> Config:
       range, or a method whose views the input pipeline cannot make.
   """
   values = _plain(values)
-  _check_choice('method', values.get('method'), METHODS)
-  method = METHODS[values['method']]
-  if values.get('staleness_steps') is None:
-    values['staleness_steps'] = method.staleness_steps or 0
-  attack = values.get('attack')
-  if isinstance(attack, dict):
-    _check_choice('attack.preset', attack.get('preset'), ATTACK_PRESETS)
-    for field, value in ATTACK_PRESETS[attack['preset']].items():
-      if attack.get(field) is None:
-        attack[field] = value
-    if attack['step_size_px'] is None:
-      attack['step_size_px'] = attack['epsilon_px']
-  optimizer = values.get('optimizer')
-  if isinstance(optimizer, dict) and optimizer.get('eps') is None:
-    optimizer['eps'] = OPTIMIZER_EPS.get(optimizer.get('name'), 0.0)
+  _fill_presets(values)
   config = _build(Config, values, '')
   if any(view == 'aa' for view, _ in config.views):
     raise ConfigError(
@@ -486,6 +474,31 @@ def from_config_dict(values: Mapping[str, Any]) -> Config:
       "yet; use 'baseline', 'disadv' or 'conadv'"
     )
   return config
+
+
+def _fill_presets(values: dict[str, Any]) -> None:
+  """Gives the None fields of `values` their preset's value, in place.
+
+  A field that is not there at all is left for `_build` to report.
+  """
+  if 'method' in values:
+    _check_choice('method', values['method'], METHODS)
+    if values.get('staleness_steps', 0) is None:
+      tau = METHODS[values['method']].staleness_steps
+      values['staleness_steps'] = tau or 0
+  attack = values.get('attack')
+  if isinstance(attack, dict) and 'preset' in attack:
+    _check_choice('attack.preset', attack['preset'], ATTACK_PRESETS)
+    for field, value in ATTACK_PRESETS[attack['preset']].items():
+      if attack.get(field, 0) is None:
+        attack[field] = value
+    if attack.get('step_size_px', 0) is None:
+      attack['step_size_px'] = attack.get('epsilon_px')
+  optimizer = values.get('optimizer')
+  if isinstance(optimizer, dict) and 'name' in optimizer:
+    _check_choice('optimizer.name', optimizer['name'], OPTIMIZER_EPS)
+    if optimizer.get('eps', 0) is None:
+      optimizer['eps'] = OPTIMIZER_EPS[optimizer['name']]
 
 
 def to_dict(config: Config) -> dict[str, Any]:

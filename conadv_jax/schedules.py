@@ -1,5 +1,6 @@
 """Learning rate as a function of the optimizer updates done so far."""
 
+import jax.numpy as jnp
 import optax
 
 from conadv_jax.config import Schedule, Steps
@@ -20,7 +21,7 @@ def make_schedule(
   """
   decay_steps = max(1, steps.total - steps.warmup)
   if schedule.name == 'polynomial':
-    decay = optax.polynomial_schedule(
+    decay = _polynomial(
       peak, schedule.end_learning_rate, schedule.power, decay_steps
     )
   elif schedule.name == 'cosine':
@@ -35,3 +36,19 @@ def make_schedule(
     return decay
   warmup = optax.linear_schedule(0.0, peak, steps.warmup)
   return optax.join_schedules([warmup, decay], [steps.warmup])
+
+
+def _polynomial(
+  peak: float, end: float, power: float, decay_steps: int
+) -> optax.Schedule:
+  """optax.polynomial_schedule, safe at its end.
+
+  optax computes 1 - k / D, which rounds below 0 at k = D for some D once XLA
+  multiplies by 1 / D; a fractional power of that is not a number.
+  """
+
+  def schedule(count):
+    left = jnp.clip(decay_steps - count, 0, decay_steps) / decay_steps
+    return end + (peak - end) * left**power
+
+  return schedule

@@ -135,29 +135,41 @@ def _attacker(config: Config, state: TrainState) -> Snapshot:
   return Snapshot(state.params, state.batch_stats)
 
 
-def _make_update(config, spec, apply_fn, tx):
-  """The update sub-step, with the finite check."""
-  views = [view for view, _ in config.views]
+def _make_loss_fn(config: Config, spec: DatasetSpec, apply_fn: ApplyFn):
+  """(params, batch_stats, images by view, labels) -> mean loss over the views.
+
+  With it: loss and top-1 (%) of each view [V], and the moved statistics.
+  """
+  views = tuple(view for view, _ in config.views)
   routes = tuple(config.routes.index(route) for _, route in config.views)
-  weights = config.loss.weights_of(tuple(views))
+  weights = config.loss.weights_of(views)
+  smoothing = config.loss.label_smoothing
 
   def loss_fn(params, batch_stats, images, labels):
     variables = {'params': params, 'batch_stats': batch_stats}
     x_GVbHWC = jnp.stack([normalize(spec, images[v]) for v in views], 1)
     logits, stats = apply_fn(variables, x_GVbHWC, routes, True)
     labels_GVb = jnp.broadcast_to(labels[:, None], logits.shape[:-1])
-    smoothing = config.loss.label_smoothing
     loss_V = losses.cross_entropy(logits, labels_GVb, smoothing).mean((0, 2))
     top1_V = 100 * losses.top1(logits, labels_GVb).mean((0, 2))
     loss = jnp.dot(jnp.array(weights, loss_V.dtype), loss_V)
     return loss, (loss_V, top1_V, stats)
+
+  return loss_fn
+
+
+def _make_update(config, spec, apply_fn, tx):
+  """The update sub-step, with the finite check."""
+  views = [view for view, _ in config.views]
+  gradient = jax.value_and_grad(
+    _make_loss_fn(config, spec, apply_fn), has_aux=True
+  )
 
   def update(state, batch, delta, attack_stats):
     wide = _wide(config)
     images = {v: batch[v].astype(wide) for v in views if v != 'adv'}
     if delta is not None:
       images['adv'] = jnp.clip(images['clean'] + delta.astype(wide), 0, 255)
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (loss_V, top1_V, stats)), grads = gradient(
       state.params, state.batch_stats, images, batch['label']
     )

@@ -30,6 +30,8 @@ FGSM = Attack(
   train_mode=True,
   update_batch_stats=False,
 )
+# Random numbers take long to compile, and no time to draw.
+UNOPTIMISED = {'xla_backend_optimization_level': '0'}
 GREY = jnp.full((1, 1, 1, 2, 1), 100.0)
 LABEL = jnp.zeros((1, 1), jnp.int32)
 
@@ -119,20 +121,32 @@ def test_l2_norms_are_per_example():
   np.testing.assert_allclose(delta[:, :, 0, :, 0], expected, 1e-6)
 
 
+def perturb_along(attack, w):
+  """The perturbation of GREY where `w` is the gradient everywhere.
+
+  An argument of jit, as weights are: XLA reorders arithmetic with constants.
+  """
+
+  @jax.jit
+  def run(w):
+    loss_fn = lambda x, _: (jnp.sum(x * w), None)  # noqa: E731
+    return attack_lib.perturb(attack, loss_fn, GREY, clean_start(GREY))[0]
+
+  return run(jnp.asarray(w, jnp.float32).reshape(1, 2, 1))
+
+
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
 @pytest.mark.parametrize('steps', [1, 3])
 def test_zero_gradient_is_a_zero_step(norm, steps):
-  attack = attack_of(norm=norm, steps=steps)
-  delta = perturb(attack, lambda x, _: (0 * x.sum(), None), GREY)
+  delta = perturb_along(attack_of(norm=norm, steps=steps), [0.0, 0.0])
   np.testing.assert_array_equal(delta, np.zeros_like(GREY))
 
 
 @pytest.mark.parametrize('scale', [1e-8, 1e-17, 1e-20, 1e-25, 1e-30])
 def test_l2_step_has_the_step_size_however_small_the_gradient(scale):
   # A confident network leaves gradients whose squares underflow float32.
-  w = scale * jnp.array([3.0, -4.0]).reshape(1, 2, 1)
   attack = attack_of(norm='l2', epsilon_px=9.0, step_size_px=2.0)
-  delta = perturb(attack, lambda x, _: ((x * w).sum(), None), GREY)
+  delta = perturb_along(attack, [3 * scale, -4 * scale])
   np.testing.assert_allclose(delta.ravel(), [1.2, -1.6], 1e-5)
 
 
@@ -249,7 +263,11 @@ def test_perturbations_carry_no_gradient(norm, steps):
 # ---- Random starts and targets --------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=('attack', 'shape', 'num_classes'))
+@functools.partial(
+  jax.jit,
+  static_argnames=('attack', 'shape', 'num_classes'),
+  compiler_options=UNOPTIMISED,
+)
 def sample(attack, shape, labels=None, num_classes=10):
   image = jnp.full(shape, 100.0)
   labels = jnp.zeros(shape[:2], jnp.int32) if labels is None else labels
@@ -355,7 +373,10 @@ def step_attack(fields, calls=None):
   config = helpers.make_config(fields)
   batch = helpers.random_batches(config, 1)[0]
   attack_fn = make_attack_fn(config, helpers.SPEC, linear_apply(calls))
-  run = jax.jit(lambda index: attack_fn(WEIGHTS, batch, index)[0])
+  run = jax.jit(
+    lambda index: attack_fn(WEIGHTS, batch, index)[0],
+    compiler_options=UNOPTIMISED,
+  )
   return batch, lambda index: np.asarray(run(index))
 
 

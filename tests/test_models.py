@@ -22,6 +22,8 @@ SIZES = {
 NAMES = sorted(models.MODELS)
 # One shape, so that the tests share two compiled programs.
 SHAPE = (2, 2, 4, 8, 8, 3)
+# Compiling takes longer than running these few examples.
+UNOPTIMISED = {'xla_backend_optimization_level': '0'}
 
 
 @functools.cache
@@ -30,7 +32,11 @@ def build(name, num_routes=2, dtype=jnp.float32):
   model = models.create(
     name, num_classes=10, num_routes=num_routes, dtype=dtype
   )
-  apply_fn = jax.jit(models.make_apply_fn(model), static_argnums=(2, 3))
+  apply_fn = jax.jit(
+    models.make_apply_fn(model),
+    static_argnums=(2, 3),
+    compiler_options=UNOPTIMISED,
+  )
   return model, apply_fn
 
 
@@ -52,9 +58,7 @@ def shapes_of(*args):
 
 @functools.cache
 def initial_variables(name):
-  # Unoptimised: random numbers for each shape take long to compile.
-  options = {'xla_backend_optimization_level': '0'}
-  return jax.jit(lambda: init(name), compiler_options=options)()
+  return jax.jit(lambda: init(name), compiler_options=UNOPTIMISED)()
 
 
 @functools.cache
@@ -100,7 +104,8 @@ def test_number_of_parameters(name, num_routes):
   'shape', [(2, 2, 3, 8, 8, 3), (1, 2, 2, 28, 28, 3), (1, 2, 1, 9, 7, 3)]
 )
 def test_logits_have_shape_g_v_b_k(name, train, shape):
-  _, apply_fn = build(name)
+  model, _ = build(name)
+  apply_fn = models.make_apply_fn(model)
   variables = shapes_of(name)
   x = jax.ShapeDtypeStruct(shape, jnp.float32)
   logits, stats = jax.eval_shape(
@@ -117,7 +122,8 @@ def test_logits_have_shape_g_v_b_k(name, train, shape):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_bfloat16_is_for_activations_only(name):
-  _, apply_fn = build(name, 2, jnp.bfloat16)
+  model, _ = build(name, 2, jnp.bfloat16)
+  apply_fn = models.make_apply_fn(model)
   variables = shapes_of(name, 2, jnp.bfloat16)
   x = jax.ShapeDtypeStruct((1, 2, 2, 8, 8, 3), jnp.float32)
   logits, stats = jax.eval_shape(

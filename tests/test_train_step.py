@@ -494,8 +494,9 @@ def test_snapshots_are_the_weights_of_the_last_steps_oldest_first(tau):
 def test_the_pending_perturbation_is_made_again_bit_for_bit(tau):
   run = trained(tau)
   for t, state in enumerate(run.states):
-    restored = state.replace(perturbation=np.zeros_like(state.perturbation))
-    again = pending_perturbation(run.config, run.step, restored, run.batches[t])
+    restored = state.replace(perturbation=None)  # as after a restore
+    batch = jax.tree.map(jnp.asarray, run.batches[t])
+    again = pending_perturbation(run.config, run.step, restored, batch)
     assert np.abs(state.perturbation).max() > 1
     assert helpers.bits(again) == helpers.bits(state)
 

@@ -69,12 +69,7 @@ def train_batches(
   def example(example_id, epoch):
     image, label = source.lookup(example_id)
     key = preprocess.example_seed(seed, epoch, example_id)
-    if crop_padding_px:
-      image = preprocess.random_crop_with_padding(
-        image, crop_padding_px, preprocess.op_seed(key, _CROP)
-      )
-    if random_flip:
-      image = preprocess.random_flip(image, preprocess.op_seed(key, _FLIP))
+    image = _augment(image, key, crop_padding_px, random_flip)
     return {'clean': image, 'label': label}
 
   steps = tf.data.Dataset.range(start_step, start_step + num_steps)
@@ -121,6 +116,17 @@ def eval_batches(
   return _batches(
     tf.data.Dataset.from_tensor_slices(ids), example, len(positions)
   )
+
+
+def _augment(image, key, crop_padding_px: int, random_flip: bool):
+  """Crop and flip of one uint8 [H, W, C] image, keyed by the example."""
+  if crop_padding_px:
+    image = preprocess.random_crop_with_padding(
+      image, crop_padding_px, preprocess.op_seed(key, _CROP)
+    )
+  if random_flip:
+    image = preprocess.random_flip(image, preprocess.op_seed(key, _FLIP))
+  return image
 
 
 def _positions(positions: np.ndarray | None, batch_size: int) -> np.ndarray:
