@@ -125,6 +125,13 @@ def project(attack: Attack, delta: jax.Array, image: jax.Array) -> jax.Array:
 
 
 def _l2_norm(x: jax.Array) -> jax.Array:
-  """Norm per example, [G, b, 1, 1, 1]; never 0, so that 0 / norm is 0."""
-  norm = jnp.sqrt(jnp.square(x).sum((-3, -2, -1), keepdims=True))
+  """Norm per example, [G, b, 1, 1, 1]; never 0, so that 0 / norm is 0.
+
+  Scaled by the largest element first: the square of a gradient of 1e-20, usual
+  for a confident network, is 0 in float32.
+  """
+  axes = (-3, -2, -1)
+  largest = jnp.abs(x).max(axes, keepdims=True)
+  scale = jnp.where(largest > 0, largest, 1)
+  norm = scale * jnp.sqrt(jnp.square(x / scale).sum(axes, keepdims=True))
   return jnp.maximum(norm, jnp.finfo(x.dtype).tiny)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -51,10 +52,11 @@ def parse_config_file(
       of an unknown field.
   """
   values = flags.FlagValues()
-  config = config_flags.DEFINE_config_file('config', flag_values=values)
-  workdir = flags.DEFINE_string('workdir', None, '', flag_values=values)
   try:
-    _parse(values, argv)
+    with _command_line(argv):
+      config = config_flags.DEFINE_config_file('config', flag_values=values)
+      workdir = flags.DEFINE_string('workdir', None, '', flag_values=values)
+      _reject_positional(values(argv))
   except (AttributeError, KeyError) as error:
     raise _unknown_override(argv) or error from error
   if values['config'].value is None:
@@ -73,10 +75,13 @@ def parse_overrides(
     ConfigError: for an override of an unknown field.
   """
   values = flags.FlagValues()
-  holder = config_flags.DEFINE_config_dict('config', config, flag_values=values)
-  flags.DEFINE_string('workdir', None, '', flag_values=values)
   try:
-    _parse(values, argv)
+    with _command_line(argv):
+      holder = config_flags.DEFINE_config_dict(
+        'config', config, flag_values=values
+      )
+      flags.DEFINE_string('workdir', None, '', flag_values=values)
+      _reject_positional(values(argv))
   except (AttributeError, KeyError) as error:
     raise _unknown_field(argv, config) or error from error
   return holder.value
@@ -97,13 +102,17 @@ def _fail(message: str, code: int) -> None:
   sys.exit(code)
 
 
-def _parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
-  # ml_collections looks for overrides in sys.argv, whatever it is given.
+@contextlib.contextmanager
+def _command_line(argv: Sequence[str]):
+  """ml_collections looks for overrides in sys.argv, whatever it is given."""
   before, sys.argv = sys.argv, list(argv)
   try:
-    rest = values(argv)
+    yield
   finally:
     sys.argv = before
+
+
+def _reject_positional(rest: Sequence[str]) -> None:
   if rest[1:]:
     raise ConfigError(
       f'unexpected argument {rest[1]!r}; flags are --name=value'

@@ -1,10 +1,17 @@
 """JAX on eight CPU devices, and the import paths of the tests."""
 
+import os
 import pathlib
 import sys
 
-import jax
-import pytest
+# LLVM's optimizer would take most of the time of the tests, for programs that
+# run once on tiny arrays.
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=0'
+)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # Before anything asks JAX for its devices: their number is fixed from then on.
 jax.config.update('jax_platforms', 'cpu')

@@ -258,6 +258,8 @@ def exit_code(monkeypatch, main, *argv):
 CONFIG = f'--config={ROOT}/configs/digits.py'
 
 
+# ml_collections loads config files by a method that Python 3.12 drops.
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 @pytest.mark.parametrize(
   'argv, message',
   [
