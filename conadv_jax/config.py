@@ -86,53 +86,71 @@ ATTACK_PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-  name: str
-  data_dir: str
-  crop_padding_px: int
-  random_flip: bool
+_RULES = {
+  '>= 0': lambda x: x >= 0,
+  '> 0': lambda x: x > 0,
+  '>= 1': lambda x: x >= 1,
+  'in [0, 1)': lambda x: 0 <= x < 1,
+  'in (0, 1]': lambda x: 0 < x <= 1,
+  'in [0, 1]': lambda x: 0 <= x <= 1,
+  'in [0, 2**31)': lambda x: 0 <= x < 2**31,
+}
+
+
+def _number(rule: str, note: str = '') -> Any:
+  """A field whose value must be `rule`, a key of _RULES."""
+  return dataclasses.field(metadata={'rule': rule, 'note': note})
+
+
+def _choice(*choices: str) -> Any:
+  """A field whose value must be one of `choices`."""
+  return dataclasses.field(metadata={'choices': choices})
+
+
+class _Group:
+  """Checks the fields made by `_number` and `_choice`."""
+
+  _prefix = ''
 
   def __post_init__(self):
-    _check(
-      self.crop_padding_px >= 0,
-      'dataset.crop_padding_px',
-      self.crop_padding_px,
-      'must be >= 0 pixels (0 = no random crop)',
-    )
+    for field in dataclasses.fields(self):
+      name, value = self._prefix + field.name, getattr(self, field.name)
+      if 'choices' in field.metadata:
+        _check_choice(name, value, field.metadata['choices'])
+      if 'rule' in field.metadata:
+        rule, note = field.metadata['rule'], field.metadata['note']
+        ok = _RULES[rule](value) and math.isfinite(value)
+        _check(ok, name, value, f'must be {rule}{note and ", " + note}')
 
 
 @dataclasses.dataclass(frozen=True)
-class Attack:
+class Dataset(_Group):
+  _prefix = 'dataset.'
+
+  name: str
+  data_dir: str
+  crop_padding_px: int = _number('>= 0', 'in pixels; 0 = no random crop')
+  random_flip: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack(_Group):
   """How perturbations are made; see `conadv_jax.attack`."""
 
+  _prefix = 'attack.'
+
   preset: str
-  norm: str
-  epsilon_px: float
-  step_size_px: float
-  steps: int
+  norm: str = _choice('linf', 'l2')
+  epsilon_px: float = _number('>= 0', 'in grey levels of 255')
+  step_size_px: float = _number('>= 0', 'in grey levels of 255')
+  steps: int = _number('>= 1')
   targeted: bool
-  random_start_prob: float
+  random_start_prob: float = _number('in [0, 1]', 'a probability')
   train_mode: bool
   update_batch_stats: bool
 
   def __post_init__(self):
-    _check_choice('attack.norm', self.norm, ('linf', 'l2'))
-    for field in ('epsilon_px', 'step_size_px'):
-      value = getattr(self, field)
-      _check(
-        value >= 0 and math.isfinite(value),
-        f'attack.{field}',
-        value,
-        'must be finite and >= 0, in grey levels of 255',
-      )
-    _check(self.steps >= 1, 'attack.steps', self.steps, 'must be >= 1')
-    _check(
-      0 <= self.random_start_prob <= 1,
-      'attack.random_start_prob',
-      self.random_start_prob,
-      'must be a probability, 0 to 1',
-    )
+    super().__post_init__()
     _check(
       self.train_mode or not self.update_batch_stats,
       'attack.update_batch_stats',
@@ -148,38 +166,22 @@ OPTIMIZER_EPS = {'lars': 0.0, 'sgd': 0.0, 'lamb': 1e-6, 'rmsprop': 1e-3}
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer:
-  name: str
-  learning_rate: float
-  base_batch_size: int
-  scaling: str
-  momentum: float
-  nesterov: bool
-  weight_decay: float
-  lars_denominator: str
-  trust_coefficient: float
-  beta1: float
-  beta2: float
-  decay: float
-  eps: float
+class Optimizer(_Group):
+  _prefix = 'optimizer.'
 
-  def __post_init__(self):
-    _check_choice('optimizer.name', self.name, OPTIMIZER_EPS)
-    _check_choice('optimizer.scaling', self.scaling, ('none', 'linear', 'sqrt'))
-    _check_choice(
-      'optimizer.lars_denominator',
-      self.lars_denominator,
-      ('norm_of_sum', 'sum_of_norms'),
-    )
-    for field in ('learning_rate', 'base_batch_size', 'trust_coefficient'):
-      value = getattr(self, field)
-      _check(value > 0, f'optimizer.{field}', value, 'must be > 0')
-    for field in ('weight_decay', 'eps'):
-      value = getattr(self, field)
-      _check(value >= 0, f'optimizer.{field}', value, 'must be >= 0')
-    for field in ('momentum', 'beta1', 'beta2', 'decay'):
-      value = getattr(self, field)
-      _check(0 <= value < 1, f'optimizer.{field}', value, 'must be in [0, 1)')
+  name: str = _choice(*OPTIMIZER_EPS)
+  learning_rate: float = _number('> 0')
+  base_batch_size: int = _number('>= 1')
+  scaling: str = _choice('none', 'linear', 'sqrt')
+  momentum: float = _number('in [0, 1)')
+  nesterov: bool
+  weight_decay: float = _number('>= 0')
+  lars_denominator: str = _choice('norm_of_sum', 'sum_of_norms')
+  trust_coefficient: float = _number('> 0')
+  beta1: float = _number('in [0, 1)')
+  beta2: float = _number('in [0, 1)')
+  decay: float = _number('in [0, 1)')
+  eps: float = _number('>= 0')
 
   def peak_learning_rate(self, batch_size: int) -> float:
     """learning_rate * (batch_size / base_batch_size) ** {0, 1, 0.5}."""
@@ -188,44 +190,26 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-  name: str
-  warmup_epochs: float
-  power: float
-  end_learning_rate: float
-  decay_rate: float
-  decay_epochs: float
+class Schedule(_Group):
+  _prefix = 'schedule.'
 
-  def __post_init__(self):
-    _check_choice(
-      'schedule.name', self.name, ('polynomial', 'cosine', 'exponential')
-    )
-    for field in ('warmup_epochs', 'end_learning_rate'):
-      value = getattr(self, field)
-      _check(value >= 0, f'schedule.{field}', value, 'must be >= 0')
-    for field in ('power', 'decay_epochs'):
-      value = getattr(self, field)
-      _check(value > 0, f'schedule.{field}', value, 'must be > 0')
-    _check(
-      0 < self.decay_rate <= 1,
-      'schedule.decay_rate',
-      self.decay_rate,
-      'must be in (0, 1]',
-    )
+  name: str = _choice('polynomial', 'cosine', 'exponential')
+  warmup_epochs: float = _number('>= 0')
+  power: float = _number('> 0')
+  end_learning_rate: float = _number('>= 0')
+  decay_rate: float = _number('in (0, 1]')
+  decay_epochs: float = _number('> 0')
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
-  label_smoothing: float
+class Loss(_Group):
+  _prefix = 'loss.'
+
+  label_smoothing: float = _number('in [0, 1)')
   view_weights: Mapping[str, float]
 
   def __post_init__(self):
-    _check(
-      0 <= self.label_smoothing < 1,
-      'loss.label_smoothing',
-      self.label_smoothing,
-      'must be in [0, 1)',
-    )
+    super().__post_init__()
     known = sorted({v for m in METHODS.values() for v, _ in m.views})
     for view, weight in self.view_weights.items():
       _check_choice('loss.view_weights', view, known)
@@ -238,79 +222,50 @@ class Loss:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ema:
-  decay: float
+class Ema(_Group):
+  _prefix = 'ema.'
+
+  decay: float = _number('in [0, 1)', '0 = off')
   batch_stats: bool
 
-  def __post_init__(self):
-    _check(
-      0 <= self.decay < 1, 'ema.decay', self.decay, 'must be in [0, 1), 0 = off'
-    )
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint(_Group):
+  _prefix = 'checkpoint.'
+
+  every_steps: int = _number('>= 0', '0 = at the end and when interrupted')
+  keep: int = _number('>= 1')
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
-  every_steps: int
-  keep: int
+class Eval(_Group):
+  _prefix = 'eval.'
 
-  def __post_init__(self):
-    _check(
-      self.every_steps >= 0,
-      'checkpoint.every_steps',
-      self.every_steps,
-      'must be >= 0 (0 = only at the end and when interrupted)',
-    )
-    _check(self.keep >= 1, 'checkpoint.keep', self.keep, 'must be >= 1')
-
-
-@dataclasses.dataclass(frozen=True)
-class Eval:
-  batch_size: int
-  every_steps: int
-  attack: str
-  epsilon_px: float
-  pgd_steps: int
+  batch_size: int = _number('>= 1')
+  every_steps: int = _number('>= 0', '0 = only at the end')
+  attack: str = _choice('none', 'fgsm', 'pgd', 'all')
+  epsilon_px: float = _number('>= 0', 'in grey levels of 255')
+  pgd_steps: int = _number('>= 1')
   route: str
   use_ema: bool
 
-  def __post_init__(self):
-    _check(
-      self.batch_size >= 1, 'eval.batch_size', self.batch_size, 'must be >= 1'
-    )
-    _check(
-      self.every_steps >= 0,
-      'eval.every_steps',
-      self.every_steps,
-      'must be >= 0 (0 = only at the end)',
-    )
-    _check_choice('eval.attack', self.attack, ('none', 'fgsm', 'pgd', 'all'))
-    _check(
-      self.epsilon_px >= 0,
-      'eval.epsilon_px',
-      self.epsilon_px,
-      'must be >= 0, in grey levels of 255',
-    )
-    _check(
-      self.pgd_steps >= 1, 'eval.pgd_steps', self.pgd_steps, 'must be >= 1'
-    )
-
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(_Group):
   """Everything about a run; `configs/common.py` documents every field."""
 
-  seed: int
-  method: str
+  seed: int = _number('in [0, 2**31)')
+  method: str = _choice(*METHODS)
   model: str
   dataset: Dataset
-  batch_size: int
-  epochs: float
-  max_steps: int
-  staleness_steps: int
-  bn_group_size: int
-  bn_momentum: float
-  bn_epsilon: float
-  dtype: str
+  batch_size: int = _number('>= 1')
+  epochs: float = _number('> 0')
+  max_steps: int = _number('>= 0', '0 = off')
+  staleness_steps: int = _number('>= 0')
+  bn_group_size: int = _number('>= 1', 'in examples')
+  bn_momentum: float = _number('in [0, 1)', 'the share of the old statistic')
+  bn_epsilon: float = _number('> 0')
+  dtype: str = _choice('float32', 'bfloat16', 'float64')
   loss: Loss
   attack: Attack
   optimizer: Optimizer
@@ -318,45 +273,26 @@ class Config:
   ema: Ema
   checkpoint: Checkpoint
   eval: Eval
-  log_every_steps: int
-  attack_stats_every_steps: int
-  max_nonfinite_steps: int
+  log_every_steps: int = _number('>= 1')
+  attack_stats_every_steps: int = _number('>= 0', '0 = off')
+  max_nonfinite_steps: int = _number('>= 1')
 
   def __post_init__(self):
-    _check_choice('method', self.method, METHODS)
-    _check_choice('dtype', self.dtype, ('float32', 'bfloat16', 'float64'))
-    _check(0 <= self.seed < 2**31, 'seed', self.seed, 'must be in [0, 2**31)')
-    _check(self.batch_size >= 1, 'batch_size', self.batch_size, 'must be >= 1')
-    _check(self.epochs > 0, 'epochs', self.epochs, 'must be > 0')
-    _check(
-      self.max_steps >= 0, 'max_steps', self.max_steps, 'must be >= 0 (0 = off)'
-    )
-    self._check_batch_norm()
+    super().__post_init__()
     self._check_staleness()
-    for field in ('log_every_steps', 'max_nonfinite_steps'):
-      value = getattr(self, field)
-      _check(value >= 1, field, value, 'must be >= 1')
-    _check(
-      self.attack_stats_every_steps >= 0,
-      'attack_stats_every_steps',
-      self.attack_stats_every_steps,
-      'must be >= 0 (0 = off)',
-    )
+    self._check_loss()
+    if self.batch_size % self.bn_group_size:
+      groups = max(1, round(self.batch_size / self.bn_group_size))
+      raise ConfigError(
+        f'batch_size={self.batch_size}: must be a multiple of '
+        f'bn_group_size={self.bn_group_size}; nearest: '
+        f'batch_size={groups * self.bn_group_size}'
+      )
     _check(
       self.schedule.warmup_epochs <= self.epochs,
       'schedule.warmup_epochs',
       self.schedule.warmup_epochs,
       f'must not exceed epochs={self.epochs}',
-    )
-    views = [view for view, _ in self.views]
-    missing = sorted(set(views) - set(self.loss.view_weights))
-    _check(not missing, 'loss.view_weights', missing, 'views without a weight')
-    total = sum(self.loss.view_weights[view] for view in views)
-    _check(
-      total > 0,
-      'loss.view_weights',
-      dict(self.loss.view_weights),
-      f'the weights of the views of {self.method!r} must not all be 0',
     )
     _check_choice('eval.route', self.eval.route, self.routes)
     _check(
@@ -366,34 +302,10 @@ class Config:
       'there is no average to evaluate: set ema.decay > 0',
     )
 
-  def _check_batch_norm(self):
-    _check(
-      self.bn_group_size >= 1,
-      'bn_group_size',
-      self.bn_group_size,
-      'must be >= 1 example',
-    )
-    if self.batch_size % self.bn_group_size:
-      groups = max(1, round(self.batch_size / self.bn_group_size))
-      raise ConfigError(
-        f'batch_size={self.batch_size}: must be a multiple of '
-        f'bn_group_size={self.bn_group_size}; nearest: '
-        f'batch_size={groups * self.bn_group_size}'
-      )
-    _check(
-      0 <= self.bn_momentum < 1,
-      'bn_momentum',
-      self.bn_momentum,
-      'must be in [0, 1): the share of the old running statistic',
-    )
-    _check(self.bn_epsilon > 0, 'bn_epsilon', self.bn_epsilon, 'must be > 0')
-
   def _check_staleness(self):
     tau = self.staleness_steps
-    _check(tau >= 0, 'staleness_steps', tau, 'must be >= 0 steps')
-    preset = METHODS[self.method].staleness_steps
     _check(
-      preset is not None or tau == 0,
+      self.is_adversarial or tau == 0,
       'staleness_steps',
       tau,
       f'method {self.method!r} has no adversarial view; leave it unset',
@@ -403,6 +315,18 @@ class Config:
       'staleness_steps',
       tau,
       "method 'disadv' is staleness 0; use method 'conadv' for more",
+    )
+
+  def _check_loss(self):
+    views = [view for view, _ in self.views]
+    weights = self.loss.view_weights
+    missing = sorted(set(views) - set(weights))
+    _check(not missing, 'loss.view_weights', missing, 'views without a weight')
+    _check(
+      sum(weights[view] for view in views) > 0,
+      'loss.view_weights',
+      dict(weights),
+      f'the weights of the views of {self.method!r} must not all be 0',
     )
 
   @property

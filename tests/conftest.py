@@ -10,8 +10,8 @@ os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=0'
 )
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 # Before anything asks JAX for its devices: their number is fixed from then on.
 jax.config.update('jax_platforms', 'cpu')
