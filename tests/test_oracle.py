@@ -20,8 +20,6 @@ pytestmark = pytest.mark.usefixtures('x64')
 
 STEPS = 12
 TOLERANCE = 1e-9
-# Halves the time of this file, and rounds no worse.
-QUICK_COMPILE = {'xla_backend_optimization_level': 0}
 
 FGSM = {'attack.preset': 'fgsm', 'attack.epsilon_px': 6.0}
 # A probability between 0 and 1: groups with and without a random start.
@@ -122,7 +120,7 @@ def setting_of(config):
 def attack_starts(config, batches):
   """Random starts of the attack on each batch: all that the oracle is given."""
 
-  @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+  @jax.jit
   def sample(t, image, labels):
     key = stream_key(config.seed, Stream.ATTACK, t)
     return attack_lib.sample_start(
@@ -143,7 +141,6 @@ def library_records(config, weights, batches):
   step = jax.jit(
     make_train_step(config, helpers.SPEC, apply_fn, tx, schedule),
     donate_argnums=0,
-    compiler_options=QUICK_COMPILE,
   )
   state = helpers.start_state(config, weights, tx)
   state = pending_perturbation(config, step, state, batches[0])

@@ -168,8 +168,12 @@ def equations(jaxpr):
 
 
 def contractions(jaxpr):
-  """Numbers of convolutions and of dense products."""
-  kinds = collections.Counter(e.primitive.name for e in equations(jaxpr))
+  """Numbers of convolutions and of products of matrices."""
+  kinds = collections.Counter(
+    equation.primitive.name
+    for equation in equations(jaxpr)
+    if equation.outvars and equation.outvars[0].aval.ndim > 1
+  )
   return kinds['conv_general_dilated'], kinds['dot_general']
 
 
@@ -252,12 +256,6 @@ def test_the_attack_computes_no_kernel_gradient(tau):
 # ---- What a step does ------------------------------------------------------
 
 
-def compiled(f, **kwargs):
-  """`jax.jit` for programs that run a few times: compiles in half the time."""
-  quick = {'xla_backend_optimization_level': 0}
-  return jax.jit(f, compiler_options=quick, **kwargs)
-
-
 def test_staleness_0_equals_the_sequential_loop(x64):
   """`disadv` as anyone would write it: attack, then train on both."""
   config = helpers.make_config(
@@ -274,7 +272,7 @@ def test_staleness_0_equals_the_sequential_loop(x64):
     logits, stats = apply_fn(variables, x, (route,), True)
     return losses.cross_entropy(logits[:, 0], labels, smoothing), stats
 
-  @compiled
+  @jax.jit
   def attack(params, stats, image, labels, t):
     def loss(pixels, labels):
       each, _ = loss_of(params, stats, pixels, labels, adv_route, 0.0)
@@ -286,7 +284,7 @@ def test_staleness_0_equals_the_sequential_loop(x64):
     )
     return attack_lib.perturb(config.attack, loss, image, start)[0]
 
-  @compiled
+  @jax.jit
   def update(params, stats, opt_state, clean, adv, labels):
     def loss(params):
       smoothing = config.loss.label_smoothing
@@ -298,7 +296,7 @@ def test_staleness_0_equals_the_sequential_loop(x64):
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), moved, opt_state, value
 
-  step = compiled(make_train_step(config, helpers.SPEC, apply_fn, tx, schedule))
+  step = jax.jit(make_train_step(config, helpers.SPEC, apply_fn, tx, schedule))
   state = helpers.start_state(config, weights, tx)
   expected = weights.params, weights.batch_stats, tx.init(weights.params)
   for t, batch in enumerate(helpers.random_batches(config, 4)):
@@ -326,11 +324,11 @@ def test_views_in_one_batch_equal_views_one_by_one(x64, routes, train):
   shape = (2, len(routes), 3, *helpers.SPEC.image_shape)
   x = np.random.default_rng(0).normal(size=shape)
 
-  @compiled
+  @jax.jit
   def at_once(x):
     return apply_fn(variables, x, routes, train)
 
-  @functools.partial(compiled, static_argnums=2)
+  @functools.partial(jax.jit, static_argnums=2)
   def alone(stats, x, route):
     one = variables | {'batch_stats': stats}
     return apply_fn(one, x[:, None], (route,), train)
@@ -360,7 +358,7 @@ def test_the_clean_statistics_are_those_of_a_run_without_attack(x64):
   for config, start_weights in ((conadv, weights), (baseline, first_row)):
     _, apply_fn = helpers.tiny_net(config)
     tx = optim.make_optimizer(config.optimizer, schedule)
-    step = compiled(
+    step = jax.jit(
       make_train_step(config, helpers.SPEC, apply_fn, tx, schedule)
     )
     state = helpers.start_state(config, start_weights, tx)
@@ -379,7 +377,7 @@ def test_adversarial_images_move_adversarial_statistics_only(moves_stats):
     config = helpers.make_config({'attack.update_batch_stats': True})
     _, apply_fn = helpers.tiny_net(config)
     tx = optim.make_optimizer(config.optimizer, schedule)
-    step = compiled(
+    step = jax.jit(
       make_train_step(config, helpers.SPEC, apply_fn, tx, schedule)
     )
     state, batches = start(config), helpers.random_batches(config, 3)
