@@ -86,6 +86,8 @@ class Experiment:
       in_shardings=(state_shardings, batch_shardings, batch_shardings),
       out_shardings=(state_shardings, mesh_lib.replicated(self.mesh)),
       donate_argnums=0,
+      # The oldest snapshot is not read, but its buffer is to be reused.
+      keep_unused=True,
     )
 
   def compile_step(self) -> jax.stages.Compiled:

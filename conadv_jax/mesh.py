@@ -7,6 +7,7 @@ is longer than 1 only where one group is larger than a device's share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,8 @@ def make_mesh(
   count = len(devices)
   groups = batch_size // bn_group_size
   if batch_size % count:
-    nearest = max(1, round(batch_size / count)) * count
+    multiple = math.lcm(count, bn_group_size)
+    nearest = max(1, round(batch_size / multiple)) * multiple
     raise ConfigError(
       f'batch_size={batch_size}: does not divide over {count} devices; '
       f'nearest: batch_size={nearest}'

@@ -43,7 +43,7 @@ def make_optimizer(
   """The optimizer `config.name`; decay and trust ratios on kernels only.
 
   lars     see `lars`
-  sgd      g + wd * w, learning rate, then (Nesterov) momentum
+  sgd      (Nesterov) momentum of g + wd * w, times the learning rate
   lamb     Adam direction + wd * w, scaled by |w| / |update| (arXiv:1904.00962);
            trust ratio on kernels only, where optax.lamb scales every leaf
   rmsprop  TensorFlow's: eps inside the root, mean square starts at 1, momentum

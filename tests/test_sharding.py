@@ -71,9 +71,7 @@ def trajectory(devices, group_size):
   for batch, following in zip(batches, batches[1:], strict=False):
     state, metrics = step(state, batch, following)
     history.append(jax.device_get((state, metrics)))
-  # A snapshot that nothing reads stays where it is.
-  kept = first.replace(snapshots=first.snapshots[1:])
-  donated = all(x.is_deleted() for x in jax.tree.leaves(kept))
+  donated = all(x.is_deleted() for x in jax.tree.leaves(first))
   return history, donated
 
 
@@ -259,6 +257,12 @@ def test_a_batch_that_does_not_divide_names_the_nearest(batch_size, nearest):
     mesh.make_mesh(batch_size, 1, jax.devices())
   assert str(error.value).endswith(f'nearest: batch_size={nearest}')
   mesh.make_mesh(nearest, 1, jax.devices())
+
+
+def test_the_nearest_batch_divides_into_groups_too():
+  with pytest.raises(config_lib.ConfigError, match='nearest: batch_size=384'):
+    mesh.make_mesh(320, 64, jax.devices()[:3])
+  mesh.make_mesh(384, 64, jax.devices()[:3])
 
 
 def test_groups_that_do_not_divide_name_the_examples_per_device():

@@ -472,6 +472,20 @@ def test_a_gradient_norm_that_overflows_is_not_applied_though_the_loss_is():
   assert kept(new) == kept(state)
 
 
+def test_attack_statistics_that_are_not_finite_are_not_applied():
+  """They come from older weights: the loss of the step does not show them."""
+  config = helpers.make_config(
+    FIELDS | {'staleness_steps': 2, 'attack.update_batch_stats': True}
+  )
+  step, batches = jit_step(config), helpers.random_batches(config, 2)
+  state = helpers.copy(start(config))
+  state.snapshots[1].params['conv1']['kernel'] *= 1e30
+  new, metrics = step(state, *batches)
+  assert np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm'])
+  assert counts(new) == (1, 1, 1)
+  assert kept(new) == kept(state)
+
+
 # ---- Snapshots -------------------------------------------------------------
 
 
