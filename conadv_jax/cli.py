@@ -57,9 +57,13 @@ def parse_config_file(
       config = config_flags.DEFINE_config_file('config', flag_values=values)
       workdir = flags.DEFINE_string('workdir', None, '', flag_values=values)
       _reject_positional(values(argv))
+    if config.value is not None:
+      config.value.to_dict()  # a file that did not load says so when it is read
   except (AttributeError, KeyError) as error:
     raise _unknown_override(argv) or error from error
-  if values['config'].value is None:
+  except OSError as error:
+    raise ConfigError(f'--config: {error}') from error
+  if config.value is None:
     raise ConfigError('missing --config=configs/NAME.py')
   if not workdir.value:
     raise ConfigError('missing --workdir=DIR, where the run is written')
@@ -122,10 +126,10 @@ def _reject_positional(rest: Sequence[str]) -> None:
 def _unknown_override(argv: Sequence[str]) -> ConfigError | None:
   """The error of an override that the config file has no field for."""
   values = flags.FlagValues()
-  config = config_flags.DEFINE_config_file('config', flag_values=values)
-  values(
-    [a for a in argv if not re.match(r'--?(no)?config\.', a)], known_only=True
-  )
+  plain = [arg for arg in argv if not re.match(r'--?(no)?config\.', arg)]
+  with _command_line(plain):
+    config = config_flags.DEFINE_config_file('config', flag_values=values)
+    values(plain, known_only=True)
   return _unknown_field(argv, config.value)
 
 

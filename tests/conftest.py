@@ -10,8 +10,8 @@ _FLAGS = os.environ.get('XLA_FLAGS', '')
 if 'xla_backend_optimization_level' not in _FLAGS:
   os.environ['XLA_FLAGS'] = f'{_FLAGS} --xla_backend_optimization_level=0'
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # Before anything asks JAX for its devices: their number is fixed from then on.
 jax.config.update('jax_platforms', 'cpu')
