@@ -33,6 +33,7 @@ def settings(arg='batch_size=64', **fields):
   values = digits.get_config(arg)
   values.update_from_flattened_dict(
     {
+      'model': 'tiny',
       'bn_group_size': 8,
       'max_steps': 20,
       'log_every_steps': 1,
@@ -47,7 +48,7 @@ def settings(arg='batch_size=64', **fields):
 
 
 def final_state(run, workdir, step):
-  """The saved state of `step`, its perturbation made again."""
+  """The saved state of `step`, without its perturbation."""
   checkpoints = Checkpoints(workdir, keep=3)
   state = checkpoints.restore(step, run.abstract_state())
   checkpoints.close()
