@@ -90,9 +90,9 @@ def make_train_step(
   Pure, and not jitted here: whoever runs or audits it jits this very function.
   Where tau = 0, or nothing is adversarial, batch_{t+1} is not read.
 
-  An update whose loss, gradient norm or statistics are not finite is not
-  applied: weights, statistics, optimizer and averages stay as they were, the
-  step is counted, and the run goes on to the next batch.
+  An update whose loss or gradient norm is not finite is not applied: weights,
+  statistics, optimizer and averages stay as they were, the step is counted, and
+  the run goes on to the next batch.
   """
   tau = config.staleness_steps
   attack_fn = (
@@ -179,7 +179,7 @@ def _make_update(config, spec, apply_fn, tx):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _is_finite(stats)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     ema = _averaged(config, state.ema, Snapshot(params, stats))
     params, stats, opt_state, ema = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old),
@@ -283,11 +283,6 @@ def _wide(config: Config) -> Any:
   return jnp.promote_types(config.dtype, jnp.float32)
 
 
-def _is_finite(tree: Any) -> jax.Array:
-  """Whether every element of every leaf is finite: a bool."""
-  return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
-
-
 def _averaged(config: Config, ema: Snapshot | None, new: Snapshot):
   """decay * ema + (1 - decay) * new; statistics are copied if not averaged."""
   if ema is None:
@@ -299,7 +294,14 @@ def _averaged(config: Config, ema: Snapshot | None, new: Snapshot):
 
 
 def _mean_on_route(a: Any, b: Any, route: int) -> Any:
-  """Leaves of `a` with row `route` replaced by the mean of both rows."""
-  return jax.tree.map(
-    lambda x, y: x.at[route].set((x[route] + y[route]) / 2), a, b
-  )
+  """Leaves of `a` with row `route` replaced by the mean of both rows.
+
+  Elements of `b` that are not finite are left out. They come from an attack,
+  for which the finite check of the update must not wait.
+  """
+
+  def mean(x, y):
+    both = (x[route] + y[route]) / 2
+    return x.at[route].set(jnp.where(jnp.isfinite(both), both, x[route]))
+
+  return jax.tree.map(mean, a, b)
