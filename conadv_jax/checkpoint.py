@@ -15,10 +15,15 @@ class Checkpoints:
   images, and `train_step.pending_perturbation` makes it again bit for bit.
   """
 
-  def __init__(self, workdir: epath.Path, keep: int):
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, cleanup_tmp_directories=True
-    )
+  def __init__(
+    self, workdir: epath.Path, keep: int = 1, read_only: bool = False
+  ):
+    """`read_only` leaves alone what a training run may be writing there."""
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    if not read_only:
+      options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=True
+      )
     self._manager = ocp.CheckpointManager(
       epath.Path(workdir).absolute() / 'checkpoints', options=options
     )

@@ -60,9 +60,13 @@ def parse_config_file(
     if config.value is not None:
       config.value.to_dict()  # a file that did not load says so when it is read
   except (AttributeError, KeyError) as error:
-    raise _unknown_override(argv) or error from error
-  except OSError as error:
-    raise ConfigError(f'--config: {error}') from error
+    raise _unknown_override(argv) or _load_error(error) from error
+  except (ImportError, OSError, SyntaxError) as error:
+    raise _load_error(error) from error
+  except flags.IllegalFlagValueError as error:
+    # An error of the file's arguments comes wrapped, with its traceback.
+    _, wrapped, message = str(error).rpartition('ConfigError: ')
+    raise (ConfigError(message.strip()) if wrapped else error) from error
   if config.value is None:
     raise ConfigError('missing --config=configs/NAME.py')
   if not workdir.value:
@@ -127,10 +131,20 @@ def _unknown_override(argv: Sequence[str]) -> ConfigError | None:
   """The error of an override that the config file has no field for."""
   values = flags.FlagValues()
   plain = [arg for arg in argv if not re.match(r'--?(no)?config\.', arg)]
-  with _command_line(plain):
-    config = config_flags.DEFINE_config_file('config', flag_values=values)
-    values(plain, known_only=True)
+  try:
+    with _command_line(plain):
+      config = config_flags.DEFINE_config_file('config', flag_values=values)
+      values(plain, known_only=True)
+  except (AttributeError, KeyError):
+    return None  # the file itself is wrong, not an override
   return _unknown_field(argv, config.value)
+
+
+def _load_error(error: Exception) -> ConfigError:
+  hint = ''
+  if isinstance(error, ModuleNotFoundError):
+    hint = '; run from the root of the repository'
+  return ConfigError(f'--config: {type(error).__name__}: {error}{hint}')
 
 
 def _unknown_field(argv: Sequence[str], config: Any) -> ConfigError | None:

@@ -80,7 +80,7 @@ ATTACK_PRESETS: dict[str, dict[str, Any]] = {
     random_start_prob=0.8, train_mode=True, update_batch_stats=False,
   ),
   'pgd': dict(
-    norm='linf', epsilon_px=4.0, step_size_px=1.0, steps=5, targeted=False,
+    norm='linf', epsilon_px=4.0, step_size_px=None, steps=5, targeted=False,
     random_start_prob=1.0, train_mode=True, update_batch_stats=False,
   ),
 }  # fmt: skip
@@ -285,7 +285,7 @@ class Config(_Group):
       groups = max(1, round(self.batch_size / self.bn_group_size))
       raise ConfigError(
         f'batch_size={self.batch_size}: must be a multiple of '
-        f'bn_group_size={self.bn_group_size}; nearest: '
+        f'bn_group_size={self.bn_group_size}: set that too, or the nearest: '
         f'batch_size={groups * self.bn_group_size}'
       )
     _check(
@@ -416,8 +416,9 @@ def _fill_presets(values: dict[str, Any]) -> None:
     for field, value in ATTACK_PRESETS[attack['preset']].items():
       if attack.get(field, 0) is None:
         attack[field] = value
-    if attack.get('step_size_px', 0) is None:
-      attack['step_size_px'] = attack.get('epsilon_px')
+    epsilon = attack.get('epsilon_px')
+    if attack.get('step_size_px', 0) is None and isinstance(epsilon, float):
+      attack['step_size_px'] = epsilon if attack['steps'] == 1 else epsilon / 4
   optimizer = values.get('optimizer')
   if isinstance(optimizer, dict) and 'name' in optimizer:
     _check_choice('optimizer.name', optimizer['name'], OPTIMIZER_EPS)

@@ -212,13 +212,11 @@ def evaluate(argv: Sequence[str]) -> list[dict[str, Any]]:
   directory = cli.parse_workdir(argv)
   values = ml_collections.ConfigDict(workdir.read_config(directory))
   values.eval.attack = 'all'
+  trained = config.flatten(values.to_dict())
   settings = config.from_config_dict(cli.parse_overrides(argv, values))
+  _check_overrides(trained, config.flatten(config.to_dict(settings)))
   run = experiment.build(settings)
-  checkpoints = Checkpoints(epath.Path(directory), settings.checkpoint.keep)
-  step = checkpoints.latest_step()
-  if step is None:
-    raise ConfigError(f'workdir={directory!r}: holds no checkpoint yet')
-  state = checkpoints.restore(step, run.abstract_state())
+  step, state = _restore(epath.Path(directory), run)
   source = datasets.load(run.spec, 'eval', settings.dataset.data_dir)
 
   evaluator = Evaluator(run, source)
@@ -248,6 +246,26 @@ def evaluate(argv: Sequence[str]) -> list[dict[str, Any]]:
     )
   _add_to_summary(epath.Path(directory), rows)
   return rows
+
+
+def _check_overrides(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+  for name in new:
+    if old[name] != new[name] and not name.startswith(('eval.', 'dataset.d')):
+      raise ConfigError(
+        f'{name}={new[name]!r}: the run was trained with {old[name]!r}; only '
+        'eval.* and dataset.data_dir can be set here'
+      )
+
+
+def _restore(path: epath.Path, run: Experiment) -> tuple[int, TrainState]:
+  """The newest checkpoint: its step and state."""
+  step = None
+  if (path / 'checkpoints').exists():
+    checkpoints = Checkpoints(path, read_only=True)
+    step = checkpoints.latest_step()
+  if step is None:
+    raise ConfigError(f'workdir={str(path)!r}: holds no checkpoint yet')
+  return step, checkpoints.restore(step, run.abstract_state())
 
 
 def _add_to_summary(path: epath.Path, rows: list[dict[str, Any]]) -> None:

@@ -30,13 +30,18 @@ class MetricWriter:
     self.workdir = epath.Path(workdir)
     path = self.workdir / 'metrics.jsonl'
     kept = [r for r in read_metrics(workdir) if r['step'] <= start_step]
-    path.write_text(''.join(json.dumps(row) + '\n' for row in kept))
+    rewritten = self.workdir / 'metrics.jsonl.tmp'
+    rewritten.write_text(''.join(json.dumps(row) + '\n' for row in kept))
+    rewritten.replace(path)
     self.seconds_before = max((r.get('seconds', 0) for r in kept), default=0)
     self._file = path.open('a')
     self._tensorboard = metric_writers.SummaryWriter(str(workdir))
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-    """Writes numbers and strings; TensorBoard gets the numbers."""
+    """Writes numbers and strings; TensorBoard gets the numbers.
+
+    JSON has no word for a number that is not finite: it is written as null.
+    """
     values = {name: _plain(value) for name, value in values.items()}
     row = {'step': step, 'split': split, **values}
     self._file.write(json.dumps(row) + '\n')
@@ -44,7 +49,7 @@ class MetricWriter:
     scalars = {
       f'{split}/{name}': value
       for name, value in values.items()
-      if not isinstance(value, str)
+      if isinstance(value, int | float)
     }
     self._tensorboard.write_scalars(step, scalars)
 
@@ -70,11 +75,17 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
 class Progress:
   """Rates over the steps since the last report, without what was paused."""
 
-  def __init__(self, start_step: int, stop_step: int, batch_size: int):
+  def __init__(
+    self,
+    start_step: int,
+    stop_step: int,
+    batch_size: int,
+    waited_seconds: float = 0.0,
+  ):
     self._stop_step = stop_step
     self._batch_size = batch_size
     self._step = self._start_step = start_step
-    self._waited = 0.0
+    self._waited = waited_seconds  # for input, before the first step
     self._since = time.monotonic()
     self.seconds = 0.0  # spent training, over all reports
 
@@ -120,8 +131,8 @@ def clock(seconds: float) -> str:
 
 
 def _plain(value: Any) -> Any:
-  """Numbers of any library -> int, float or str, for JSON."""
+  """Numbers of any library -> int, float, or None if not finite, for JSON."""
   if isinstance(value, str):
     return value
   value = np.asarray(value).item()
-  return value
+  return value if np.isfinite(value) else None

@@ -12,6 +12,7 @@ resumes where the run stopped. Ctrl-C or SIGTERM saves and exits with 42;
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from conadv_jax import (
 )
 from conadv_jax import mesh as mesh_lib
 from conadv_jax.checkpoint import Checkpoints
-from conadv_jax.config import Config
+from conadv_jax.config import Config, ConfigError
 from conadv_jax.data import datasets, pipeline, sampler
 from conadv_jax.experiment import Experiment
 from conadv_jax.state import TrainState
@@ -71,12 +72,20 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
     checkpoints = Checkpoints(path, settings.checkpoint.keep)
     stack.callback(checkpoints.close)
     start = checkpoints.latest_step()
+    stop = run.steps.stop
+    if start is not None and start > stop:
+      raise ConfigError(
+        f'max_steps={settings.max_steps}: the run in {path} is already at step '
+        f'{start}; use another --workdir, or more steps'
+      )
+    if start == stop and (summary := workdir.finished(path)):
+      print('nothing left to train', _describe_summary(summary, path), sep='\n')
+      return summary
     if start is None:
       start, state = 0, run.init_state()
     else:
       state = checkpoints.restore(start, run.abstract_state())
       print(f'resumed at step {start}', flush=True)
-    stop = run.steps.stop
     writer = metrics.MetricWriter(path, start)
     stack.callback(writer.close)
 
@@ -89,8 +98,15 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
     kernels = optim.kernel_names(state.params)
 
     # ---- 5. Steps ----------------------------------------------------------
-    progress = metrics.Progress(start, stop, settings.batch_size)
+    progress = metrics.Progress(
+      start, stop, settings.batch_size, batches.wait_seconds
+    )
     watch = NonFiniteWatch(run, path)
+    pauses = (
+      settings.attack_stats_every_steps,
+      settings.eval.every_steps,
+      settings.checkpoint.every_steps,
+    )
     for step in range(start + 1, stop + 1):
       if stop_request.signal is not None:
         break
@@ -105,6 +121,9 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
         row = _readable(values, kernels) | rates
         writer.write(step, 'train', row)
         print(_progress_line(run, step, row, progress), flush=True)
+      if not any(_due(step, every) for every in pauses):
+        continue
+      jax.block_until_ready(state)
       with progress.paused():
         if attack_stats_fn and _due(step, settings.attack_stats_every_steps):
           row = jax.device_get(attack_stats_fn(state, batch))
@@ -135,7 +154,7 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
 class StopRequest:
   """Remembers SIGINT or SIGTERM, so that the loop can save and leave.
 
-  A second signal interrupts at once.
+  Ctrl-C after that interrupts at once; SIGTERM may come from several senders.
   """
 
   _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -153,25 +172,26 @@ class StopRequest:
 
   def _handle(self, number: int, _) -> None:
     if self.signal is not None:
-      raise KeyboardInterrupt
+      if number == signal.SIGINT:
+        raise KeyboardInterrupt
+      return
     self.signal = signal.Signals(number)
-    print(
-      f'{self.signal.name}: saving after this step; again to quit at once',
-      flush=True,
+    # Not print: the signal may have come in the middle of one.
+    os.write(
+      1, f'\n{self.signal.name}: will save; Ctrl-C quits at once\n'.encode()
     )
 
 
 class NonFiniteWatch:
   """Stops a run that stays non-finite, and says on which examples.
 
-  Reads the counter of the step before, so that the device is never waited for.
+  Reads the counter of the step before, so that one step is always queued.
   """
 
   def __init__(self, run: Experiment, path: epath.Path):
     self._run = run
     self._path = path / 'nonfinite_steps.json'
     self._last: tuple[int, Metrics] | None = None
-    self._steps: list[int] = []
 
   def check(self, step: int, values: Metrics) -> None:
     """Notes the metrics of `step`, judges those of the step before.
@@ -198,16 +218,18 @@ class NonFiniteWatch:
       f'applied ({streak} in a row)',
       flush=True,
     )
-    self._steps = [*self._steps, step][-streak:]
     limit = self._run.config.max_nonfinite_steps
     if streak < limit:
       return
-    examples = {str(s): self._example_ids(s) for s in self._steps}
+    first_step = step - streak + 1
+    examples = {
+      str(s): self._example_ids(s) for s in range(first_step, step + 1)
+    }
     workdir.write_json(self._path, examples)
-    first = ', '.join(str(i) for i in examples[str(self._steps[0])][:8])
+    first = ', '.join(str(i) for i in examples[str(first_step)][:8])
     raise cli.NonFiniteError(
-      f'{streak} steps in a row, {self._steps[0]} to {step}, were not finite '
-      f'(max_nonfinite_steps={limit}). Example ids of step {self._steps[0]}: '
+      f'{streak} steps in a row, {first_step} to {step}, were not finite '
+      f'(max_nonfinite_steps={limit}). Example ids of step {first_step}: '
       f'{first}, ...; all are in {self._path}. Lower optimizer.learning_rate '
       'or lengthen schedule.warmup_epochs, or look at these examples'
     )
@@ -316,7 +338,6 @@ def _summarize(
   for name in evaluate.attack_names(settings.eval.attack):
     robust[name] = evaluator(weights, name)['top1']
     writer.write(run.steps.stop, f'test_{name}', {'top1': robust[name]})
-  # A rerun of a finished run trains nothing: its rate is the first run's.
   rates = [
     row['images_per_sec']
     for row in metrics.read_metrics(writer.workdir)

@@ -1,6 +1,7 @@
 """One step of training: the update, and the attack on the next batch.
 
-For a staleness tau >= 1 the two sub-steps of a program share no result:
+For a staleness tau >= 1 the two sub-steps of a program share no result, unless
+`attack.update_batch_stats` asks the update for the attack's statistics:
 
   update       delta_t, batch_t, theta_t              -> theta_{t+1}
   adversarial  batch_{t+1}, theta_{t+1-tau}           -> delta_{t+1}

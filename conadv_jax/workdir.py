@@ -81,6 +81,13 @@ def read_config(workdir: str) -> dict[str, Any]:
     raise ConfigError(f'{path}: not readable: {error!r}') from error
 
 
+def finished(path: epath.Path) -> dict[str, Any] | None:
+  """summary.json of a run that reached its end, or None."""
+  file = path / 'summary.json'
+  summary = json.loads(file.read_text()) if file.exists() else {}
+  return summary if 'top1' in summary else None
+
+
 def write_json(path: epath.Path, content: Any) -> None:
   """Writes through a temporary file, so that no reader sees half of it."""
   temporary = path.parent / (path.name + '.tmp')

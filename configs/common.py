@@ -49,9 +49,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.attack.preset = 'fgsm'  # fgsm, paper, pgd; fills the fields left None
   c.attack.norm = config_dict.placeholder(str)  # linf or l2
   c.attack.epsilon_px = config_dict.placeholder(float)  # radius, grey levels
-  c.attack.step_size_px = config_dict.placeholder(
-    float
-  )  # per step, grey levels
+  # Per step, grey levels; None = epsilon for one step, epsilon / 4 for more.
+  c.attack.step_size_px = config_dict.placeholder(float)
   c.attack.steps = config_dict.placeholder(int)  # gradient steps k
   c.attack.targeted = config_dict.placeholder(bool)  # towards a random class
   c.attack.random_start_prob = config_dict.placeholder(float)  # 0 = clean start

@@ -9,6 +9,7 @@ A rerun resumes what was stopped and trains nothing that is finished.
 import argparse
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -49,7 +50,17 @@ def run(method: str, batch_size: int, workdir: pathlib.Path) -> None:
   ]
   command = ['python', '-m', 'conadv_jax.train', *arguments]
   print(f'\n$ {" ".join(command)}', flush=True)
-  status = subprocess.run([sys.executable, *command[1:]], cwd=ROOT).returncode
+  process = subprocess.Popen([sys.executable, *command[1:]], cwd=ROOT)
+  # Ctrl-C reaches the run by itself, SIGTERM does not; both let it save.
+  before = {
+    signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    signal.SIGTERM: signal.signal(
+      signal.SIGTERM, lambda *_: process.terminate()
+    ),
+  }
+  status = process.wait()
+  for number, handler in before.items():
+    signal.signal(number, handler)
   if status:
     sys.exit(status)
 

@@ -10,17 +10,18 @@ the work.
 
 import argparse
 import csv
-import json
 import pathlib
 import sys
 import time
 
 import jax
 import numpy as np
+from etils import epath
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from conadv_jax import config, train
+from conadv_jax import cli, config, train
+from conadv_jax import workdir as workdir_lib
 from configs import digits
 
 COLUMNS = (
@@ -29,7 +30,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -38,8 +39,7 @@ def main() -> None:
   parser.add_argument('--methods', default='baseline,disadv,conadv')
   parser.add_argument('--batch_sizes', default='32,128,320,640')
   parser.add_argument('--seeds', default='0,1,2,3,4')
-  parser.add_argument('--learning_rate', type=float, default=None)
-  args = parser.parse_args()
+  args = parser.parse_args(argv[1:])
 
   runs = pathlib.Path(args.runs)
   cache = str(runs.absolute() / 'compile_cache')
@@ -53,7 +53,7 @@ def main() -> None:
   start, done = time.monotonic(), 0
   for index, (method, batch_size, seed) in enumerate(jobs):
     workdir = runs / f'{method}_batch{batch_size}_seed{seed}'
-    if (workdir / 'summary.json').exists():
+    if workdir_lib.finished(epath.Path(workdir)):
       continue
     left = ''
     if done:
@@ -68,8 +68,6 @@ def main() -> None:
     values.attack_stats_every_steps = 0
     values.log_every_steps = 100
     values.checkpoint.every_steps = 0
-    if args.learning_rate is not None:
-      values.optimizer.learning_rate = args.learning_rate
     train.train(config.from_config_dict(values), str(workdir))
     done += 1
   rows = read_rows(runs)
@@ -86,7 +84,9 @@ def read_rows(runs: pathlib.Path) -> list[dict]:
   """One row per finished run, sorted by method, batch size and seed."""
   rows = []
   for path in runs.glob('*/summary.json'):
-    s = json.loads(path.read_text())
+    s = workdir_lib.finished(epath.Path(path.parent))
+    if s is None:
+      continue
     robust = s['robust_top1_by_attack']
     rows.append(
       {
@@ -176,4 +176,4 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
 
 
 if __name__ == '__main__':
-  main()
+  cli.run(main, __doc__)

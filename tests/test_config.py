@@ -346,13 +346,13 @@ def test_the_attack_preset_fills_only_what_is_none():
   assert not attack.targeted and attack.random_start_prob == 0.0
 
 
-def test_a_single_step_has_the_size_of_the_ball_unless_set():
+def test_steps_are_sized_by_the_ball_unless_set():
   attack = load({'attack.preset': 'fgsm', 'attack.epsilon_px': 9.0}).attack
   assert attack.step_size_px == 9.0
   fields = {'attack.epsilon_px': 9.0, 'attack.step_size_px': 2.0}
   assert load(fields).attack.step_size_px == 2.0
   attack = load({'attack.preset': 'pgd', 'attack.epsilon_px': 9.0}).attack
-  assert attack.step_size_px == 1.0
+  assert attack.step_size_px == 9.0 / 4
 
 
 @pytest.mark.parametrize(

@@ -196,10 +196,19 @@ def test_a_directory_of_another_configuration_is_refused(unbroken):
   assert 'another --workdir' in str(error.value)
 
 
-def test_fields_that_do_not_alter_the_run_may_change(unbroken):
-  cfg = settings()
-  changed = dataclasses.replace(cfg, log_every_steps=3, max_steps=20)
-  train.train(changed, str(unbroken))  # nothing left to train
+def test_a_rerun_of_a_finished_run_changes_nothing(unbroken):
+  """Also with other values of fields that do not alter the weights."""
+  files = [unbroken / name for name in ('metrics.jsonl', 'summary.json')]
+  before = [file.read_bytes() for file in files]
+  changed = dataclasses.replace(settings(), log_every_steps=3, max_steps=20)
+  summary = train.train(changed, str(unbroken))
+  assert summary == json.loads(before[1])
+  assert [file.read_bytes() for file in files] == before
+
+
+def test_fewer_steps_than_were_trained_are_refused(unbroken):
+  with pytest.raises(config.ConfigError, match='already at step 20'):
+    train.train(settings(max_steps=10), str(unbroken))
 
 
 def test_a_nonfinite_run_stops_with_the_example_ids(tmp_path):
@@ -259,6 +268,13 @@ def exit_code(monkeypatch, main, *argv):
 CONFIG = f'--config={ROOT}/configs/digits.py'
 
 
+BROKEN_FILES = {
+  'SYNTAX': 'def get_config(:',
+  'ATTRIBUTE': 'import json\ndef get_config():\n  return json.nope()\n',
+  'IMPORT': 'import there_is_no_such_module\n',
+}
+
+
 # ml_collections loads config files by a method that Python 3.12 drops.
 @pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 @pytest.mark.parametrize(
@@ -277,11 +293,17 @@ CONFIG = f'--config={ROOT}/configs/digits.py'
     ([CONFIG, '--workdir=w', '--config.attack.epsilon_px=-1.0'], '>= 0'),
     ([CONFIG, '--workdir=w', '--config.staleness_steps=-1'], '>= 0'),
     ([CONFIG, '--workdir=w', '--config.optimizer.name=adam'], 'optimizer.name'),
+    (['--config=SYNTAX', '--workdir=w'], 'SyntaxError'),
+    (['--config=ATTRIBUTE', '--workdir=w'], "no attribute 'nope'"),
+    (['--config=IMPORT', '--workdir=w'], 'root of the repository'),
   ],
 )
 def test_bad_usage_exits_with_2_and_says_why(
-  argv, message, monkeypatch, capsys
+  argv, message, monkeypatch, capsys, tmp_path
 ):
+  for name, source in BROKEN_FILES.items():
+    (tmp_path / f'{name}.py').write_text(source)
+    argv = [a.replace(name, f'{tmp_path}/{name}.py') for a in argv]
   assert exit_code(monkeypatch, train.main, *argv) == 2
   assert message in capsys.readouterr().err
 
@@ -313,6 +335,13 @@ def test_evaluate_prints_a_table_and_adds_it_to_the_summary(unbroken, capsys):
   assert more[0]['loss'] != rows[0]['loss']
   summary = json.loads((unbroken / 'summary.json').read_text())
   assert summary['evaluations'] == rows + more
+
+
+@pytest.mark.parametrize('name', ['attack.epsilon_px=8.0', 'model=resnet20'])
+def test_evaluate_refuses_what_only_training_can_set(name, unbroken):
+  argv = ['prog', f'--workdir={unbroken}', f'--config.{name}']
+  with pytest.raises(config.ConfigError, match=f'{name.split("=")[0]}.*eval'):
+    evaluate.evaluate(argv)
 
 
 def test_evaluate_refuses_a_directory_without_a_run(tmp_path, monkeypatch):
@@ -355,7 +384,7 @@ def test_a_signal_saves_exits_with_42_and_the_rerun_finishes(number, tmp_path):
     rest = process.stdout.read()
     assert process.wait(timeout=120) == 42, rest
   steps = [int(p.name) for p in (tmp_path / 'checkpoints').glob('[0-9]*')]
-  assert len(steps) == 1 and 5 <= steps[0] < 120
+  assert len(steps) == 1 and 5 <= steps[0] < 120, rest
   assert not (tmp_path / 'summary.json').exists()
   again = subprocess.run(
     command, cwd=ROOT, env=environment, capture_output=True, text=True
@@ -365,3 +394,24 @@ def test_a_signal_saves_exits_with_42_and_the_rerun_finishes(number, tmp_path):
   rows = metrics.read_metrics(tmp_path)
   train_steps = [r['step'] for r in rows if r['split'] == 'train']
   assert train_steps == list(range(1, 121))
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_quickstart_saves_and_the_rerun_goes_on(tmp_path):
+  command = [sys.executable, 'scripts/quickstart.py', f'--output={tmp_path}']
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  options = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+  with subprocess.Popen(command, start_new_session=True, **options) as process:
+    for line in process.stdout:
+      if line.startswith('step 20/'):
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        break
+    rest = process.stdout.read()
+    assert process.wait(timeout=120) == 42, rest
+  with subprocess.Popen(command, start_new_session=True, **options) as process:
+    for line in process.stdout:
+      if line.startswith('resumed at step '):
+        os.killpg(process.pid, signal.SIGTERM)
+        break
+    rest = process.stdout.read()
+    assert process.wait(timeout=120) == 42, rest

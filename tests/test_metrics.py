@@ -1,0 +1,54 @@
+"""metrics.jsonl, and the rates of the progress line."""
+
+import json
+import math
+
+import pytest
+
+from conadv_jax import metrics
+
+
+def test_lines_after_the_step_of_a_resume_are_dropped(tmp_path):
+  writer = metrics.MetricWriter(tmp_path, 0)
+  for step in (1, 2, 3):
+    writer.write(step, 'train', {'loss': step / 2, 'seconds': 10.0 * step})
+  writer.close()
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text(path.read_text() + '{"step": 4, "spl')  # a line cut short
+  writer = metrics.MetricWriter(tmp_path, 2)
+  assert writer.seconds_before == 20.0
+  writer.write(3, 'train', {'loss': 7.0})
+  writer.close()
+  rows = metrics.read_metrics(tmp_path)
+  assert [(r['step'], r['loss']) for r in rows] == [(1, 0.5), (2, 1.0), (3, 7)]
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path):
+  writer = metrics.MetricWriter(tmp_path, 0)
+  writer.write(1, 'train', {'loss': math.nan, 'norm': math.inf, 'layer': 'a'})
+  writer.close()
+
+  def refuse(name):
+    raise AssertionError(f'{name} is not JSON')
+
+  line = (tmp_path / 'metrics.jsonl').read_text()
+  row = json.loads(line, parse_constant=refuse)
+  assert row == {
+    'step': 1, 'split': 'train', 'loss': None, 'norm': None, 'layer': 'a'
+  }  # fmt: skip
+
+
+def test_rates_leave_out_what_was_paused(monkeypatch):
+  now = [100.0]
+  monkeypatch.setattr(metrics.time, 'monotonic', lambda: now[0])
+  progress = metrics.Progress(10, 40, batch_size=8, waited_seconds=3.0)
+  now[0] += 4
+  with progress.paused():
+    now[0] += 1000
+  now[0] += 1
+  rates = progress.report(20, waited_seconds=4.0)  # 10 steps in 5 s
+  assert rates == pytest.approx(
+    {'images_per_sec': 16.0, 'input_wait_percent': 20.0}
+  )
+  assert progress.eta() == '0:00:10'
+  assert metrics.clock(12345.6) == '3:25:46'
