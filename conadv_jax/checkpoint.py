@@ -19,8 +19,11 @@ class Checkpoints:
     self, workdir: epath.Path, keep: int = 1, read_only: bool = False
   ):
     """`read_only` leaves alone what a training run may be writing there."""
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    if not read_only:
+    if read_only:
+      options = ocp.CheckpointManagerOptions(
+        read_only=True, create=False, save_interval_steps=0
+      )
+    else:
       options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, cleanup_tmp_directories=True
       )
