@@ -449,6 +449,24 @@ def flatten(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   return flat
 
 
+def changes(
+  old: Config, new: Config, free: tuple[str, ...]
+) -> dict[str, tuple[Any, Any]]:
+  """Fields that differ, {name: (old, new)}, but for those `free` to differ.
+
+  A name in `free` that ends with a dot stands for its whole group.
+  """
+  before, after = flatten(to_dict(old)), flatten(to_dict(new))
+  groups = tuple(name for name in free if name.endswith('.'))
+  return {
+    name: (before[name], after[name])
+    for name in after
+    if before[name] != after[name]
+    and name not in free
+    and not name.startswith(groups)
+  }
+
+
 def parse_args(arg: str | None, **defaults: Any) -> dict[str, Any]:
   """Arguments of a config file: 'k=v,...' typed like `defaults`.
 

@@ -29,7 +29,7 @@ from conadv_jax.config import Attack, Config, ConfigError
 from conadv_jax.data import datasets
 from conadv_jax.experiment import Experiment
 from conadv_jax.state import Snapshot, Stream, TrainState, stream_key
-from conadv_jax.train_step import normalize
+from conadv_jax.train_step import normalize, wide_dtype
 
 Sums = dict[str, jax.Array]
 EvalFn = Callable[[Snapshot, Mapping[str, jax.Array], jax.Array], Sums]
@@ -119,7 +119,7 @@ def _attacked(
   spec = experiment.spec
   row = (experiment.config.routes.index(route),)
   variables = {'params': weights.params, 'batch_stats': weights.batch_stats}
-  dtype = jnp.promote_types(experiment.config.dtype, jnp.float32)
+  dtype = wide_dtype(experiment.config)
   image, label = batch['clean'].astype(dtype), batch['label']
 
   def logits_of(pixels):
@@ -212,9 +212,9 @@ def evaluate(argv: Sequence[str]) -> list[dict[str, Any]]:
   directory = cli.parse_workdir(argv)
   values = ml_collections.ConfigDict(workdir.read_config(directory))
   values.eval.attack = 'all'
-  trained = config.flatten(values.to_dict())
+  trained = config.from_config_dict(values)
   settings = config.from_config_dict(cli.parse_overrides(argv, values))
-  _check_overrides(trained, config.flatten(config.to_dict(settings)))
+  _check_overrides(trained, settings)
   run = experiment.build(settings)
   step, state = _restore(epath.Path(directory), run)
   source = datasets.load(run.spec, 'eval', settings.dataset.data_dir)
@@ -248,13 +248,13 @@ def evaluate(argv: Sequence[str]) -> list[dict[str, Any]]:
   return rows
 
 
-def _check_overrides(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-  for name in new:
-    if old[name] != new[name] and not name.startswith(('eval.', 'dataset.d')):
-      raise ConfigError(
-        f'{name}={new[name]!r}: the run was trained with {old[name]!r}; only '
-        'eval.* and dataset.data_dir can be set here'
-      )
+def _check_overrides(trained: Config, settings: Config) -> None:
+  free = ('eval.', 'dataset.data_dir')
+  for name, (old, new) in config.changes(trained, settings, free).items():
+    raise ConfigError(
+      f'{name}={new!r}: the run was trained with {old!r}; only eval.* and '
+      'dataset.data_dir can be set here'
+    )
 
 
 def _restore(path: epath.Path, run: Experiment) -> tuple[int, TrainState]:

@@ -7,6 +7,7 @@ measured or audited is what trains. It needs neither data nor TensorFlow.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,12 +47,16 @@ class Experiment:
 
     Its perturbation is zero: `pending_perturbation` makes the real one.
     """
-    shapes = jax.eval_shape(self._init)
-    shardings = mesh_lib.state_shardings(self.mesh, shapes)
+    shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state())
     return jax.jit(self._init, out_shardings=shardings)()
 
   def abstract_state(self) -> TrainState:
     """Shapes, types and shardings of the state."""
+    return self._abstract_state
+
+  @functools.cached_property
+  def _abstract_state(self) -> TrainState:
+    # Kept: a start needs it four times, and tracing a large network is slow.
     shapes = jax.eval_shape(self._init)
     shardings = mesh_lib.state_shardings(self.mesh, shapes)
     return jax.tree.map(

@@ -91,7 +91,7 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
 
     # ---- 4. The step, compiled once, and the perturbation that it needs ----
     step_fn = _compile(run)
-    batches = _batches(run, source, start, max(0, stop - start) + 1)
+    batches = _batches(run, source, start, stop - start + 1)
     batch = next(batches)
     state = pending_perturbation(settings, step_fn, state, batch)
     attack_stats_fn = _attack_stats_fn(run)
@@ -103,7 +103,7 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
     )
     watch = NonFiniteWatch(run, path)
     pauses = (
-      settings.attack_stats_every_steps,
+      settings.attack_stats_every_steps if attack_stats_fn else 0,
       settings.eval.every_steps,
       settings.checkpoint.every_steps,
     )

@@ -53,7 +53,7 @@ def make_attack_fn(config: Config, spec: DatasetSpec, apply_fn: ApplyFn):
   moves_stats = config.attack.update_batch_stats
 
   def attack_fn(weights: Snapshot, batch: Batch, index: jax.Array):
-    wide = _wide(config)
+    wide = wide_dtype(config)
     image = batch['clean'].astype(wide)
     key = stream_key(config.seed, Stream.ATTACK, index)
     start = attack_lib.sample_start(
@@ -167,7 +167,7 @@ def _make_update(config, spec, apply_fn, tx):
   )
 
   def update(state, batch, delta, attack_stats):
-    wide = _wide(config)
+    wide = wide_dtype(config)
     images = {v: batch[v].astype(wide) for v in views if v != 'adv'}
     if delta is not None:
       images['adv'] = jnp.clip(images['clean'] + delta.astype(wide), 0, 255)
@@ -227,6 +227,7 @@ def make_attack_stats_fn(config: Config, spec: DatasetSpec, apply_fn: ApplyFn):
   """
   attack_fn = make_attack_fn(config, spec, apply_fn)
   route = (config.routes.index('adv'),)
+  wide = wide_dtype(config)
 
   def attack_stats(state: TrainState, batch: Batch) -> Metrics:
     now = Snapshot(state.params, state.batch_stats)
@@ -234,9 +235,7 @@ def make_attack_stats_fn(config: Config, spec: DatasetSpec, apply_fn: ApplyFn):
     variables = {'params': now.params, 'batch_stats': now.batch_stats}
 
     def loss(delta):
-      pixels = batch['clean'].astype(_wide(config)) + delta.astype(
-        _wide(config)
-      )
+      pixels = batch['clean'].astype(wide) + delta.astype(wide)
       x = normalize(spec, jnp.clip(pixels, 0, 255))[:, None]
       logits, _ = apply_fn(variables, x, route, config.attack.train_mode)
       return losses.cross_entropy(logits[:, 0], batch['label']).mean()
@@ -279,7 +278,7 @@ def pending_perturbation(
   return state.replace(perturbation=step_fn(past, batch, batch)[0].perturbation)
 
 
-def _wide(config: Config) -> Any:
+def wide_dtype(config: Config) -> Any:
   """Type of pixels, loss and parameters: float32, or float64 if so set."""
   return jnp.promote_types(config.dtype, jnp.float32)
 

@@ -13,7 +13,7 @@ from etils import epath
 from conadv_jax.config import (
   Config,
   ConfigError,
-  flatten,
+  changes,
   from_config_dict,
   to_dict,
 )
@@ -113,12 +113,10 @@ def git_commit() -> str:
 
 
 def _check_same(path: epath.Path, config: Config) -> None:
-  old = flatten(to_dict(from_config_dict(read_config(str(path)))))
-  new = flatten(to_dict(config))
+  old = from_config_dict(read_config(str(path)))
   changed = [
-    f'  {name}: {old[name]!r} -> {new[name]!r}'
-    for name in new
-    if old[name] != new[name] and not name.startswith(_FREE)
+    f'  {name}: {before!r} -> {after!r}'
+    for name, (before, after) in changes(old, config, _FREE).items()
   ]
   if changed:
     raise ConfigError(

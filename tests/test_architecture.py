@@ -25,11 +25,11 @@ ORDER = (
   'state',
   'train_step',
   'experiment',
+  'cli',
+  'workdir',
   'checkpoint',
   'metrics',
   'plots',
-  'cli',
-  'workdir',
   'evaluate',
   'train',
 )
