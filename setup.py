@@ -29,6 +29,7 @@ INSTALL_REQUIRES = [
   'clu>=0.0.12',
   'etils[epath]>=1.7',
   'flax>=0.12',
+  'google-crc32c>=1.5',
   # tfds 4.9.10 imports it when it prepares a data set, without asking for it.
   'importlib_resources>=6.0',
   # The jax that an older Python can take is chosen by pip: 0.10 on 3.11.
@@ -38,6 +39,8 @@ INSTALL_REQUIRES = [
   'numpy>=2.0',
   'optax>=0.2.5',
   'orbax-checkpoint>=0.11.30',
+  'pillow>=10.1',
+  'safetensors>=0.5',
   'scikit-learn>=1.5',
   'tensorboard>=2.18',
   f'tensorflow-cpu>=2.20; {HAS_TENSORFLOW_CPU}',
@@ -50,7 +53,7 @@ EXTRAS_REQUIRE = {
   # install_requires: libtpu slows start-up and is noisy where there is no TPU.
   'tpu': ['jax[tpu]>=0.10'],
   # References that some tests compare with.
-  'parity': ['foolbox>=3.3', 'timm>=1.0', 'torch>=2.6'],
+  'parity': ['foolbox>=3.3', 'timm>=1.0', 'torch>=2.6', 'torchvision>=0.21'],
   'dev': [
     'hypothesis>=6.100',
     'pytest>=8.3',

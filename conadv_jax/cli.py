@@ -13,9 +13,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from conadv_jax.config import ConfigError, flatten, unknown
+from conadv_jax.data.quarantine import DataError
 
 EXIT_USAGE = 2
 EXIT_NONFINITE = 4
+EXIT_DATA = 5
 EXIT_PREEMPTED = 42
 
 
@@ -28,7 +30,7 @@ class NonFiniteError(Exception):
 
 
 def run(main: Callable[[Sequence[str]], Any], usage: str) -> None:
-  """Runs `main(argv)` and exits: 0, 2 usage, 4 not finite, 42 preempted."""
+  """Runs `main(argv)` and exits with its status; docs/design.md lists them."""
   if {'-h', '--help'} & set(sys.argv[1:]):
     print(usage)
     sys.exit(0)
@@ -38,6 +40,8 @@ def run(main: Callable[[Sequence[str]], Any], usage: str) -> None:
     _fail(f'error: {error}', EXIT_USAGE)
   except NonFiniteError as error:
     _fail(f'error: {error}', EXIT_NONFINITE)
+  except DataError as error:
+    _fail(f'error: {error}', EXIT_DATA)
   except Preempted as error:
     _fail(str(error), EXIT_PREEMPTED)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -117,7 +118,7 @@ class _Group:
       name, value = self._prefix + field.name, getattr(self, field.name)
       if 'choices' in field.metadata:
         _check_choice(name, value, field.metadata['choices'])
-      if 'rule' in field.metadata:
+      if 'rule' in field.metadata and value is not None:
         rule, note = field.metadata['rule'], field.metadata['note']
         ok = _RULES[rule](value) and math.isfinite(value)
         _check(ok, name, value, f'must be {rule}{note and ", " + note}')
@@ -129,8 +130,32 @@ class Dataset(_Group):
 
   name: str
   data_dir: str
+  num_train: int = _number('>= 0', '0 = all of the split')
+  num_eval: int = _number('>= 0', '0 = all of the split')
+  image_size_px: int = _number('>= 0', '0 = as stored')
   crop_padding_px: int = _number('>= 0', 'in pixels; 0 = no random crop')
+  interpolation: str = _choice('bicubic', 'bilinear')
+  antialias: bool
+  eval_crop_ratio: float = _number('in (0, 1]')
   random_flip: bool
+  autoaugment: str = _choice('v0', 'reduced_imagenet', 'randaugment')
+  randaugment_layers: int = _number('>= 1')
+  randaugment_magnitude: float = _number('>= 0', 'a level, 10 = full strength')
+  aa_shares_crop: bool
+  cache: str = _choice('none', 'raw', 'decoded')
+  shuffle_window_shards: int = _number('>= 1', 'shards of a TFRecord data set')
+  max_bad_share: float = _number('in [0, 1)', 'of the examples of a split')
+
+
+@dataclasses.dataclass(frozen=True)
+class Network(_Group):
+  """Options of networks; one that lacks an option refuses it."""
+
+  _prefix = 'network.'
+
+  space_to_depth: bool
+  drop_path_rate: float | None = _number('in [0, 1)')
+  dropout_rate: float | None = _number('in [0, 1)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,6 +282,7 @@ class Config(_Group):
   seed: int = _number('in [0, 2**31)')
   method: str = _choice(*METHODS)
   model: str
+  network: Network
   dataset: Dataset
   batch_size: int = _number('>= 1')
   epochs: float = _number('> 0')
@@ -266,6 +292,7 @@ class Config(_Group):
   bn_momentum: float = _number('in [0, 1)', 'the share of the old statistic')
   bn_epsilon: float = _number('> 0')
   dtype: str = _choice('float32', 'bfloat16', 'float64')
+  remat: str = _choice('none', 'blocks')
   loss: Loss
   attack: Attack
   optimizer: Optimizer
@@ -386,18 +413,12 @@ def from_config_dict(values: Mapping[str, Any]) -> Config:
   optimizer's.
 
   Raises:
-    ConfigError: for an unknown, missing or mistyped field, a value out of
-      range, or a method whose views the input pipeline cannot make.
+    ConfigError: for an unknown, missing or mistyped field, or a value out of
+      range.
   """
   values = _plain(values)
   _fill_presets(values)
-  config = _build(Config, values, '')
-  if any(view == 'aa' for view, _ in config.views):
-    raise ConfigError(
-      f'method={config.method!r}: AutoAugment is not in the input pipeline '
-      "yet; use 'baseline', 'disadv' or 'conadv'"
-    )
-  return config
+  return _build(Config, values, '')
 
 
 def _fill_presets(values: dict[str, Any]) -> None:
@@ -528,6 +549,10 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _typed(kind: Any, value: Any, field: str) -> Any:
+  if isinstance(kind, types.UnionType):  # float | None
+    if value is None:
+      return None
+    kind, _ = typing.get_args(kind)
   if typing.get_origin(kind) is not None:
     if not isinstance(value, Mapping):
       raise ConfigError(f'{field}={value!r}: must be a mapping name -> number')

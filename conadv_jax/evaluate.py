@@ -11,8 +11,9 @@ measured on. Prints a table and adds it to summary.json.
 
 from __future__ import annotations
 
+import collections
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +27,8 @@ from conadv_jax import cli, config, experiment, losses, workdir
 from conadv_jax import mesh as mesh_lib
 from conadv_jax.checkpoint import Checkpoints
 from conadv_jax.config import Attack, Config, ConfigError
-from conadv_jax.data import datasets
+from conadv_jax.data import cache
+from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.experiment import Experiment
 from conadv_jax.state import Snapshot, Stream, TrainState, stream_key
 from conadv_jax.train_step import normalize, wide_dtype
@@ -61,8 +63,9 @@ def make_eval_fn(
 ) -> EvalFn:
   """(weights, batch, batch index) -> sums over the real examples of the batch.
 
-  Sums are `count`, `correct` and `loss` (no label smoothing); batches have a
-  bool `mask`, False on padding.
+  Sums are `examples`, those of them that could be decoded (`count`), `correct`
+  and `loss` (no label smoothing). Batches have bools `is_example`, False on
+  padding, and `mask`, False also on images that could not be decoded.
   """
 
   def eval_fn(weights: Snapshot, batch, index):
@@ -70,6 +73,7 @@ def make_eval_fn(
     label, mask = batch['label'], batch['mask']
     loss = losses.cross_entropy(logits, label)
     return {
+      'examples': batch['is_example'].sum(),
       'count': mask.sum(),
       'correct': (losses.top1(logits, label) * mask).sum(),
       'loss': jnp.where(mask, loss, 0).sum(),
@@ -140,9 +144,12 @@ def _attacked(
 class Evaluator:
   """Evaluates weights on the whole eval split; compiles once per attack."""
 
-  def __init__(self, experiment: Experiment, source: datasets.Source):
+  def __init__(
+    self, experiment: Experiment, source: Any, quarantine: Quarantine
+  ):
     self._experiment = experiment
     self._source = source
+    self._quarantine = quarantine
     self._fns: dict[tuple[str, str], EvalFn] = {}
     devices = experiment.mesh.size
     per_device = -(-experiment.config.eval.batch_size // devices)
@@ -154,8 +161,11 @@ class Evaluator:
   ) -> dict[str, float]:
     """`top1` in percent and mean `loss`, under `attack` (none, fgsm, pgd).
 
+    Images that cannot be decoded are left out of both; `bad_examples` is their
+    number, if there are any, and the quarantine names them.
+
     Raises:
-      RuntimeError: if not every example was counted once.
+      RuntimeError: if not every example was seen once.
     """
     route = route or self._experiment.config.eval.route
     if (attack, route) not in self._fns:
@@ -165,34 +175,49 @@ class Evaluator:
         else eval_attack(self._experiment.config, attack)
       )
       self._fns[attack, route] = make_eval_fn(self._experiment, spec, route)
-    totals = {'count': 0.0, 'correct': 0.0, 'loss': 0.0}
+    totals = collections.Counter()
     for index, batch in enumerate(self._batches()):
       sums = self._fns[attack, route](weights, batch, jnp.int32(index))
       for name, value in jax.device_get(sums).items():
         totals[name] += float(value)
     count = totals['count']
-    if count != self._source.num_examples:
+    seen = totals['examples']
+    if seen != self._source.num_examples:
       raise RuntimeError(
-        f'evaluated {count:.0f} of {self._source.num_examples} examples'
+        f'evaluated {seen:.0f} of {self._source.num_examples} examples'
       )
-    return {
+    result = {
       'top1': 100 * totals['correct'] / count,
       'loss': totals['loss'] / count,
     }
+    return result if count == seen else result | {'bad_examples': seen - count}
+
+  def first_examples(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [count, H, W, C] and labels, in the order of the split."""
+    batch = next(self._host_batches(count))
+    return batch['clean'], batch['label']
 
   def _batches(self) -> Iterable[Mapping[str, jax.Array]]:
+    mesh = self._experiment.mesh
+    positions = mesh_lib.local_positions(mesh, self._groups, self._group_size)
+    size = self._groups * self._group_size
+    for local in self._host_batches(size, positions.reshape(-1)):
+      local['is_example'] = local.pop('id') >= 0
+      yield mesh_lib.put_batch(mesh, self._groups, self._group_size, local)
+
+  def _host_batches(
+    self, batch_size: int, positions: np.ndarray | None = None
+  ) -> Iterator[dict[str, np.ndarray]]:
     # The only import of tensorflow in this file is behind this line.
     from conadv_jax.data import pipeline
 
-    mesh = self._experiment.mesh
-    positions = mesh_lib.local_positions(mesh, self._groups, self._group_size)
-    for local in pipeline.eval_batches(
+    return pipeline.eval_batches(
       self._source,
-      batch_size=self._groups * self._group_size,
-      positions=positions.reshape(-1),
-    ):
-      local = {name: local[name] for name in ('clean', 'label', 'mask')}
-      yield mesh_lib.put_batch(mesh, self._groups, self._group_size, local)
+      self._experiment.config.dataset,
+      batch_size=batch_size,
+      positions=positions,
+      quarantine=self._quarantine,
+    )
 
 
 def weights_of(config: Config, state: TrainState) -> Snapshot:
@@ -217,9 +242,10 @@ def evaluate(argv: Sequence[str]) -> list[dict[str, Any]]:
   _check_overrides(trained, settings)
   run = experiment.build(settings)
   step, state = _restore(epath.Path(directory), run)
-  source = datasets.load(run.spec, 'eval', settings.dataset.data_dir)
+  source = cache.load(run.spec, 'eval', settings.dataset)
+  quarantine = workdir.quarantine(epath.Path(directory), settings)
 
-  evaluator = Evaluator(run, source)
+  evaluator = Evaluator(run, source, quarantine)
   weights = weights_of(settings, state)
   rows = []
   print(
@@ -249,11 +275,12 @@ def evaluate(argv: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _check_overrides(trained: Config, settings: Config) -> None:
-  free = ('eval.', 'dataset.data_dir')
+  places = ('dataset.data_dir', 'dataset.cache', 'dataset.max_bad_share')
+  free = ('eval.', *places)
   for name, (old, new) in config.changes(trained, settings, free).items():
     raise ConfigError(
-      f'{name}={new!r}: the run was trained with {old!r}; only eval.* and '
-      'dataset.data_dir can be set here'
+      f'{name}={new!r}: the run was trained with {old!r}; only eval.*, '
+      f'{", ".join(places)} can be set here'
     )
 
 
@@ -275,7 +302,8 @@ def _add_to_summary(path: epath.Path, rows: list[dict[str, Any]]) -> None:
     summary = json.loads((path / 'summary.json').read_text())
 
   def kind(row):
-    return {k: v for k, v in row.items() if k not in ('top1', 'loss')}
+    results = ('top1', 'loss', 'bad_examples')
+    return {k: v for k, v in row.items() if k not in results}
 
   new = [kind(row) for row in rows]
   old = [r for r in summary.get('evaluations', []) if kind(r) not in new]

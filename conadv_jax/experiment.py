@@ -42,6 +42,11 @@ class Experiment:
   def groups(self) -> int:
     return self.config.batch_size // self.config.bn_group_size
 
+  @property
+  def image_views(self) -> tuple[str, ...]:
+    """The views that the input makes; adversarial ones start from `clean`."""
+    return tuple(view for view, _ in self.config.views if view != 'adv')
+
   def init_state(self) -> TrainState:
     """The state before step 0, made on the devices in one program.
 
@@ -75,10 +80,8 @@ class Experiment:
     def array(shape, dtype):
       return jax.ShapeDtypeStruct(layout + shape, dtype, sharding=sharding)
 
-    images = {view for view, _ in self.config.views} - {'adv'}
-    if self.config.is_adversarial:
-      images |= {'clean'}
-    batch = {v: array(self.spec.image_shape, jnp.uint8) for v in sorted(images)}
+    image = array(self.spec.image_shape, jnp.uint8)
+    batch = {view: image for view in self.image_views}
     return batch | {'label': array((), jnp.int32)}
 
   def jit_step(self) -> jax.stages.Wrapped:
@@ -152,18 +155,25 @@ def build(
     ConfigError: for an unknown data set or model, a batch that does not divide
       over the devices, or a flip that the data set does not allow.
   """
-  spec = datasets.get_spec(config.dataset.name)
+  spec = datasets.resolve(config.dataset)
   if config.dataset.random_flip and not spec.allows_flip:
     raise ConfigError(
       f'dataset.random_flip=True: a mirrored image of {spec.name!r} is not of '
       'its class; set it to False'
     )
+  if spec.image_shape[2] != 3 and any(view == 'aa' for view, _ in config.views):
+    raise ConfigError(
+      f'method={config.method!r}: AutoAugment needs colour images, those of '
+      f"{spec.name!r} have {spec.image_shape[2]} channel; use 'conadv'"
+    )
   if config.dtype == 'float64' and not jax.config.jax_enable_x64:
     raise ConfigError("dtype='float64': set JAX_ENABLE_X64=1")
   steps = Steps.of(config, spec.num_train)
   mesh = mesh_lib.make_mesh(config.batch_size, config.bn_group_size, devices)
+  options = {f'network.{k}': v for k, v in vars(config.network).items()}
   model = models.create(
     config.model,
+    {'remat': config.remat} | options,
     num_classes=spec.num_classes,
     num_routes=len(config.routes),
     span=mesh_lib.bn_span(mesh),

@@ -52,6 +52,7 @@ class Stream(enum.IntEnum):
   INIT = 0
   ATTACK = 1
   EVAL_ATTACK = 2
+  DROPOUT = 3
 
 
 def stream_key(seed: int, stream: Stream, step: jax.Array | int) -> jax.Array:

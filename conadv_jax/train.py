@@ -35,7 +35,9 @@ from conadv_jax import (
 from conadv_jax import mesh as mesh_lib
 from conadv_jax.checkpoint import Checkpoints
 from conadv_jax.config import Config, ConfigError
-from conadv_jax.data import datasets, pipeline, sampler
+from conadv_jax.data import cache, pipeline
+from conadv_jax.data.prefetch import Prefetcher
+from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.experiment import Experiment
 from conadv_jax.state import TrainState
 from conadv_jax.train_step import (
@@ -62,13 +64,13 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
     print(_describe(run), flush=True)
 
     # ---- 2. Data -----------------------------------------------------------
-    data_dir = settings.dataset.data_dir
-    source = datasets.load(run.spec, 'train', data_dir)
-    eval_source = datasets.load(run.spec, 'eval', data_dir)
-    evaluator = evaluate.Evaluator(run, eval_source)
+    source = cache.load(run.spec, 'train', settings.dataset)
+    eval_source = cache.load(run.spec, 'eval', settings.dataset)
+    path = workdir.prepare(directory, run)
+    quarantine = workdir.quarantine(path, settings)
+    evaluator = evaluate.Evaluator(run, eval_source, quarantine)
 
     # ---- 3. State: restored or new -----------------------------------------
-    path = workdir.prepare(directory, run)
     checkpoints = Checkpoints(path, settings.checkpoint.keep)
     stack.callback(checkpoints.close)
     start = checkpoints.latest_step()
@@ -91,7 +93,10 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
 
     # ---- 4. The step, compiled once, and the perturbation that it needs ----
     step_fn = _compile(run)
-    batches = _batches(run, source, start, stop - start + 1)
+    example_ids = ExampleIds(start, keep=settings.max_nonfinite_steps + 8)
+    batches = _batches(
+      run, source, quarantine, example_ids, start, stop - start + 1
+    )
     batch = next(batches)
     state = pending_perturbation(settings, step_fn, state, batch)
     attack_stats_fn = _attack_stats_fn(run)
@@ -101,7 +106,7 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
     progress = metrics.Progress(
       start, stop, settings.batch_size, batches.wait_seconds
     )
-    watch = NonFiniteWatch(run, path)
+    watch = NonFiniteWatch(run, path, example_ids)
     pauses = (
       settings.attack_stats_every_steps if attack_stats_fn else 0,
       settings.eval.every_steps,
@@ -119,6 +124,7 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
         rates = progress.report(step, batches.wait_seconds)
         rates['seconds'] = writer.seconds_before + progress.seconds
         row = _readable(values, kernels) | rates
+        row['bad_examples'] = len(quarantine)
         writer.write(step, 'train', row)
         print(_progress_line(run, step, row, progress), flush=True)
       if not any(_due(step, every) for every in pauses):
@@ -146,7 +152,7 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
       )
     summary = _summarize(run, state, evaluator, writer, progress)
     workdir.write_json(path / 'summary.json', summary)
-    _draw(run, state, eval_source, path)
+    _draw(run, state, evaluator, path)
     print(_describe_summary(summary, path), flush=True)
     return summary
 
@@ -182,15 +188,35 @@ class StopRequest:
     )
 
 
+class ExampleIds:
+  """The ids of this host's last batches: `ids[t]` for batch t."""
+
+  def __init__(self, start: int, keep: int):
+    self._next = start
+    self._keep = keep
+    self._ids: dict[int, np.ndarray] = {}
+
+  def add(self, ids: np.ndarray) -> None:
+    self._ids[self._next] = ids
+    self._next += 1
+    self._ids.pop(self._next - 1 - self._keep, None)
+
+  def __getitem__(self, batch: int) -> list[int]:
+    return self._ids[batch].tolist()
+
+
 class NonFiniteWatch:
   """Stops a run that stays non-finite, and says on which examples.
 
   Reads the counter of the step before, so that one step is always queued.
   """
 
-  def __init__(self, run: Experiment, path: epath.Path):
-    self._run = run
+  def __init__(
+    self, run: Experiment, path: epath.Path, example_ids: ExampleIds
+  ):
+    self._limit = run.config.max_nonfinite_steps
     self._path = path / 'nonfinite_steps.json'
+    self._example_ids = example_ids
     self._last: tuple[int, Metrics] | None = None
 
   def check(self, step: int, values: Metrics) -> None:
@@ -218,30 +244,21 @@ class NonFiniteWatch:
       f'applied ({streak} in a row)',
       flush=True,
     )
-    limit = self._run.config.max_nonfinite_steps
-    if streak < limit:
+    if streak < self._limit:
       return
     first_step = step - streak + 1
+    # Steps count from 1, batches from 0.
     examples = {
-      str(s): self._example_ids(s) for s in range(first_step, step + 1)
+      str(s): self._example_ids[s - 1] for s in range(first_step, step + 1)
     }
     workdir.write_json(self._path, examples)
     first = ', '.join(str(i) for i in examples[str(first_step)][:8])
     raise cli.NonFiniteError(
       f'{streak} steps in a row, {first_step} to {step}, were not finite '
-      f'(max_nonfinite_steps={limit}). Example ids of step {first_step}: '
+      f'(max_nonfinite_steps={self._limit}). Example ids of step {first_step}: '
       f'{first}, ...; all are in {self._path}. Lower optimizer.learning_rate '
       'or lengthen schedule.warmup_epochs, or look at these examples'
     )
-
-  def _example_ids(self, step: int) -> list[int]:
-    ids, _ = sampler.example_ids(
-      self._run.config.seed,
-      step - 1,  # step counts from 1, batches from 0
-      self._run.config.batch_size,
-      self._run.spec.num_train,
-    )
-    return ids.tolist()
 
 
 def _due(step: int, every_steps: int) -> bool:
@@ -249,23 +266,33 @@ def _due(step: int, every_steps: int) -> bool:
 
 
 def _batches(
-  run: Experiment, source: datasets.Source, start: int, count: int
-) -> pipeline.Prefetcher:
+  run: Experiment,
+  source: Any,
+  quarantine: Quarantine,
+  example_ids: ExampleIds,
+  start: int,
+  count: int,
+) -> Prefetcher:
   """Batches start, start + 1, ... on the devices, `count` of them."""
   settings = run.config
   local = pipeline.train_batches(
     source,
+    settings.dataset,
+    views=run.image_views,
     seed=settings.seed,
     batch_size=settings.batch_size,
     positions=run.local_positions(),
+    host=(jax.process_index(), jax.process_count()),
     start_step=start,
     num_steps=count,
-    crop_padding_px=settings.dataset.crop_padding_px,
-    random_flip=settings.dataset.random_flip,
+    quarantine=quarantine,
   )
-  return pipeline.Prefetcher(
-    local, run.put_batch, expected=count, start_step=start
-  )
+
+  def put(batch):
+    example_ids.add(batch.pop('id'))
+    return run.put_batch(batch)
+
+  return Prefetcher(local, put, expected=count, start_step=start)
 
 
 def _compile(run: Experiment):
@@ -375,7 +402,10 @@ def _describe_summary(summary: dict[str, Any], path: epath.Path) -> str:
 
 
 def _draw(
-  run: Experiment, state: TrainState, source: datasets.Source, path: epath.Path
+  run: Experiment,
+  state: TrainState,
+  evaluator: evaluate.Evaluator,
+  path: epath.Path,
 ) -> None:
   """Writes plots/training_curves.png and plots/adversarial_images.png."""
   settings = run.config
@@ -390,7 +420,7 @@ def _draw(
   weights = evaluate.weights_of(settings, state)
   span = mesh_lib.bn_span(run.mesh)
   count = -(-12 // span) * span
-  clean, labels = source.images[:count], source.labels[:count]
+  clean, labels = evaluator.first_examples(count)
   delta, logits = evaluate.attacked(run, attack, weights, clean, labels)
   names = [[str(i) for i in row.argmax(-1)] for row in logits]
   plots.adversarial_grid(

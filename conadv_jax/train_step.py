@@ -137,19 +137,20 @@ def _attacker(config: Config, state: TrainState) -> Snapshot:
 
 
 def _make_loss_fn(config: Config, spec: DatasetSpec, apply_fn: ApplyFn):
-  """(params, batch_stats, images by view, labels) -> mean loss over the views.
+  """(params, batch_stats, images by view, labels, key) -> mean loss over views.
 
-  With it: loss and top-1 (%) of each view [V], and the moved statistics.
+  With it: loss and top-1 (%) of each view [V], and the moved statistics. `key`
+  is for dropout and stochastic depth.
   """
   views = tuple(view for view, _ in config.views)
   routes = tuple(config.routes.index(route) for _, route in config.views)
   weights = config.loss.weights_of(views)
   smoothing = config.loss.label_smoothing
 
-  def loss_fn(params, batch_stats, images, labels):
+  def loss_fn(params, batch_stats, images, labels, key):
     variables = {'params': params, 'batch_stats': batch_stats}
     x_GVbHWC = jnp.stack([normalize(spec, images[v]) for v in views], 1)
-    logits, stats = apply_fn(variables, x_GVbHWC, routes, True)
+    logits, stats = apply_fn(variables, x_GVbHWC, routes, True, key)
     labels_GVb = jnp.broadcast_to(labels[:, None], logits.shape[:-1])
     loss_V = losses.cross_entropy(logits, labels_GVb, smoothing).mean((0, 2))
     top1_V = 100 * losses.top1(logits, labels_GVb).mean((0, 2))
@@ -171,8 +172,9 @@ def _make_update(config, spec, apply_fn, tx):
     images = {v: batch[v].astype(wide) for v in views if v != 'adv'}
     if delta is not None:
       images['adv'] = jnp.clip(images['clean'] + delta.astype(wide), 0, 255)
+    key = stream_key(config.seed, Stream.DROPOUT, state.step)
     (loss, (loss_V, top1_V, stats)), grads = gradient(
-      state.params, state.batch_stats, images, batch['label']
+      state.params, state.batch_stats, images, batch['label'], key
     )
     if attack_stats is not None:
       stats = _mean_on_route(stats, attack_stats, config.routes.index('adv'))

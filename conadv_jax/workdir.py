@@ -17,6 +17,7 @@ from conadv_jax.config import (
   from_config_dict,
   to_dict,
 )
+from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.experiment import Experiment
 
 _PACKAGES = (
@@ -27,7 +28,8 @@ _PACKAGES = (
 # Fields that a rerun may change: they do not alter the weights of any step.
 _FREE = (
   'max_steps', 'log_every_steps', 'attack_stats_every_steps',
-  'max_nonfinite_steps', 'dataset.data_dir', 'checkpoint.', 'eval.',
+  'max_nonfinite_steps', 'dataset.data_dir', 'dataset.cache',
+  'dataset.max_bad_share', 'checkpoint.', 'eval.',
 )  # fmt: skip
 
 
@@ -79,6 +81,14 @@ def read_config(workdir: str) -> dict[str, Any]:
     return json.loads(path.read_text())['config']
   except (json.JSONDecodeError, KeyError) as error:
     raise ConfigError(f'{path}: not readable: {error!r}') from error
+
+
+def quarantine(path: epath.Path, config: Config) -> Quarantine:
+  """The run's list of bad examples, of this host."""
+  host = f'_host{jax.process_index()}' if jax.process_count() > 1 else ''
+  return Quarantine(
+    path / f'quarantine{host}.jsonl', max_share=config.dataset.max_bad_share
+  )
 
 
 def finished(path: epath.Path) -> dict[str, Any] | None:

@@ -20,11 +20,41 @@ def get_config() -> ml_collections.ConfigDict:
   c.method = 'conadv'  # baseline, autoaugment, disadv, conadv, conadv_aa
   c.model = 'resnet8'  # a name in conadv_jax.models.MODELS
 
+  # Options of the network; one that a model lacks is refused.
+  c.network = ml_collections.ConfigDict()
+  # ResNet: the 7x7 stem as 4x4 on blocks of 2x2 pixels, which suits the matrix
+  # units of a TPU; same function, same weights.
+  c.network.space_to_depth = False
+  # Stochastic depth: share of examples that skip the last block, fewer skip
+  # those before. None = the model's.
+  c.network.drop_path_rate = config_dict.placeholder(float)
+  # Share of features dropped before the last layer. None = the model's.
+  c.network.dropout_rate = config_dict.placeholder(float)
+
   c.dataset = ml_collections.ConfigDict()
   c.dataset.name = 'digits'  # a name in conadv_jax.data.datasets.DATASETS
   c.dataset.data_dir = ''  # TFDS directory; '' = $TFDS_DATA_DIR or TFDS's own
-  c.dataset.crop_padding_px = 0  # zero padding before a random crop; 0 = off
+  c.dataset.num_train = 0  # examples of a smaller copy; 0 = the whole data set
+  c.dataset.num_eval = 0  # likewise, of the eval split
+
+  # Of data sets stored as JPEG or PNG files of any size: the crop for training
+  # (area 0.08 to 1, aspect 3/4 to 4/3) or the central one is resized to this.
+  c.dataset.image_size_px = 0  # height and width; 0 = data set of a fixed size
+  c.dataset.interpolation = 'bicubic'  # bicubic, bilinear
+  c.dataset.antialias = True  # low-pass where an image is made smaller
+  c.dataset.eval_crop_ratio = 0.875  # side of the central crop, of the image's
+
+  c.dataset.crop_padding_px = 0  # fixed size: zero padding, then a random crop
   c.dataset.random_flip = False  # left-right, where the data set allows it
+  c.dataset.autoaugment = 'v0'  # of the view aa: v0, reduced_imagenet,
+  #   randaugment
+  c.dataset.randaugment_layers = 2  # N, operations per image
+  c.dataset.randaugment_magnitude = 9.0  # M, level of each, 10 = full strength
+  c.dataset.aa_shares_crop = False  # aa starts from the crop and flip of clean
+
+  c.dataset.cache = 'none'  # none; raw: files in RAM; decoded: pixels in RAM
+  c.dataset.shuffle_window_shards = 8  # TFRecord: shards shuffled together
+  c.dataset.max_bad_share = 0.001  # of unreadable examples; more stop the run
 
   c.batch_size = 320  # examples per optimizer step, over all devices
   c.epochs = 60.0  # length of the schedule, in passes over the training split
@@ -38,6 +68,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.bn_epsilon = 1e-5  # added to the variance
   c.dtype = 'float32'  # of activations; parameters and loss stay float32
   #   bfloat16 halves the activations; float64 is for tests (JAX_ENABLE_X64=1)
+  c.remat = 'none'  # or blocks: keep only the inputs of a network's blocks and
+  #   compute the rest again for the gradients: a fifth more work, less memory
+  #   (not on CPUs, whose compiler makes no use of it)
 
   c.loss = ml_collections.ConfigDict()
   c.loss.label_smoothing = 0.1  # share spread evenly over all classes
@@ -102,3 +135,25 @@ def get_config() -> ml_collections.ConfigDict:
   c.attack_stats_every_steps = 100  # stale against fresh perturbation; 0 = off
   c.max_nonfinite_steps = 5  # stop after so many non-finite steps in a row
   return c
+
+
+def set_imagenet(c: ml_collections.ConfigDict, image_size_px: int) -> None:
+  """ImageNet with the input of the paper's code, evaluated now and then."""
+  c.dataset.name = 'imagenet2012'
+  c.dataset.image_size_px = image_size_px
+  c.dataset.random_flip = True
+  c.eval.batch_size = 1024
+  c.eval.every_steps = max(1, round(4 * 1_281_167 / c.batch_size))
+  c.checkpoint.every_steps = max(1, round(1_281_167 / c.batch_size))
+  c.log_every_steps = min(50, c.checkpoint.every_steps)
+
+
+def batch_size_of(text: str, named: dict[str, int]) -> int:
+  """'96k' -> 98304, by name, or a plain number."""
+  if text in named:
+    return named[text]
+  if not text.isdecimal() or not int(text):
+    raise config_lib.ConfigError(
+      f'batch_size={text!r}: must be a number or one of {", ".join(named)}'
+    )
+  return int(text)

@@ -31,11 +31,7 @@ SPEC = dataclasses.replace(
 
 
 def make_config(fields: dict[str, Any] | None = None) -> config_lib.Config:
-  """configs/common.py for two groups of three, with dotted `fields` changed.
-
-  `conadv_aa` is built around `from_config_dict`, which refuses it for as long
-  as the input pipeline makes no AutoAugment view; the step is there already.
-  """
+  """configs/common.py for two groups of three, with dotted `fields` changed."""
   values = common.get_config()
   values.update_from_flattened_dict(
     {
@@ -47,11 +43,7 @@ def make_config(fields: dict[str, Any] | None = None) -> config_lib.Config:
     }
     | (fields or {})
   )
-  method = values.method
-  if method == 'conadv_aa':
-    values.method = 'conadv'
-  config = config_lib.from_config_dict(values)
-  return dataclasses.replace(config, method=method)
+  return config_lib.from_config_dict(values)
 
 
 class TinyNet(nn.Module):

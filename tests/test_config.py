@@ -21,12 +21,6 @@ from configs import common
 ROOT = pathlib.Path(common.__file__).parent.parent
 CONFIG_FILES = sorted((ROOT / 'configs').glob('*.py'))
 METHODS = sorted(config_lib.METHODS)
-# The methods that the input pipeline has the views for.
-READY = [
-  name
-  for name, method in sorted(config_lib.METHODS.items())
-  if not any(view == 'aa' for view, _ in method.views)
-]
 
 
 def values_of(fields=None):
@@ -306,15 +300,6 @@ def test_a_view_weight_of_no_view_is_unknown():
   assert 'loss.view_weights' in message and 'avd' in message
 
 
-@pytest.mark.parametrize('method', ['autoaugment', 'conadv_aa'])
-def test_methods_with_autoaugment_are_refused(method):
-  message = error_of({'method': method})
-  assert f'method={method!r}' in message
-  assert 'AutoAugment is not in the input pipeline yet' in message
-  for name in READY:
-    assert repr(name) in message
-
-
 # ---- Presets --------------------------------------------------------------
 
 
@@ -392,7 +377,7 @@ def test_view_weights_sum_to_one():
 # ---- Round trip and arguments ---------------------------------------------
 
 
-@pytest.mark.parametrize('method', READY)
+@pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('preset', sorted(config_lib.ATTACK_PRESETS))
 def test_round_trip_through_json(method, preset):
   config = load({'method': method, 'attack.preset': preset})
@@ -514,12 +499,7 @@ def read_config(path, method):
 def test_every_config_file_loads_for_each_method(path, method):
   values = read_config(path, method)
   assert isinstance(values, ml_collections.ConfigDict)
-  if method in READY:
-    config = config_lib.from_config_dict(values)
-    assert config.method == method
-  else:
-    with pytest.raises(ConfigError, match='AutoAugment is not in the input'):
-      config_lib.from_config_dict(values)
+  assert config_lib.from_config_dict(values).method == method
 
 
 @pytest.mark.parametrize('path', CONFIG_FILES, ids=lambda path: path.stem)

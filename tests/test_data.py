@@ -21,7 +21,15 @@ import tensorflow as tf
 from sklearn import datasets as sklearn_datasets
 
 from conadv_jax import config
-from conadv_jax.data import datasets, digits, pipeline, preprocess, sampler
+from conadv_jax.data import (
+  datasets,
+  digits,
+  in_memory,
+  pipeline,
+  preprocess,
+  sampler,
+)
+from configs import common
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 DIGITS = datasets.get_spec('digits')
@@ -59,24 +67,29 @@ def make_source(num_examples=10, size=4, num_classes=10):
   """Images of random pixels from 1 to 255: zero is padding only."""
   rng = np.random.default_rng(0)
   shape = (num_examples, size, size, 2)
-  return datasets.Source(
+  return in_memory.InMemory(
     rng.integers(1, 256, shape, np.uint8),
     (np.arange(num_examples) % num_classes).astype(np.int32),
     num_classes,
   )
 
 
-def train(source, **kwargs):
-  defaults = dict(
-    seed=5,
-    batch_size=4,
-    positions=None,
-    start_step=0,
-    num_steps=8,
-    crop_padding_px=2,
-    random_flip=True,
+SETTINGS = config.from_config_dict(common.get_config()).dataset
+
+
+def train(source, *, crop_padding_px=2, random_flip=True, **kwargs):
+  settings = dataclasses.replace(
+    SETTINGS, crop_padding_px=crop_padding_px, random_flip=random_flip
   )
-  return list(pipeline.train_batches(source, **(defaults | kwargs)))
+  defaults = dict(
+    views=('clean',), seed=5, batch_size=4, start_step=0, num_steps=8
+  )
+  batches = pipeline.train_batches(source, settings, **(defaults | kwargs))
+  return list(batches)
+
+
+def evaluation(source, **kwargs):
+  return list(pipeline.eval_batches(source, SETTINGS, **kwargs))
 
 
 def assert_batches_equal(got, expected):
@@ -347,7 +360,7 @@ def test_a_label_out_of_range_names_its_example(label):
   with pytest.raises(
     config.ConfigError, match=rf'example 2 has label {label}, .*\[0, 10\)'
   ):
-    datasets.Source(np.zeros((4, 2, 2, 1), np.uint8), labels, 10)
+    in_memory.InMemory(np.zeros((4, 2, 2, 1), np.uint8), labels, 10)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +374,7 @@ def test_a_label_out_of_range_names_its_example(label):
 )
 def test_a_source_of_wrong_arrays_is_refused(images, labels, message):
   with pytest.raises(config.ConfigError, match=message):
-    datasets.Source(images, labels, 10)
+    in_memory.InMemory(images, labels, 10)
 
 
 # ---- Augmentation -----------------------------------------------------------
@@ -446,7 +459,7 @@ def test_flip_mirrors_half_of_the_images():
 
 def test_crop_and_flip_are_independent():
   """All shifts and directions of a row of two pixels are equally likely."""
-  source = datasets.Source(
+  source = in_memory.InMemory(
     np.array([[[[1], [2]]]], np.uint8), np.zeros(1, np.int32), 10
   )
   counts = {}
@@ -610,7 +623,7 @@ def test_gpus_are_hidden_before_tensorflow_starts(tmp_path, monkeypatch):
   datasets.load(MANUAL, 'eval', str(tmp_path))
   assert calls == [([], 'GPU')]
   train(make_source(3), num_steps=1)
-  list(pipeline.eval_batches(make_source(3), batch_size=2))
+  evaluation(make_source(3), batch_size=2)
   assert calls == [([], 'GPU')] * 3
 
 
@@ -619,7 +632,7 @@ def test_wrong_positions_are_refused(positions):
   with pytest.raises(ValueError, match=r'in \[0, 4\)'):
     train(make_source(3), positions=np.array(positions))
   with pytest.raises(ValueError, match=r'in \[0, 4\)'):
-    pipeline.eval_batches(make_source(3), batch_size=4, positions=positions)
+    evaluation(make_source(3), batch_size=4, positions=positions)
 
 
 def test_a_wrong_seed_is_a_config_error():
@@ -638,9 +651,7 @@ def test_evaluation_sees_each_example_once(num_examples, batch_size, num_hosts):
   source = make_source(num_examples)
   seen = []
   for positions in np.arange(batch_size).reshape(num_hosts, -1):
-    batches = list(
-      pipeline.eval_batches(source, batch_size=batch_size, positions=positions)
-    )
+    batches = evaluation(source, batch_size=batch_size, positions=positions)
     assert len(batches) == -(-num_examples // batch_size)
     for batch in batches:
       mask, ids = batch['mask'], batch['id']
@@ -662,78 +673,8 @@ def test_evaluation_sees_each_example_once(num_examples, batch_size, num_hosts):
 
 
 def test_evaluation_feeds_all_positions_by_default():
-  batches = list(pipeline.eval_batches(make_source(5), batch_size=3))
+  batches = evaluation(make_source(5), batch_size=3)
   assert [batch['id'].tolist() for batch in batches] == [[0, 1, 2], [3, 4, -1]]
-
-
-# ---- Prefetching ------------------------------------------------------------
-
-
-@pytest.mark.parametrize('depth', [0, 1, 2, 5])
-def test_prefetcher_keeps_depth_batches_ahead(depth):
-  put = []
-
-  def transfer(batch):
-    put.append(batch)
-    return batch * 10
-
-  prefetcher = pipeline.Prefetcher(iter(range(8)), transfer, depth)
-  assert put == []
-  for i, batch in enumerate(prefetcher):
-    assert batch == i * 10
-    assert put == list(range(min(i + 1 + depth, 8)))
-  assert i == 7
-
-
-def test_prefetcher_names_the_step_at_which_input_ended():
-  prefetcher = pipeline.Prefetcher(
-    iter('ab'), str.upper, expected=5, start_step=10
-  )
-  # What there is comes first: the error is for the batch that is missing.
-  assert [next(prefetcher), next(prefetcher)] == ['A', 'B']
-  for _ in range(2):
-    with pytest.raises(
-      RuntimeError,
-      match='input ended at step 12: needed 5 batches from step 10, got 2',
-    ):
-      next(prefetcher)
-
-
-def test_prefetcher_stops_after_the_expected_batches():
-  batches = iter(range(10))
-  prefetcher = pipeline.Prefetcher(batches, lambda x: x, expected=3)
-  assert list(prefetcher) == [0, 1, 2]
-  assert next(batches) == 3
-
-
-def test_prefetcher_counts_the_time_blocked_on_the_host():
-  def slow():
-    for i in range(3):
-      time.sleep(0.05)
-      yield i
-
-  prefetcher = pipeline.Prefetcher(slow(), lambda x: x)
-  assert prefetcher.wait_seconds == 0
-  assert next(prefetcher) == 0
-  assert 0.15 <= prefetcher.wait_seconds < 1
-  waited = prefetcher.wait_seconds
-  time.sleep(0.2)
-  assert list(prefetcher) == [1, 2]
-  assert prefetcher.wait_seconds - waited < 0.1
-
-
-def test_prefetcher_passes_errors_on():
-  def failing():
-    yield 1
-    raise OSError('disk')
-
-  with pytest.raises(OSError, match='disk'):
-    next(pipeline.Prefetcher(failing(), lambda x: x, 1))
-
-
-def test_prefetcher_refuses_a_negative_depth():
-  with pytest.raises(ValueError, match='depth=-1'):
-    pipeline.Prefetcher(iter([]), lambda x: x, -1)
 
 
 # ---- scripts/prepare_fashion_mnist.py ---------------------------------------

@@ -35,7 +35,7 @@ TOLERANCE = 1e-12
 
 @pytest.fixture
 def tiny_model(monkeypatch):
-  monkeypatch.setitem(models.MODELS, 'tiny', helpers.TinyNet)
+  monkeypatch.setitem(models.MODELS, 'tiny', models.Entry(helpers.TinyNet, 4))
 
 
 def build(devices, group_size, **fields):

@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 def tiny_network():
   """A network that compiles in a second, under the name `tiny`."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(models.MODELS, 'tiny', helpers.TinyNet)
+    patch.setitem(models.MODELS, 'tiny', models.Entry(helpers.TinyNet, 4))
     yield
 
 
@@ -289,7 +289,7 @@ BROKEN_FILES = {
     ([CONFIG, '--workdir=w', 'stray'], 'stray'),
     ([f'{CONFIG}:metod=conadv', '--workdir=w'], "did you mean 'method'"),
     ([f'{CONFIG}:method=conadw', '--workdir=w'], "did you mean 'conadv'"),
-    ([f'{CONFIG}:method=conadv_aa', '--workdir=w'], 'AutoAugment'),
+    ([f'{CONFIG}:method=conadv_aa', '--workdir=w'], 'needs colour images'),
     ([CONFIG, '--workdir=w', '--config.attack.epsilon_px=-1.0'], '>= 0'),
     ([CONFIG, '--workdir=w', '--config.staleness_steps=-1'], '>= 0'),
     ([CONFIG, '--workdir=w', '--config.optimizer.name=adam'], 'optimizer.name'),

@@ -1,20 +1,18 @@
-"""Registered data sets, and reading a prepared one into memory.
+"""Registered data sets, and opening a prepared one.
 
-Importing this file needs no tensorflow; `load` and `Source.lookup` do.
-Nothing here downloads: a data set that is not prepared is an error that says
-which command prepares it.
+Importing this file needs no tensorflow; `load` does. Nothing here downloads: a
+data set that is not prepared is an error that says which command prepares it.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
-import functools
 import os
 import re
 import shlex
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 from etils import epath
 
 from conadv_jax import config
@@ -32,13 +30,18 @@ class DatasetSpec:
     eval_split: TFDS split that accuracy is reported on.
     num_train: examples in the train split.
     num_eval: examples in the eval split.
-    image_shape: (H, W, C) in pixels and channels.
+    image_shape: (H, W, C) in pixels and channels; H and W are 0 in the registry
+      where images are of any size, until `resolve` puts the size of the crop.
     mean_px: mean of the train split per channel, grey levels of 255.
     std_px: standard deviation likewise.
     allows_flip: whether a mirrored image keeps its label.
     prepare_command: shell command that prepares it in `{data_dir}`; empty for
       an embedded data set.
     embedded: whether `load` prepares it by itself, without a network.
+    encoded: whether examples are JPEG or PNG files of any size, which stay
+      encoded until they are cropped; otherwise all images are kept in memory.
+    first_label: name of label 0 and of the last one, which tell an offset or
+    last_label: another order of the classes; '' is not checked.
   """
 
   name: str
@@ -54,7 +57,15 @@ class DatasetSpec:
   allows_flip: bool
   prepare_command: str
   embedded: bool
+  encoded: bool = False
+  first_label: str = ''
+  last_label: str = ''
 
+
+# Means and deviations of ImageNet in [0, 1], as torchvision and timm use them.
+_IMAGENET_MEAN_PX = tuple(255 * x for x in (0.485, 0.456, 0.406))
+_IMAGENET_STD_PX = tuple(255 * x for x in (0.229, 0.224, 0.225))
+_FOLDER = 'image_folder'
 
 DATASETS = {
   spec.name: spec
@@ -121,6 +132,45 @@ DATASETS = {
       prepare_command='tfds build cifar100 --data_dir={data_dir}',
       embedded=False,
     ),
+    DatasetSpec(
+      name='imagenet2012',
+      tfds_name='imagenet2012',
+      num_classes=1000,
+      train_split='train',
+      eval_split='validation',
+      num_train=1_281_167,
+      num_eval=50_000,
+      image_shape=(0, 0, 3),
+      mean_px=_IMAGENET_MEAN_PX,
+      std_px=_IMAGENET_STD_PX,
+      allows_flip=True,
+      prepare_command=(
+        'tfds build imagenet2012 --file_format=array_record'
+        ' --data_dir={data_dir} --manual_dir=DIRECTORY_OF_THE_TAR_FILES\n'
+        'as scripts/prepare_imagenet.md explains'
+      ),
+      embedded=False,
+      encoded=True,
+      first_label='n01440764',
+      last_label='n15075141',
+    ),
+    # Classes and sizes are those of the folder: see `resolve`.
+    DatasetSpec(
+      name=_FOLDER,
+      tfds_name='',
+      num_classes=0,
+      train_split='train',
+      eval_split='val',
+      num_train=0,
+      num_eval=0,
+      image_shape=(0, 0, 3),
+      mean_px=_IMAGENET_MEAN_PX,
+      std_px=_IMAGENET_STD_PX,
+      allows_flip=True,
+      prepare_command='',
+      embedded=False,
+      encoded=True,
+    ),
   )
 }
 
@@ -132,70 +182,56 @@ def get_spec(name: str) -> DatasetSpec:
   return DATASETS[name]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Source:
-  """The examples of one split, in memory, addressed by id 0 .. N - 1.
+def resolve(settings: config.Dataset) -> DatasetSpec:
+  """The data set that `settings` describe.
 
-  The pipeline uses `num_examples` and `lookup` only.
-
-  Attributes:
-    images: uint8 [N, H, W, C].
-    labels: int32 [N], in [0, num_classes).
-    num_classes: classes of the data set.
+  Sizes come from `num_train` and `num_eval` where those are set, the image
+  shape of encoded data sets from `image_size_px`, and everything about a folder
+  of images from listing it.
 
   Raises:
-    ConfigError: wrong types or shapes, or a label out of range; names the first
-      such example.
+    ConfigError: an unknown name, a size that does not fit the data set, or a
+      folder that is not there.
   """
-
-  images: np.ndarray
-  labels: np.ndarray
-  num_classes: int
-
-  def __post_init__(self):
-    for array, name, dtype, ndim in (
-      (self.images, 'images', np.uint8, 4),
-      (self.labels, 'labels', np.int32, 1),
-    ):
-      if array.dtype != dtype or array.ndim != ndim:
-        raise config.ConfigError(
-          f'{name}: need {np.dtype(dtype)} with {ndim} dimensions, got'
-          f' {array.dtype} {list(array.shape)}'
-        )
-    if len(self.images) != len(self.labels):
+  spec = get_spec(settings.name)
+  size = settings.image_size_px
+  if not spec.encoded and size:
+    raise config.ConfigError(
+      f'dataset.image_size_px={size}: images of {spec.name!r} are'
+      f' {spec.image_shape[0]} px and used as they are; set it to 0'
+    )
+  if spec.encoded:
+    if not size:
       raise config.ConfigError(
-        f'{len(self.images)} images but {len(self.labels)} labels'
+        f'dataset.image_size_px=0: images of {spec.name!r} are of any size; set'
+        ' the height and width of the crops, such as 224'
       )
-    bad = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
-    if bad.size:
+    if settings.crop_padding_px:
       raise config.ConfigError(
-        f'example {bad[0]} has label {self.labels[bad[0]]}, outside'
-        f' [0, {self.num_classes}); {bad.size} such examples'
+        f'dataset.crop_padding_px={settings.crop_padding_px}: images of'
+        f' {spec.name!r} are cropped to dataset.image_size_px; set it to 0'
       )
+    spec = dataclasses.replace(spec, image_shape=(size, size, 3))
+  elif settings.cache != 'none':
+    raise config.ConfigError(
+      f'dataset.cache={settings.cache!r}: {spec.name!r} is in memory anyway;'
+      " set it to 'none'"
+    )
+  if spec.name == _FOLDER:
+    from conadv_jax.data import image_folder
 
-  @property
-  def num_examples(self) -> int:
-    return len(self.images)
-
-  def lookup(self, example_id):
-    """Reads one example inside `tf.data.Dataset.map`.
-
-    Args:
-      example_id: int64 scalar tensor in [0, N).
-
-    Returns:
-      (image, label): uint8 [H, W, C] and int32 scalar tensors.
-    """
-    images, labels = self._tensors
-    return images[example_id], labels[example_id]
-
-  @functools.cached_property
-  def _tensors(self):
-    import tensorflow as tf
-
-    # Outside the graph being traced, which would hold them as constants.
-    with tf.init_scope():
-      return tf.constant(self.images), tf.constant(self.labels)
+    folder = image_folder.scan(_resolve(settings.data_dir))
+    spec = dataclasses.replace(
+      spec,
+      num_classes=len(folder.classes),
+      num_train=folder.num_train,
+      num_eval=folder.num_eval,
+    )
+  return dataclasses.replace(
+    spec,
+    num_train=settings.num_train or spec.num_train,
+    num_eval=settings.num_eval or spec.num_eval,
+  )
 
 
 def hide_gpus() -> None:
@@ -206,18 +242,24 @@ def hide_gpus() -> None:
 
 
 def load(
-  spec: DatasetSpec, split: Literal['train', 'eval'], data_dir: str
-) -> Source:
-  """Reads one split of a prepared data set, in the order of its files.
+  spec: DatasetSpec,
+  split: Literal['train', 'eval'],
+  data_dir: str,
+  *,
+  window_shards: int = 8,
+) -> Any:
+  """Opens one split of a prepared data set; reads it if it is a small one.
 
   Args:
-    spec: from `get_spec`.
+    spec: from `resolve`.
     split: 'train' or 'eval'.
     data_dir: TFDS data directory; '' is TFDS's own default, `$TFDS_DATA_DIR` or
-      ~/tensorflow_datasets.
+      ~/tensorflow_datasets. Of a folder of images: that folder.
+    window_shards: TFRecord files that are shuffled together.
 
   Returns:
-    All examples of the split.
+    `InMemory`, or for encoded data sets `ArrayRecords`, `TfRecords` or
+    `ImageFolder`; ids are places in the order of the files.
 
   Raises:
     ConfigError: the data set is missing, half-prepared or damaged, or is not
@@ -228,6 +270,10 @@ def load(
     'eval': (spec.eval_split, spec.num_eval),
   }[split]
   root = _resolve(data_dir)
+  if spec.name == _FOLDER:
+    from conadv_jax.data import image_folder
+
+    return image_folder.ImageFolder(root, name)
   if spec.embedded:
     from conadv_jax.data import digits
 
@@ -237,11 +283,30 @@ def load(
     directory = _find(spec, root)
   builder = _open(spec, name, root, directory)
   _check_info(spec, builder.info, name, num_examples, directory)
-  images, labels = _read(builder, name, spec, num_examples)
-  try:
-    return Source(images, labels, spec.num_classes)
-  except config.ConfigError as error:
-    raise config.ConfigError(f'{directory}, split {name}: {error}') from error
+  hide_gpus()
+  if not spec.encoded:
+    from conadv_jax.data import in_memory
+
+    return in_memory.read(builder, name, spec.num_classes)
+  return _records(spec, builder, name, window_shards)
+
+
+def _records(spec: DatasetSpec, builder, split: str, window_shards: int):
+  info = builder.info.splits[split]
+  arguments = info.filepaths, info.shard_lengths, spec.num_classes
+  file_format = builder.info.file_format.value
+  if file_format == 'array_record':
+    from conadv_jax.data import array_record
+
+    return array_record.ArrayRecords(*arguments)
+  if file_format == 'tfrecord':
+    from conadv_jax.data import tfrecord
+
+    return tfrecord.TfRecords(*arguments, window_shards)
+  raise config.ConfigError(
+    f'dataset.name={spec.name!r}: {builder.data_dir} holds {file_format} files;'
+    ' need array_record or tfrecord, which `tfds convert_format` makes'
+  )
 
 
 def _resolve(data_dir: str) -> epath.Path:
@@ -295,58 +360,42 @@ def _open(
     raise half_prepared(f'its metadata is not readable ({error})') from error
   if split not in builder.info.splits:
     raise half_prepared(f'it has no split {split!r}')
-  for path in builder.info.splits[split].filepaths:
-    if not path.exists():
-      raise half_prepared(f'{path.name} is missing')
+  paths = builder.info.splits[split].filepaths
+  # A thousand look-ups in a bucket, one after the other, would take a minute.
+  with concurrent.futures.ThreadPoolExecutor(32) as pool:
+    there = list(pool.map(lambda path: path.exists(), paths))
+  missing = [p.name for p, found in zip(paths, there, strict=True) if not found]
+  if missing:
+    others = f' and {len(missing) - 1} others are' if missing[1:] else ' is'
+    raise half_prepared(f'{missing[0]}{others} missing')
   return builder
 
 
 def _check_info(
   spec: DatasetSpec, info, split: str, num_examples: int, directory: epath.Path
 ) -> None:
-  features = info.features
-  for what, found, needed in (
-    ('classes', features['label'].num_classes, spec.num_classes),
-    ('image shape', tuple(features['image'].shape), spec.image_shape),
-    (f'{split} examples', info.splits[split].num_examples, num_examples),
-  ):
+  """Compares the data set's own description with `spec`."""
+  label, image = info.features['label'], info.features['image']
+  field = 'num_train' if split == spec.train_split else 'num_eval'
+  shape = tuple(None if spec.encoded else size for size in spec.image_shape[:2])
+  checks = [
+    ('classes', label.num_classes, spec.num_classes, ''),
+    ('image shape', tuple(image.shape), (*shape, spec.image_shape[2]), ''),
+    (
+      f'{split} examples',
+      info.splits[split].num_examples,
+      num_examples,
+      f'. If you want it as it is, set dataset.{field} to that number',
+    ),
+  ]
+  if spec.first_label:
+    checks += [
+      ('first label', label.names[0], spec.first_label, ''),
+      ('last label', label.names[-1], spec.last_label, ''),
+    ]
+  for what, found, needed, hint in checks:
     if found != needed:
       raise config.ConfigError(
         f'dataset.name={spec.name!r}: {directory} has {what} {found}, need'
-        f' {needed}; it is another data set, or was prepared in part'
+        f' {needed}; it is another data set, or was prepared in part{hint}'
       )
-
-
-def _read(builder, split: str, spec: DatasetSpec, num_examples: int):
-  """All (images uint8 [N, H, W, C], labels int32 [N]) in file order."""
-  import tensorflow as tf
-  import tensorflow_datasets as tfds
-
-  hide_gpus()
-  options = tf.data.Options()
-  options.deterministic = True
-  dataset = builder.as_dataset(
-    split=split,
-    shuffle_files=False,
-    read_config=tfds.ReadConfig(
-      options=options,
-      try_autocache=False,
-      interleave_cycle_length=1,  # One file after the other.
-    ),
-  )
-  dataset = dataset.map(lambda example: (example['image'], example['label']))
-  images = np.empty((num_examples, *spec.image_shape), np.uint8)
-  labels = np.empty(num_examples, np.int32)
-  start = 0
-  try:
-    for image_batch, label_batch in dataset.batch(1024).as_numpy_iterator():
-      stop = start + len(label_batch)
-      images[start:stop] = image_batch
-      labels[start:stop] = label_batch
-      start = stop
-  except tf.errors.OpError as error:
-    raise config.ConfigError(
-      f'{builder.data_dir}, split {split}: cannot be read after about {start}'
-      f' of {num_examples} examples: {error.message}'
-    ) from error
-  return images, labels

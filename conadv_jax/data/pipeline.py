@@ -2,131 +2,185 @@
 
 from __future__ import annotations
 
-import collections
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from conadv_jax import config
 from conadv_jax.data import datasets, preprocess, sampler
+from conadv_jax.data import views as views_lib
+from conadv_jax.data.quarantine import Quarantine
+from conadv_jax.data.reader import Reader
 
-# Streams of random numbers of an example: one for each op, never renumbered.
-_CROP = 0
-_FLIP = 1
+Batch = dict[str, np.ndarray]
 
 
 def train_batches(
-  source: datasets.Source,
+  source: Any,
+  settings: config.Dataset,
   *,
+  views: Sequence[str],
   seed: int,
   batch_size: int,
   positions: np.ndarray | None = None,
+  host: tuple[int, int] = (0, 1),
   start_step: int,
   num_steps: int,
-  crop_padding_px: int,
-  random_flip: bool,
-) -> Iterator[dict[str, np.ndarray]]:
+  quarantine: Quarantine | None = None,
+) -> Iterator[Batch]:
   """Augmented training batches of steps start_step .. start_step+num_steps-1.
 
-  The global batch of a step depends on `seed` and the step only, so starting
-  late skips nothing and costs nothing, and hosts agree without talking.
+  The global batch of a step depends on `seed` and the step only: a late start
+  costs nothing, and hosts agree without talking. Of TFRecord files, each host
+  has an order of its own (`tfrecord.TfRecords`). An example that cannot be used
+  is replaced by the one with the next id that can be.
 
   Args:
-    source: the examples.
+    source: the examples, from `cache.load`.
+    settings: augmentation.
+    views: of 'clean' and 'aa'.
     seed: keys order and augmentation.
     batch_size: examples in the global batch, B.
     positions: places in the global batch that this host feeds, ints in [0, B);
       None is all of them. L below is their number.
+    host: (this host, number of hosts), for files without random access.
     start_step: first step.
     num_steps: batches to yield.
-    crop_padding_px: zero padding of the random crop; 0 is no crop.
-    random_flip: whether images are mirrored at random.
+    quarantine: gets the examples that had to be replaced; None allows none.
 
   Returns:
-    Iterator over {'clean': uint8 [L, H, W, C], 'label': int32 [L]}.
+    Iterator over {view: uint8 [L, H, W, C], ..., 'label': int32 [L], 'id':
+    int64 [L]}. 'id' is that of the order, also where another stands in.
 
   Raises:
     ConfigError: `seed`, `batch_size` or `start_step` is out of range.
     ValueError: a position is repeated or out of range.
+    DataError: while iterating, for too many bad examples.
   """
   datasets.hide_gpus()
   positions = _positions(positions, batch_size)
+  count = len(positions)
+  make_views = views_lib.make_train_views(settings, views)
 
-  def local_ids(step):
-    ids, epochs = sampler.example_ids(
-      seed, int(step), batch_size, source.num_examples
-    )
-    return ids[positions], epochs[positions]
-
-  local_ids(start_step)  # A bad argument fails here, not in a thread of TF.
-
-  def ids_of_step(step):
-    outputs = tf.numpy_function(local_ids, [step], [tf.int64, tf.int64])
-    return tuple(tf.ensure_shape(x, positions.shape) for x in outputs)
-
-  def example(example_id, epoch):
-    image, label = source.lookup(example_id)
+  def example(image, label, example_id, epoch):
     key = preprocess.example_seed(seed, epoch, example_id)
-    image = _augment(image, key, crop_padding_px, random_flip)
-    return {'clean': image, 'label': label}
+    return {**make_views(image, key), 'label': label}
 
-  steps = tf.data.Dataset.range(start_step, start_step + num_steps)
-  return _batches(steps.map(ids_of_step).unbatch(), example, len(positions))
+  if hasattr(source, 'stream'):
+    order = source.stream(seed, *host, start_step * count)
+    order = order.take(num_steps * count)
+  else:
+    steps = range(start_step, start_step + num_steps)
+    order = _sampled(source.num_examples, seed, batch_size, positions, steps)
+  if hasattr(source, 'lookup'):
+    return _lookups(source, order, example, count)
+  reader = Reader(source, example, 'train', quarantine, replace=True)
+  return reader.batches(order, count)
 
 
 def eval_batches(
-  source: datasets.Source,
+  source: Any,
+  settings: config.Dataset,
   *,
   batch_size: int,
   positions: np.ndarray | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
+  quarantine: Quarantine | None = None,
+) -> Iterator[Batch]:
   """Every example once, in order of id, in ceil(N / B) batches on every host.
 
   Args:
-    source: the examples.
+    source: the examples, from `cache.load`.
+    settings: size and interpolation of the central crop.
     batch_size: examples in the global batch, B; may exceed N.
     positions: as in `train_batches`.
+    quarantine: gets the examples that cannot be used; None allows none.
 
   Returns:
     Iterator over {'clean': uint8 [L, H, W, C], 'label': int32 [L], 'id': int64
     [L], 'mask': bool [L]}. Places after the last example are padding: zero
-    image and label, id -1, mask False.
+    image and label, id -1, mask False. An example that cannot be used is
+    likewise zero and masked, under its id.
 
   Raises:
     ValueError: a position is repeated or out of range.
+    DataError: while iterating, for too many bad examples.
   """
   datasets.hide_gpus()
   positions = _positions(positions, batch_size)
   starts = np.arange(0, source.num_examples, batch_size)
   ids = (starts[:, None] + positions).ravel()
   ids[ids >= source.num_examples] = -1
-
-  def example(example_id):
-    mask = example_id >= 0
-    image, label = source.lookup(tf.maximum(example_id, 0))
-    return {
-      'clean': tf.where(mask, image, tf.zeros_like(image)),
-      'label': tf.where(mask, label, 0),
-      'id': example_id,
-      'mask': mask,
-    }
-
-  return _batches(
-    tf.data.Dataset.from_tensor_slices(ids), example, len(positions)
+  order = tf.data.Dataset.from_tensor_slices(
+    {'id': ids, 'epoch': np.zeros_like(ids)}
   )
 
+  def example(image, label, *_):
+    return {'clean': views_lib.eval_view(settings, image), 'label': label}
 
-def _augment(image, key, crop_padding_px: int, random_flip: bool):
-  """Crop and flip of one uint8 [H, W, C] image, keyed by the example."""
-  if crop_padding_px:
-    image = preprocess.random_crop_with_padding(
-      image, crop_padding_px, preprocess.op_seed(key, _CROP)
-    )
-  if random_flip:
-    image = preprocess.random_flip(image, preprocess.op_seed(key, _FLIP))
-  return image
+  if hasattr(source, 'lookup'):
+    batches = _lookups(source, order, example, len(positions))
+  else:
+    reader = Reader(source, example, 'eval', quarantine, replace=False)
+    batches = reader.batches(order, len(positions))
+  return map(_masked, batches)
+
+
+def _sampled(
+  num_examples: int,
+  seed: int,
+  batch_size: int,
+  positions: np.ndarray,
+  steps: range,
+) -> tf.data.Dataset:
+  """`id` and `epoch` of one example after the other, of any example."""
+
+  def local_ids(step):
+    ids, epochs = sampler.example_ids(seed, int(step), batch_size, num_examples)
+    return ids[positions], epochs[positions]
+
+  local_ids(steps.start)  # A bad argument fails here, not in a thread of TF.
+
+  def ids_of_step(step):
+    outputs = tf.numpy_function(local_ids, [step], [tf.int64, tf.int64])
+    ids, epochs = (tf.ensure_shape(x, positions.shape) for x in outputs)
+    return {'id': ids, 'epoch': epochs}
+
+  dataset = tf.data.Dataset.range(steps.start, steps.stop)
+  return dataset.map(ids_of_step).unbatch()
+
+
+def _lookups(
+  source: Any,
+  order: tf.data.Dataset,
+  example: Callable[..., dict[str, tf.Tensor]],
+  size: int,
+) -> Iterator[Batch]:
+  """Batches of examples in memory, and `id`, in the order of the ids."""
+
+  def one(place):
+    image, label = source.lookup(tf.maximum(place['id'], 0))
+    made = example(image, label, place['id'], place['epoch'])
+    return {**made, 'id': place['id']}
+
+  dataset = order.map(
+    one, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+  )
+  options = tf.data.Options()
+  options.deterministic = True
+  dataset = dataset.batch(size, drop_remainder=True).prefetch(2)
+  return dataset.with_options(options).as_numpy_iterator()
+
+
+def _masked(batch: Batch) -> Batch:
+  """Zeros and a False `mask` where there is no example."""
+  mask = batch.pop('usable', True) & (batch['id'] >= 0)
+  clean, label = batch['clean'], batch['label']
+  if not mask.all():
+    clean, label = clean.copy(), label.copy()
+    clean[~mask], label[~mask] = 0, 0
+  return {'clean': clean, 'label': label, 'id': batch['id'], 'mask': mask}
 
 
 def _positions(positions: np.ndarray | None, batch_size: int) -> np.ndarray:
@@ -141,95 +195,3 @@ def _positions(positions: np.ndarray | None, batch_size: int) -> np.ndarray:
       f' {positions}'
     )
   return positions
-
-
-def _batches(
-  dataset: tf.data.Dataset, example: Callable[..., Any], local_batch_size: int
-) -> Iterator[dict[str, np.ndarray]]:
-  """Maps ids to examples and batches them, in the order of the ids."""
-  dataset = dataset.map(
-    example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
-  )
-  dataset = dataset.batch(local_batch_size, drop_remainder=True).prefetch(2)
-  options = tf.data.Options()
-  options.deterministic = True
-  return dataset.with_options(options).as_numpy_iterator()
-
-
-class Prefetcher:
-  """Hands batches to the device ahead of their use.
-
-  Iterates over `put(batch)`. While the caller works on one batch, the next
-  `depth` have been handed to `put` already.
-
-  Attributes:
-    wait_seconds: time for which the caller was blocked on the host iterator.
-  """
-
-  def __init__(
-    self,
-    batches: Iterator[Any],
-    put: Callable[[Any], Any],
-    depth: int = 2,
-    *,
-    expected: int | None = None,
-    start_step: int = 0,
-  ):
-    """Starts nothing; the first `next` fills the queue.
-
-    Args:
-      batches: the host's batches.
-      put: starts a transfer to the device, without waiting for its end.
-      depth: batches in flight beyond the caller's own, 0 or more.
-      expected: batches that the caller needs, after which iteration stops;
-        None is all that there are.
-      start_step: step of the first batch, for the error text.
-    """
-    if depth < 0:
-      raise ValueError(f'depth={depth}: must be 0 or more')
-    self.wait_seconds = 0.0
-    self._batches = iter(batches)
-    self._put = put
-    self._depth = depth
-    self._expected = expected
-    self._start_step = start_step
-    self._fetched = 0
-    self._ended = False
-    self._queue = collections.deque()
-
-  def __iter__(self) -> Prefetcher:
-    return self
-
-  def __next__(self) -> Any:
-    """The next batch on the device.
-
-    Raises:
-      RuntimeError: the host's batches ended before `expected` of them.
-      StopIteration: all batches were delivered.
-    """
-    while len(self._queue) <= self._depth and not self._ended:
-      self._fetch()
-    if self._queue:
-      return self._queue.popleft()
-    if self._expected is not None and self._fetched < self._expected:
-      raise RuntimeError(
-        f'input ended at step {self._start_step + self._fetched}: needed'
-        f' {self._expected} batches from step {self._start_step}, got'
-        f' {self._fetched}'
-      )
-    raise StopIteration
-
-  def _fetch(self) -> None:
-    if self._fetched == self._expected:
-      self._ended = True
-      return
-    start = time.perf_counter()
-    try:
-      batch = next(self._batches)
-    except StopIteration:
-      self._ended = True
-      return
-    finally:
-      self.wait_seconds += time.perf_counter() - start
-    self._fetched += 1
-    self._queue.append(self._put(batch))

@@ -1,0 +1,202 @@
+"""Batches of encoded examples; those that cannot be used are replaced."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from conadv_jax.data.quarantine import DataError, Quarantine
+
+# (image, label, id, epoch) -> the arrays of one example, of static shape.
+ExampleFn = Callable[..., dict[str, tf.Tensor]]
+# Examples that one call of a map reads or decodes. A failure is caught by a
+# small data set inside of the call, whose cost so many examples share.
+_MAX_CHUNK = 32
+
+
+class Reader:
+  """Reads, decodes and batches the examples of an encoded data set."""
+
+  def __init__(
+    self,
+    source: Any,
+    example: ExampleFn,
+    split: str,
+    quarantine: Quarantine | None,
+    *,
+    replace: bool,
+  ):
+    """Starts nothing.
+
+    Args:
+      source: has `num_examples`, `num_classes`, `fetch`, `parse`, `describe`.
+      example: decodes and augments; fails with a TensorFlow error.
+      split: for the quarantine, 'train' or 'eval'.
+      quarantine: gets what fails; None allows no failure.
+      replace: whether the next usable example stands in for one that is not.
+    """
+    self._source = source
+    self._example = example
+    self._split = split
+    self._quarantine = Quarantine() if quarantine is None else quarantine
+    self._replace = replace
+    self._decode_one = tf.function(self._usable)
+
+  def batches(
+    self, order: tf.data.Dataset, size: int
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """Yields what `example` returns, and `id`, by `size`.
+
+    Unless they are replaced, examples that cannot be used are zeros, and there
+    is a bool `usable`.
+
+    Args:
+      order: int64 scalars `id` (-1: none) and `epoch`, and where the source
+        streams also the string `record`.
+      size: examples of a batch; their number must be a multiple of it.
+
+    Raises:
+      DataError: for too many bad examples, or records that are missing.
+    """
+    chunk = max(n for n in range(1, _MAX_CHUNK + 1) if size % n == 0)
+    dataset = order.batch(chunk, drop_remainder=True)
+    for step in (self._read, self._decode):
+      dataset = dataset.map(
+        step, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+      )
+    dataset = dataset.batch(size // chunk, drop_remainder=True)
+
+    def flat(batch):
+      return {k: tf.reshape(x, [size, *x.shape[2:]]) for k, x in batch.items()}
+
+    options = tf.data.Options()
+    options.deterministic = True
+    dataset = dataset.map(flat).prefetch(2).with_options(options)
+    return self._checked(dataset.as_numpy_iterator())
+
+  def _read(self, chunk: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """Adds `record`, unless the order came with it."""
+    if 'record' in chunk:
+      return chunk
+    record = tf.numpy_function(self._fetch, [chunk['id']], tf.string)
+    return {**chunk, 'record': tf.ensure_shape(record, chunk['id'].shape)}
+
+  def _fetch(self, ids: np.ndarray) -> np.ndarray:
+    records = np.full(len(ids), b'', object)
+    there = ids >= 0
+    records[there] = self._source.fetch(ids[there])
+    return records
+
+  def _decode(self, chunk: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """Decodes a chunk; zeros, and `usable` False, where that fails."""
+    size = chunk['id'].shape[0]
+    records = tf.data.Dataset.from_tensor_slices(
+      (chunk['record'], chunk['id'], chunk['epoch'], tf.range(size))
+    )
+
+    def one(record, example_id, epoch, slot):
+      return {**self._usable(record, example_id, epoch), 'slot': slot}
+
+    good = records.map(one).ignore_errors()
+    blank = {
+      k: tf.zeros(s.shape, s.dtype) for k, s in good.element_spec.items()
+    }
+    blank['slot'] = tf.constant(-1)
+    blanks = tf.data.Dataset.from_tensors(blank).repeat(size)
+    made = good.concatenate(blanks).batch(size).take(1).get_single_element()
+    made = {
+      k: tf.ensure_shape(x, [size, *x.shape[1:]]) for k, x in made.items()
+    }
+    slot = made.pop('slot')
+    made['usable'] = slot >= 0
+
+    def in_place():
+      slots = slot[made['usable']][:, None]
+      return {
+        k: tf.scatter_nd(slots, x[made['usable']], x.shape)
+        for k, x in made.items()
+      }
+
+    made = tf.cond(tf.reduce_all(made['usable']), lambda: made, in_place)
+    return {**made, 'id': chunk['id'], 'epoch': chunk['epoch']}
+
+  def _usable(self, record, example_id, epoch) -> dict[str, tf.Tensor]:
+    """The decoded example; a TensorFlow error says why there is none."""
+    image, label = self._source.parse(record, example_id)
+    classes = self._source.num_classes
+    with tf.control_dependencies(
+      [
+        tf.debugging.Assert(
+          (label >= 0) & (label < classes),
+          ['label', label, f'is outside [0, {classes})'],
+        )
+      ]
+    ):
+      label = tf.identity(label)
+    return self._example(image, label, example_id, epoch)
+
+  def _checked(
+    self, batches: Iterator[dict[str, np.ndarray]]
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """Notes the failures of each batch, and replaces them."""
+    while True:
+      try:
+        batch = next(batches)
+      except StopIteration:
+        return
+      except tf.errors.OpError as error:
+        # Of an error of Python, the text comes with its name and traceback.
+        text = error.message.partition('\nTraceback')[0]
+        raise DataError(text.rpartition('DataError: ')[2]) from error
+      bad = np.flatnonzero(~batch['usable'] & (batch['id'] >= 0))
+      if len(bad) and self._replace:
+        batch = {name: array.copy() for name, array in batch.items()}
+      for place in bad:
+        example_id, epoch = int(batch['id'][place]), int(batch['epoch'][place])
+        self._try(example_id, epoch)
+        if self._replace:
+          for name, value in self._next_usable(example_id, epoch).items():
+            batch[name][place] = value
+      del batch['epoch']
+      if self._replace:
+        del batch['usable']
+      yield batch
+
+  def _next_usable(self, example_id: int, epoch: int) -> dict[str, np.ndarray]:
+    count = self._source.num_examples
+    for distance in range(1, count):
+      found = self._try((example_id + distance) % count, epoch)
+      if found is not None:
+        return found
+    raise DataError(f'no example of {self._split!r} can be used')
+
+  def _try(self, example_id: int, epoch: int) -> dict[str, np.ndarray] | None:
+    """The decoded example, or None with the reason in the quarantine."""
+    (record,) = self._source.fetch(np.array([example_id]))
+    try:
+      example = self._decode_one(
+        tf.constant(record),
+        tf.constant(example_id, tf.int64),
+        tf.constant(epoch, tf.int64),
+      )
+      return {name: value.numpy() for name, value in example.items()}
+    except tf.errors.OpError as error:
+      self._quarantine.add(
+        self._split,
+        example_id,
+        self._source.describe(example_id),
+        reason_of(error) if record else 'cannot be read',
+        of=self._source.num_examples,
+      )
+      return None
+
+
+def reason_of(error: tf.errors.OpError) -> str:
+  """What the failing op said, without where it stands in the graph."""
+  said = error.message.split('\n\t [[')[0].strip().splitlines()[-1]
+  assertion = said.partition('assertion failed:')[2]
+  return re.sub(r'[\[\]]', '', assertion).strip() if assertion else said

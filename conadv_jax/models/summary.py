@@ -1,0 +1,46 @@
+"""Size of a network without building it: parameters and multiply-adds."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Size(NamedTuple):
+  """Size of a network.
+
+  Attributes:
+    parameters: number of them; batch statistics are none.
+    multiply_adds: of convolutions and dense layers, forward, for one image. As
+      in papers: one per tap, also where a tap lies on the padding, and nothing
+      for the rest. XLA's FLOPs are twice that, less those of the padding, plus
+      everything elementwise.
+  """
+
+  parameters: int
+  multiply_adds: int
+
+
+def size(model: nn.Module, side_px: int) -> Size:
+  """The size of `model`, for a square image of 3 channels."""
+  multiply_adds = 0
+
+  def count(call, args, kwargs, context):
+    nonlocal multiply_adds
+    y = call(*args, **kwargs)
+    if isinstance(context.module, nn.Conv | nn.Dense):
+      kernel = context.module.get_variable('params', 'kernel')
+      multiply_adds += y.size * math.prod(kernel.shape[:-1])
+    return y
+
+  x = jax.ShapeDtypeStruct((1, 1, 1, side_px, side_px, 3), jnp.float32)
+  init = functools.partial(model.init, routes=(0,), train=False)
+  with nn.intercept_methods(count):
+    variables = jax.eval_shape(init, jax.random.key(0), x)
+  leaves = jax.tree.leaves(variables['params'])
+  return Size(sum(leaf.size for leaf in leaves), multiply_adds)

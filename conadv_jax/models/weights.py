@@ -1,0 +1,205 @@
+"""Weights of one route with the names and layouts of timm, as safetensors.
+
+kernel of a convolution  [H, W, I, O] -> weight [O, I, H, W]
+kernel of a dense layer  [I, O]       -> weight [O, I]
+scale, bias, mean, var   row [C] of the route
+                         -> weight, bias, running_mean, running_var
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+from flax import traverse_util
+
+from conadv_jax import models
+from conadv_jax.config import ConfigError
+
+StateDict = dict[str, np.ndarray]
+
+_LEAVES = {
+  'kernel': 'weight',
+  'scale': 'weight',
+  'bias': 'bias',
+  'mean': 'running_mean',
+  'var': 'running_var',
+}
+# PyTorch's batch norm counts its batches, and reads the count only if it is
+# asked for a plain average of them, which timm does not.
+_COUNT = 'num_batches_tracked'
+_MAX_NAMES = 5  # listed of each kind of error
+
+
+def to_state_dict(
+  name: str, params: Any, batch_stats: Any, route: int
+) -> StateDict:
+  """The network that `route` is, for timm's model called `name`.
+
+  Counts of batches are 0.
+
+  Args:
+    name: in models.MODELS.
+    params: parameters, or gradients of them.
+    batch_stats: batch statistics.
+    route: row of the batch norms.
+
+  Raises:
+    ConfigError: if timm has no network of that name.
+  """
+  variables = {'params': params, 'batch_stats': batch_stats}
+  state_dict = {}
+  for leaf in _leaves(name, variables):
+    value = np.asarray(leaf.value)
+    value = value[route] if leaf.in_norm else _to_timm(value)
+    state_dict[leaf.name] = np.ascontiguousarray(value)
+  counts = _counts(state_dict)
+  return state_dict | dict.fromkeys(counts, np.zeros((), np.int64))
+
+
+def from_state_dict(
+  state_dict: Mapping[str, np.ndarray],
+  name: str,
+  variables: Any,
+  routes: str | Sequence[int] = 'all',
+) -> Any:
+  """Variables of our network with the weights of timm's.
+
+  Args:
+    state_dict: by timm's name. Counts of batches are not read.
+    name: in models.MODELS.
+    variables: `params` and `batch_stats`, which give shapes and types, and the
+      values of the rows that are not in `routes`.
+    routes: rows of the batch norms to set. With 'all' the leaves of `variables`
+      may be abstract.
+
+  Returns:
+    NumPy arrays, in the structure of `variables`.
+
+  Raises:
+    ConfigError: if timm has no network of that name, or for names that are
+      missing, unexpected, or of an array of another shape.
+  """
+  leaves = list(_leaves(name, variables))
+  _check(state_dict, name, leaves)
+  flat = {}
+  for leaf in leaves:
+    value = np.asarray(state_dict[leaf.name])
+    if not leaf.in_norm:
+      rows = _from_timm(value)
+    elif routes == 'all':
+      rows = np.broadcast_to(value, leaf.value.shape)
+    else:
+      rows = np.array(leaf.value)
+      rows[list(routes)] = value
+    flat[leaf.path] = rows.astype(leaf.value.dtype)
+  return traverse_util.unflatten_dict(flat)
+
+
+def load(path: str) -> StateDict:
+  """The arrays of a safetensors file, local or in a bucket.
+
+  Raises:
+    ConfigError: if there is no such file, or it is of another kind.
+  """
+  try:
+    return safetensors.numpy.load(epath.Path(path).read_bytes())
+  except OSError as error:
+    raise ConfigError(f'weights {path!r}: cannot be read: {error}') from error
+  except safetensors.SafetensorError as error:
+    raise ConfigError(
+      f'weights {path!r}: not a safetensors file: {error}'
+    ) from error
+
+
+def save(
+  path: str,
+  state_dict: Mapping[str, np.ndarray],
+  metadata: Mapping[str, str] | None = None,
+) -> None:
+  """Writes a safetensors file, which timm and PyTorch load as it is."""
+  content = safetensors.numpy.save(dict(state_dict), dict(metadata or {}))
+  epath.Path(path).write_bytes(content)
+
+
+class _Leaf(NamedTuple):
+  path: tuple[str, ...]  # in the variables
+  name: str  # in timm
+  in_norm: bool  # has a row for each route
+  value: Any  # array, or its shape and type
+
+  @property
+  def timm_shape(self) -> tuple[int, ...]:
+    if self.in_norm:
+      return self.value.shape[1:]
+    return _to_timm(np.broadcast_to(0, self.value.shape)).shape
+
+
+def _leaves(name: str, variables: Any) -> Iterator[_Leaf]:
+  timm_module = _timm_module(name)
+  flat = traverse_util.flatten_dict(dict(variables))
+  norms = {path[1:-1] for path in flat if path[-1] == 'scale'}
+  for path, value in flat.items():
+    module = path[1:-1]
+    name = f'{timm_module("/".join(module))}.{_LEAVES[path[-1]]}'
+    yield _Leaf(path, name, module in norms, value)
+
+
+def _timm_module(name: str) -> Callable[[str], str]:
+  function = models.get(name).timm_module
+  if function is None:
+    able = [m for m, entry in models.MODELS.items() if entry.timm_module]
+    raise ConfigError(
+      f'model={name!r}: timm has no such network to exchange weights with; '
+      f'those that it has: {", ".join(able)}'
+    )
+  return function
+
+
+def _to_timm(kernel: np.ndarray) -> np.ndarray:
+  if kernel.ndim == 4:
+    return kernel.transpose(3, 2, 0, 1)
+  return kernel.T  # of a bias, itself
+
+
+def _from_timm(weight: np.ndarray) -> np.ndarray:
+  if weight.ndim == 4:
+    return weight.transpose(2, 3, 1, 0)
+  return weight.T
+
+
+def _counts(names: Mapping[str, Any]) -> set[str]:
+  end = '.running_mean'
+  return {n.removesuffix(end) + '.' + _COUNT for n in names if n.endswith(end)}
+
+
+def _check(
+  state_dict: Mapping[str, np.ndarray], name: str, leaves: list[_Leaf]
+) -> None:
+  expected = {leaf.name: leaf.timm_shape for leaf in leaves}
+  wrong = [
+    f'{key} {tuple(state_dict[key].shape)}, not {shape}'
+    for key, shape in expected.items()
+    if key in state_dict and tuple(state_dict[key].shape) != shape
+  ]
+  problems = {
+    'missing': [key for key in expected if key not in state_dict],
+    'unexpected': sorted(
+      state_dict.keys() - expected.keys() - _counts(expected)
+    ),
+    'of another shape': wrong,
+  }
+  lines = []
+  for kind, names in problems.items():
+    if names:
+      more = len(names) - _MAX_NAMES
+      rest = f' and {more} more' if more > 0 else ''
+      lines.append(f'  {kind}: {"; ".join(names[:_MAX_NAMES])}{rest}')
+  if lines:
+    raise ConfigError(
+      f'the weights are not those of model {name!r}:\n' + '\n'.join(lines)
+    )

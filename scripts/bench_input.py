@@ -1,0 +1,451 @@
+"""Speed of the input pipeline on one core, beside timm's and torchvision's.
+
+  python scripts/bench_input.py --output=results/bench_input.json [--quick]
+      [--data_dir=DIR] [--memory_batches=2000]
+
+Every row is a process of its own on one core, over the same JPEG files (made
+from scikit-learn's photos, 500x375 px mostly, unless --data_dir names a folder
+of class sub-folders of train/). timm and torchvision (pip install -e .[parity])
+read with a DataLoader of one worker process, which shares that core, with the
+same crop, bicubic interpolation and AutoAugment policy. Rows take turns and
+the median of the rounds is reported; ratios are within a round.
+
+Then the break-down of our own time, the memory over many batches, and how many
+host cores a TPU slice needs at a batch of 98,304.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+SIZE_PX = 224
+BATCH = 64
+# Bytes that one step moves per device, and images of its share of the batch
+# (ResNet-50, 224 px, bfloat16, compiled by XLA:TPU for v3; see docs/design.md).
+STEP_BYTES = {'clean': 74.8e9 / 96, 'clean+aa': 101.4e9 / 96}
+# name: (hosts, devices, HBM bytes/s of a device)
+SLICES = {
+  'v3-1024': (128, 1024, 450e9),
+  'v4-1024': (128, 512, 1200e9),
+  'v5e-256': (64, 256, 819e9),
+  'v5p-256': (32, 128, 2765e9),
+  'v6e-256': (64, 256, 1640e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A thing to time, and what its ratio is to."""
+
+  name: str
+  run: Callable[[pathlib.Path, int], float]  # -> images per second
+  peer_of: str = ''
+
+
+# ---- Ours -------------------------------------------------------------------
+
+
+def _settings(**changes):
+  from conadv_jax import config
+  from configs import common
+
+  dataset = config.from_config_dict(common.get_config()).dataset
+  return dataclasses.replace(
+    dataset, image_size_px=SIZE_PX, random_flip=True, **changes
+  )
+
+
+def _batches(
+  root: pathlib.Path, views: tuple[str, ...], num_images: int, **changes
+) -> Iterator[dict]:
+  from conadv_jax.data import image_folder, pipeline
+
+  source = image_folder.ImageFolder(root, 'train')
+  return pipeline.train_batches(
+    source,
+    _settings(**changes),
+    views=views,
+    seed=0,
+    batch_size=BATCH,
+    start_step=0,
+    num_steps=-(-num_images // BATCH),
+  )
+
+
+def ours(*views: str, **changes) -> Callable[[pathlib.Path, int], float]:
+  def run(root, num_images):
+    return _rate(_batches(root, views, num_images, **changes))
+
+  return run
+
+
+def _rate(batches: Iterator) -> float:
+  """Images per second, from the end of the second batch."""
+  start, count = 0.0, 0
+  for i, _ in enumerate(batches):
+    if i == 1:
+      start = time.perf_counter()
+    count += BATCH * (i > 1)
+  return count / (time.perf_counter() - start)
+
+
+# ---- Peers ------------------------------------------------------------------
+
+
+def peer(
+  library: str, policy: str = ''
+) -> Callable[[pathlib.Path, int], float]:
+  """A DataLoader over torchvision's ImageFolder: clean, or clean and aa."""
+
+  def run(root, num_images):
+    _define_torchvision_ops()
+    import torch
+    from torchvision import datasets
+
+    torch.set_num_threads(1)
+    clean, augmented = _transforms(library, policy)
+
+    def views(image):
+      return (clean(image), augmented(image)) if policy else clean(image)
+
+    folder = datasets.ImageFolder(str(root / 'train'), transform=views)
+    order = torch.randint(
+      len(folder), (num_images,), generator=torch.Generator().manual_seed(0)
+    )
+    loader = torch.utils.data.DataLoader(
+      folder, BATCH, sampler=order.tolist(), num_workers=1, drop_last=True
+    )
+    return _rate(iter(loader))
+
+  return run
+
+
+def _transforms(library: str, policy: str):
+  """Crop, flip, AutoAugment if there is a policy, uint8 tensor: twice."""
+  if library == 'timm':
+    from timm import data
+
+    def make(auto_augment):
+      return data.create_transform(
+        SIZE_PX,
+        is_training=True,
+        scale=(0.08, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        interpolation='bicubic',
+        color_jitter=None,
+        auto_augment=auto_augment,
+        use_prefetcher=True,  # uint8; normalised on the device, as ours
+      )
+
+    return make(None), make(policy or None)
+  from torchvision import transforms as t
+
+  bicubic = t.InterpolationMode.BICUBIC
+
+  def make(*extra):
+    crop = t.RandomResizedCrop(SIZE_PX, interpolation=bicubic)
+    return t.Compose([crop, t.RandomHorizontalFlip(), *extra, t.PILToTensor()])
+
+  return make(), make(t.AutoAugment(t.AutoAugmentPolicy.IMAGENET))
+
+
+def _define_torchvision_ops() -> None:
+  """Lets torchvision's Python code import beside a torch of another build."""
+  import torch
+
+  library = torch.library.Library('torchvision', 'DEF')
+  for name in ('nms', 'qnms'):
+    library.define(
+      f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor'
+    )
+  globals()['_kept'] = library  # its end would take the definitions back
+
+
+ROWS = {
+  row.name: row
+  for row in (
+    Row('clean', ours('clean')),
+    Row('clean, timm', peer('timm'), 'clean'),
+    Row('clean, torchvision', peer('torchvision'), 'clean'),
+    Row(
+      'clean+aa, shared crop',
+      ours('clean', 'aa', aa_shares_crop=True),
+    ),
+    Row('clean+aa, own crops', ours('clean', 'aa')),
+    Row('clean+aa, own crops, timm', peer('timm', 'v0'), 'clean+aa, own crops'),
+    Row(
+      'clean+aa (reduced_imagenet), own crops',
+      ours('clean', 'aa', autoaugment='reduced_imagenet'),
+    ),
+    Row(
+      'clean+aa (reduced_imagenet), own crops, torchvision',
+      peer('torchvision', 'imagenet'),
+      'clean+aa (reduced_imagenet), own crops',
+    ),
+  )
+}
+
+
+# ---- Break-down -------------------------------------------------------------
+
+
+def breakdown(root: pathlib.Path, num_images: int) -> list[dict]:
+  """Milliseconds per image of each stage, by leaving stages out.
+
+  Stages are added one by one to a plain tf.data pipeline on one thread; a
+  stage's time is what it adds. The last is the whole pipeline of training.
+  """
+  import jax
+  import numpy as np
+  import tensorflow as tf
+
+  from conadv_jax.data import autoaugment, image_folder, views
+
+  source = image_folder.ImageFolder(root, 'train')
+  settings = _settings()
+  rng = np.random.default_rng(0)
+  ids = rng.integers(source.num_examples, size=num_images)
+
+  def read(example_id):
+    record = tf.numpy_function(
+      lambda i: source.fetch(np.array([i]))[0], [example_id], tf.string
+    )
+    return source.parse(tf.ensure_shape(record, []), example_id)[0], example_id
+
+  def decode(data, example_id):
+    return tf.io.decode_jpeg(data, 3, dct_method='INTEGER_ACCURATE'), example_id
+
+  make_views = views.make_train_views(settings, ['clean'])
+
+  def crop(data, example_id):
+    seed = tf.stack([example_id, example_id])
+    return make_views(data, seed)['clean'], seed
+
+  def augment(image, seed):
+    return autoaugment.augment('v0', image, seed), seed
+
+  def seconds(*stages, batch=False, put=False) -> float:
+    dataset = tf.data.Dataset.from_tensor_slices(ids)
+    for stage in stages:
+      dataset = dataset.map(stage)
+    if batch:
+      dataset = dataset.map(lambda image, _: image).batch(BATCH)
+    start = 0.0
+    for i, element in enumerate(dataset.as_numpy_iterator()):
+      if put:
+        jax.device_put(element).block_until_ready()
+      if i == 0:
+        start = time.perf_counter()
+    return (time.perf_counter() - start) / (
+      num_images - (BATCH if batch else 1)
+    )
+
+  t_read = seconds(read)
+  t_full = seconds(read, decode)
+  t_crop = seconds(read, crop)
+  t_aug = seconds(read, crop, augment)
+  t_batch = seconds(read, crop, augment, batch=True)
+  t_put = seconds(read, crop, augment, batch=True, put=True)
+  t_all = 1 / _rate(_batches(root, ('clean', 'aa'), num_images))
+  stages = {
+    'read': t_read,
+    'decode of the whole image, for comparison': t_full - t_read,
+    'decode of the crop, resize, flip': t_crop - t_read,
+    'AutoAugment v0': t_aug - t_crop,
+    'batch': t_batch - t_aug,
+    'transfer to the device': t_put - t_batch,
+    'whole pipeline, clean+aa, own crops': t_all,
+  }
+  return [
+    {'name': f'stage: {name}', 'value': 1e3 * value, 'unit': 'ms/image'}
+    for name, value in stages.items()
+  ]
+
+
+def memory(root: pathlib.Path, num_batches: int) -> list[dict]:
+  """Resident memory after a tenth of the batches, at the end, and its peak."""
+  size = 8
+  from conadv_jax.data import image_folder, pipeline
+
+  batches = pipeline.train_batches(
+    image_folder.ImageFolder(root, 'train'),
+    _settings(),
+    views=('clean', 'aa'),
+    seed=0,
+    batch_size=size,
+    start_step=0,
+    num_steps=num_batches,
+  )
+  early = 0.0
+  for i, _ in enumerate(batches):
+    if i == num_batches // 10:
+      early = _resident_mib()
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+  values = {
+    f'resident after {num_batches // 10} batches of {size}': early,
+    f'resident after {num_batches}': _resident_mib(),
+    'peak': peak,
+  }
+  return [
+    {'name': f'memory: {name}', 'value': value, 'unit': 'MiB'}
+    for name, value in values.items()
+  ]
+
+
+def _resident_mib() -> float:
+  pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
+  return pages * os.sysconf('SC_PAGE_SIZE') / 2**20
+
+
+# ---- Processes --------------------------------------------------------------
+
+
+def _worker(task: str, root: pathlib.Path, count: int) -> None:
+  """What a child process does: one measurement, its result as JSON."""
+  repository = pathlib.Path(__file__).resolve().parents[1]
+  sys.path.insert(0, str(repository))
+  os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+  if task != 'memory':
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+  if task == 'breakdown':
+    result = breakdown(root, count)
+  elif task == 'memory':
+    result = memory(root, count)
+  else:
+    result = ROWS[task].run(root, count)
+  print(f'RESULT {json.dumps(result)}', flush=True)
+
+
+def measure(task: str, root: pathlib.Path, count: int):
+  """Runs `task` in a process of its own; None if a library is missing."""
+  command = [sys.executable, __file__, '--task', task, '--root', str(root)]
+  run = subprocess.run(
+    [*command, '--count', str(count)],
+    capture_output=True,
+    text=True,
+    env=os.environ | {'CUDA_VISIBLE_DEVICES': ''},
+  )
+  lines = [s for s in run.stdout.splitlines() if s.startswith('RESULT ')]
+  if run.returncode or not lines:
+    last = (run.stderr.strip().splitlines() or ['no output'])[-1]
+    print(f'{task}: not measured: {last}', flush=True)
+    return None
+  return json.loads(lines[-1].removeprefix('RESULT '))
+
+
+def _timed_rows(root: pathlib.Path, count: int, rounds: int) -> list[dict]:
+  """All of ROWS, in turns."""
+  rates: dict[str, list[float]] = {name: [] for name in ROWS}
+  for turn in range(rounds):
+    for name in ROWS:
+      if len(rates[name]) < turn:
+        continue  # it could not be measured before
+      rate = measure(name, root, count)
+      if rate is not None:
+        rates[name].append(rate)
+        print(f'{turn + 1}/{rounds}  {name}: {rate:.0f} images/s', flush=True)
+  rows = []
+  for name, values in rates.items():
+    if not values:
+      continue
+    row = {'name': name, 'value': statistics.median(values)}
+    row |= {'unit': 'images/s/core', 'rounds': values}
+    rows.append(row)
+    if ROWS[name].peer_of:
+      mine = rates[ROWS[name].peer_of]
+      ratios = [a / b for a, b in zip(mine, values, strict=True)]
+      ours_row = next(r for r in rows if r['name'] == ROWS[name].peer_of)
+      ours_row.setdefault('ratios', {})[name] = statistics.median(ratios)
+  for row in rows:
+    for other, ratio in row.pop('ratios', {}).items():
+      row |= {'ratio_to': other, 'ratio': ratio} if 'ratio' not in row else {}
+      print(f'{row["name"]}: {ratio:.2f}x of {other}')
+  return rows
+
+
+def host_cores(rows: list[dict]) -> list[dict]:
+  """Cores a host needs where the step runs at the speed of its memory."""
+  rates = {row['name']: row['value'] for row in rows}
+  needed = []
+  for slice_name, (hosts, devices, bandwidth) in SLICES.items():
+    for views, name in (
+      ('clean', 'clean'),
+      ('clean+aa', 'clean+aa, own crops'),
+      ('clean+aa', 'clean+aa, shared crop'),
+    ):
+      images = bandwidth / STEP_BYTES[views] * devices / hosts
+      needed.append(
+        {
+          'name': f'{slice_name}: {name}',
+          'value': images / rates[name],
+          'unit': 'cores/host',
+          'images_per_sec_per_host': images,
+        }
+      )
+  return needed
+
+
+def _make_images(folder: str) -> pathlib.Path:
+  sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+  from conadv_jax.data import fake_imagenet
+
+  print('making images ...', flush=True)
+  root = pathlib.Path(folder) / 'images'
+  fake_imagenet.write_folder(str(root), num_train=400, num_eval=10)
+  return root
+
+
+def _cpu() -> str:
+  info = pathlib.Path('/proc/cpuinfo')
+  lines = info.read_text().splitlines() if info.exists() else []
+  names = [x.split(': ')[1] for x in lines if x.startswith('model name')]
+  return names[0] if names else platform.processor()
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--output', type=pathlib.Path)
+  parser.add_argument('--quick', action='store_true')
+  parser.add_argument('--data_dir', type=pathlib.Path)
+  parser.add_argument('--memory_batches', type=int, default=2000)
+  parser.add_argument('--task', help=argparse.SUPPRESS)
+  parser.add_argument('--root', type=pathlib.Path, help=argparse.SUPPRESS)
+  parser.add_argument('--count', type=int, help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.task:
+    _worker(args.task, args.root, args.count)
+    return
+  count, rounds = (6 * BATCH, 1) if args.quick else (24 * BATCH, 5)
+  with tempfile.TemporaryDirectory() as folder:
+    root = args.data_dir or _make_images(folder)
+    rows = _timed_rows(root, count, rounds)
+    rows += measure('breakdown', root, count) or []
+    batches = 50 if args.quick else args.memory_batches
+    rows += measure('memory', root, batches) or []
+  rows += host_cores(rows)
+  print()
+  for row in rows:
+    print(f'{row["name"]:<64}{row["value"]:>10.2f} {row["unit"]}')
+  if args.output:
+    machine = f'{_cpu()}, {os.cpu_count()} cores, {platform.system()}'
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    content = {'machine': machine, 'rows': rows}
+    args.output.write_text(json.dumps(content, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  main()
