@@ -214,6 +214,7 @@ class Evaluator:
     return pipeline.eval_batches(
       self._source,
       self._experiment.config.dataset,
+      num_classes=self._experiment.spec.num_classes,
       batch_size=batch_size,
       positions=positions,
       quarantine=self._quarantine,
@@ -234,16 +235,11 @@ def attack_names(attack: str) -> tuple[str, ...]:
 
 def evaluate(argv: Sequence[str]) -> list[dict[str, Any]]:
   """The command: returns the rows that it prints."""
-  directory = cli.parse_workdir(argv)
-  values = ml_collections.ConfigDict(workdir.read_config(directory))
-  values.eval.attack = 'all'
-  trained = config.from_config_dict(values)
-  settings = config.from_config_dict(cli.parse_overrides(argv, values))
-  _check_overrides(trained, settings)
+  path, settings = parse_args(argv, attack='all')
   run = experiment.build(settings)
-  step, state = _restore(epath.Path(directory), run)
+  step, state = restore_newest(path, run)
   source = cache.load(run.spec, 'eval', settings.dataset)
-  quarantine = workdir.quarantine(epath.Path(directory), settings)
+  quarantine = workdir.quarantine(path, settings)
 
   evaluator = Evaluator(run, source, quarantine)
   weights = weights_of(settings, state)
@@ -270,8 +266,44 @@ def evaluate(argv: Sequence[str]) -> list[dict[str, Any]]:
       f'{row["top1"]:>9.2f}{row["loss"]:>9.4f}',
       flush=True,
     )
-  _add_to_summary(epath.Path(directory), rows)
+  _add_to_summary(path, rows)
   return rows
+
+
+def parse_args(
+  argv: Sequence[str], **eval_defaults: Any
+) -> tuple[epath.Path, Config]:
+  """The run's directory, and its configuration with the overrides of `argv`.
+
+  Args:
+    argv: `--workdir=DIR [--config.field=value ...]`.
+    **eval_defaults: fields of `eval` that are not as in training by default.
+
+  Raises:
+    ConfigError: if there is no run, or a field was fixed by its training.
+  """
+  directory = cli.parse_workdir(argv)
+  values = ml_collections.ConfigDict(workdir.read_config(directory))
+  values.eval.update(eval_defaults)
+  trained = config.from_config_dict(values)
+  settings = config.from_config_dict(cli.parse_overrides(argv, values))
+  _check_overrides(trained, settings)
+  return epath.Path(directory), settings
+
+
+def restore_newest(path: epath.Path, run: Experiment) -> tuple[int, TrainState]:
+  """Step and state of the newest checkpoint of the run in `path`.
+
+  Raises:
+    ConfigError: if there is none.
+  """
+  step = None
+  if (path / 'checkpoints').exists():
+    checkpoints = Checkpoints(path, read_only=True)
+    step = checkpoints.latest_step()
+  if step is None:
+    raise ConfigError(f'workdir={str(path)!r}: holds no checkpoint yet')
+  return step, checkpoints.restore(step, run.abstract_state())
 
 
 def _check_overrides(trained: Config, settings: Config) -> None:
@@ -282,17 +314,6 @@ def _check_overrides(trained: Config, settings: Config) -> None:
       f'{name}={new!r}: the run was trained with {old!r}; only eval.*, '
       f'{", ".join(places)} can be set here'
     )
-
-
-def _restore(path: epath.Path, run: Experiment) -> tuple[int, TrainState]:
-  """The newest checkpoint: its step and state."""
-  step = None
-  if (path / 'checkpoints').exists():
-    checkpoints = Checkpoints(path, read_only=True)
-    step = checkpoints.latest_step()
-  if step is None:
-    raise ConfigError(f'workdir={str(path)!r}: holds no checkpoint yet')
-  return step, checkpoints.restore(step, run.abstract_state())
 
 
 def _add_to_summary(path: epath.Path, rows: list[dict[str, Any]]) -> None:

@@ -98,6 +98,7 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
       run, source, quarantine, example_ids, start, stop - start + 1
     )
     batch = next(batches)
+    print(f'first batch of the input: {batches.wait_seconds:.1f} s', flush=True)
     state = pending_perturbation(settings, step_fn, state, batch)
     attack_stats_fn = _attack_stats_fn(run)
     kernels = optim.kernel_names(state.params)
@@ -278,6 +279,7 @@ def _batches(
   local = pipeline.train_batches(
     source,
     settings.dataset,
+    num_classes=run.spec.num_classes,
     views=run.image_views,
     seed=settings.seed,
     batch_size=settings.batch_size,

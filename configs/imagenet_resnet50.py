@@ -7,18 +7,20 @@ Run:     python -m conadv_jax.train \
          Arguments: model, method, batch_size (4k, 8k, 16k, 32k, 64k, 96k, or a
          number), recipe (paper, mlperf), seed.
 Slice:   the paper trains 96K on v3-1024, 96 images per core, 1,301 steps.
-Time:    not measured. A v3-1024 step moves about 75 GB per core, so it takes
-         166 ms or more (conadv), and the run 3.6 minutes or more.
+Time:    not measured. By XLA's count a step at 96 images per core moves 28 GB
+         (baseline), 75 GB (conadv) or 101 GB (conadv_aa) per core; at 450 GB/s
+         that is 1.3, 3.6 or 4.9 minutes for the run, or more.
 Expect:  not measured by us. The paper's top-1 (arXiv 2106.00221): at 96K 74.3
          (baseline, as cited by later work), 75.3 (conadv), 76.2 (conadv_aa).
-         recipe=mlperf is for the baseline: 76.07 after 88 of 92 epochs at
-         65,536 in Google's MLPerf v0.7 log.
+         recipe=mlperf is for the baseline: 76.07 at 65,536 after 92 epochs in
+         the log of Google's JAX submission to MLPerf v0.7.
 """
 
 import dataclasses
 
 import ml_collections
 
+from conadv_jax import models
 from conadv_jax.config import ConfigError
 from configs import common
 
@@ -75,7 +77,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.epochs = recipe.epochs
   c.bn_group_size = min(recipe.bn_group_size, batch_size)
   c.dtype = 'bfloat16'
-  common.set_imagenet(c, image_size_px=224)
+  common.set_imagenet(c, models.get(args['model']).resolution_px)
 
   c.attack.preset = 'paper'
   c.eval.epsilon_px = 4.0

@@ -82,14 +82,20 @@ def train(source, *, crop_padding_px=2, random_flip=True, **kwargs):
     SETTINGS, crop_padding_px=crop_padding_px, random_flip=random_flip
   )
   defaults = dict(
-    views=('clean',), seed=5, batch_size=4, start_step=0, num_steps=8
+    num_classes=10,
+    views=('clean',),
+    seed=5,
+    batch_size=4,
+    start_step=0,
+    num_steps=8,
   )
   batches = pipeline.train_batches(source, settings, **(defaults | kwargs))
   return list(batches)
 
 
 def evaluation(source, **kwargs):
-  return list(pipeline.eval_batches(source, SETTINGS, **kwargs))
+  batches = pipeline.eval_batches(source, SETTINGS, num_classes=10, **kwargs)
+  return list(batches)
 
 
 def assert_batches_equal(got, expected):
@@ -127,7 +133,9 @@ def test_registered_specs_are_consistent():
     assert spec.name == name
     assert len(spec.mean_px) == len(spec.std_px) == spec.image_shape[-1]
     assert all(1 < value < 255 for value in spec.mean_px + spec.std_px)
-    assert spec.embedded != bool(spec.prepare_command)
+    prepared = bool(spec.prepare_command)
+    assert prepared != (spec.embedded or name == 'image_folder')
+    assert spec.encoded == (spec.image_shape[:2] == (0, 0))
 
 
 def test_unknown_data_set_names_the_nearest():

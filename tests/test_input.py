@@ -58,7 +58,9 @@ def load(root, split='train', **changes):
 
 
 def train(source, views=('clean', 'aa'), *, changes=None, **kwargs):
-  defaults = dict(seed=3, batch_size=4, start_step=0, num_steps=8)
+  defaults = dict(
+    num_classes=1000, seed=3, batch_size=4, start_step=0, num_steps=8
+  )
   batches = pipeline.train_batches(
     source,
     settings_of(**(changes or {})),
@@ -69,10 +71,10 @@ def train(source, views=('clean', 'aa'), *, changes=None, **kwargs):
 
 
 def evaluation(source, **kwargs):
-  batches = pipeline.eval_batches(
-    source, settings_of(), **({'batch_size': 4} | kwargs)
+  defaults = dict(num_classes=1000, batch_size=4)
+  return list(
+    pipeline.eval_batches(source, settings_of(), **(defaults | kwargs))
   )
-  return list(batches)
 
 
 def assert_batches_equal(got, expected):
@@ -196,6 +198,7 @@ def check_hosts(seed, num_examples, num_hosts, per_host, start, depth):
     batches = pipeline.train_batches(
       source,
       settings_of(image_size_px=0, random_flip=False),
+      num_classes=1,
       views=('clean',),
       seed=seed,
       batch_size=batch_size,
@@ -343,11 +346,10 @@ def test_evaluation_sees_each_example_once(
 class Folder:
   """Files in memory, with the interface of the readers."""
 
-  def __init__(self, files, labels=None, num_classes=3):
+  def __init__(self, files, labels=None):
     self._files = list(files)
     self._labels = [0] * len(self._files) if labels is None else labels
     self.num_examples = len(self._files)
-    self.num_classes = num_classes
 
   def fetch(self, ids):
     return [self._files[i] for i in ids]
@@ -429,7 +431,9 @@ def test_a_label_out_of_range_is_a_bad_example():
   labels = [0] * 12
   labels[5], labels[6] = 3, -1
   quarantine = Quarantine(max_share=0.5)
-  batches = train(Folder(files, labels), ('clean',), quarantine=quarantine)
+  batches = train(
+    Folder(files, labels), ('clean',), num_classes=3, quarantine=quarantine
+  )
   assert len(quarantine) == 2
   for batch in batches:
     assert not batch['label'].any()

@@ -1,114 +1,153 @@
-"""ArrayRecord files: any record at any time."""
+"""Random access to the records of ArrayRecord files."""
 
 from __future__ import annotations
 
 import collections
-import threading
+import os
+import resource
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
 
-from conadv_jax.config import ConfigError
-from conadv_jax.data import shards
+from conadv_jax.data import records
+
+# What array_record's documentation advises for random access.
+_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
+_BUFFER_BYTES = 32 * 1024
+_SPARE_FILES = 256  # For checkpoints, sockets, log files and libraries.
+# In each message about damaged contents, and in none about failing storage.
+_DAMAGE = 'Riegeli/records file'
+_REMOTE_HINT = (
+  ' (array_record could not open it: mount the bucket with gcsfuse and name the'
+  ' mounted directory, or use the TFRecord format)'
+)
 
 
-class ArrayRecords(shards.Shards):
-  """Records of ArrayRecord files, read by id."""
+class ArrayRecords(records.ShardedRecords):
+  """Reads any record of the files at the same cost, from any thread.
+
+  Files stay open, at most `max_open_files` of them, the last used first.
+  """
 
   def __init__(
-    self, paths: Sequence[Any], lengths: Sequence[int], num_classes: int
+    self,
+    paths: Sequence[os.PathLike | str],
+    shard_lengths: Sequence[int],
+    *,
+    num_threads: int = 16,
+    max_open_files: int | None = None,
   ):
-    """Opens every file once, in threads, to count its records.
+    """Opens each file and compares its number of records.
 
     Args:
-      paths: files of the split, local.
-      lengths: records of each, as the data set's own description says.
-      num_classes: labels are 0 .. num_classes - 1.
+      paths: as in `ShardedRecords`.
+      shard_lengths: as there.
+      num_threads: files that are waited for at the same time.
+      max_open_files: None is all, or as many as the process may have open; its
+        soft limit is raised towards the hard one where that helps.
 
     Raises:
-      ConfigError: a path is remote, or a file lacks records or is not readable.
+      ConfigError: a file is missing, damaged, shorter or longer than recorded.
     """
-    super().__init__(paths, lengths, num_classes)
-    self._lock = threading.Lock()
-    self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
-    self._max_open = _files_to_keep_open(len(self._paths))
-    remote = next((p for p in self._paths if '://' in str(p)), None)
-    if remote is not None:
-      raise ConfigError(
-        f'dataset.data_dir: {remote}: array_record reads local files only;'
-        ' mount the bucket with gcsfuse and name the mounted directory, or'
-        ' prepare the data set with --file_format=tfrecord'
-      )
-    found = shards.in_threads(self._count, range(len(self._paths)))
-    for path, count, length in zip(self._paths, found, lengths, strict=True):
-      if count != length:
-        raise ConfigError(
-          f'{path} has {count} readable records, need {length}: it is cut or'
-          ' damaged; copy it again, or prepare the data set again'
-        )
+    self._max_open = max_open_files or _raise_open_files(len(paths))
+    self._open: collections.OrderedDict[
+      int, array_record_module.ArrayRecordReader
+    ] = collections.OrderedDict()
+    super().__init__(paths, shard_lengths, num_threads=num_threads)
+
+  def _problem(self, shard: int, size: int) -> str:
+    path, expected = self.paths[shard], int(self.lengths[shard])
+    reader = self._reader(shard)
+    found = reader.num_records()
+    if found == expected and reader.ok():
+      return ''
+    text = f'{found} records'
+    try:
+      reader.read([0])
+    except RuntimeError as error:
+      if not reader.ok():
+        text += f' ({error})'
+        if '://' in path and _DAMAGE not in str(error):
+          text += _REMOTE_HINT
+    return records.count_damage(path, text, expected)
 
   def fetch(self, ids: np.ndarray) -> list[bytes]:
-    """The record of each id; b'' for one that cannot be read."""
-    found, places = self._locate(np.asarray(ids))
-    records = [b''] * len(found)
-    for shard in np.unique(found):
-      slots = np.flatnonzero(found == shard)
-      read = self._read(int(shard), places[slots].tolist())
-      for slot, record in zip(slots, read, strict=True):
-        records[slot] = record
-    return records
+    """Reads records.
+
+    Args:
+      ids: int64 [n], in [0, num_examples).
+
+    Returns:
+      The n records; b'' for one whose checksum fails (see `describe`).
+
+    Raises:
+      OSError: the storage failed, in spite of some attempts.
+    """
+    shards, places = self.locate(ids)
+    output = [b''] * len(shards)
+
+    def read(shard):
+      where = np.flatnonzero(shards == shard)
+      read = self._read(int(shard), places[where].tolist())
+      for index, record in zip(where, read, strict=True):
+        output[index] = record
+
+    records.map_in_threads(
+      self._pool, self._num_threads, read, np.unique(shards)
+    )
+    return output
 
   def _read(self, shard: int, places: list[int]) -> list[bytes]:
-    reader = self._reader(shard)
-    try:
-      return reader.read(places)
-    except RuntimeError as error:
-      if len(places) == 1:
-        self._reasons[int(self._starts[shard]) + places[0]] = str(error)
-        return [b'']
-    # One damaged record fails all of them.
-    return [record for place in places for record in self._read(shard, [place])]
+    """The records at `places` of one file."""
 
-  def _count(self, shard: int) -> int:
-    """Records of a file; 0 also where it is no ArrayRecord file."""
-    try:
-      with self._paths[shard].open('rb'):
-        pass
-    except OSError as error:
-      raise ConfigError(
-        f'{self._paths[shard]}: cannot be read: {error}'
-      ) from error
-    return self._reader(shard).num_records()
+    def attempt() -> list[bytes] | None:
+      try:
+        return self._reader(shard).read(places)
+      except RuntimeError as error:
+        if _DAMAGE in str(error):
+          damaged.append(str(error))
+          return None
+        self._forget(shard)
+        raise OSError(f'{self.paths[shard]}: {error}') from error
 
-  def _reader(self, shard: int) -> Any:
+    damaged: list[str] = []
+    read = records.with_retries(attempt)
+    if read is not None:
+      return read
+    if len(places) == 1:
+      return [self._unreadable(shard, places[0], damaged[0])]
+    return [self._read(shard, [place])[0] for place in places]
+
+  def _reader(self, shard: int) -> array_record_module.ArrayRecordReader:
     with self._lock:
-      if shard in self._readers:
-        self._readers.move_to_end(shard)
-        return self._readers[shard]
-    # Reading ahead would be wasted, as records are read in random order.
+      if shard in self._open:
+        self._open.move_to_end(shard)
+        return self._open[shard]
     reader = array_record_module.ArrayRecordReader(
-      str(self._paths[shard]), options='readahead_buffer_size:0'
+      self.paths[shard], options=_OPTIONS, file_reader_buffer_size=_BUFFER_BYTES
     )
     with self._lock:
-      self._readers[shard] = reader
-      # It is closed when the last thread that reads from it drops it.
-      while len(self._readers) > self._max_open:
-        self._readers.popitem(last=False)
+      self._open[shard] = reader
+      # The last thread that reads from an evicted file closes it, by dropping
+      # its reference.
+      while len(self._open) > self._max_open:
+        self._open.popitem(last=False)
     return reader
 
+  def _forget(self, shard: int) -> None:
+    with self._lock:
+      self._open.pop(shard, None)
 
-def _files_to_keep_open(wanted: int) -> int:
-  """`wanted`, or fewer where the system allows no more; raises its limit."""
-  try:
-    import resource
-  except ImportError:  # Windows
-    return min(wanted, 256)
+
+def _raise_open_files(wanted: int) -> int:
+  """How many of `wanted` files may stay open, having raised the soft limit."""
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  needed = wanted + 512  # for everything else
-  if soft != resource.RLIM_INFINITY and soft < needed:
-    soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+  infinite = resource.RLIM_INFINITY
+  needed = wanted + 2 * _SPARE_FILES
+  if soft != infinite and soft < needed:
+    soft = needed if hard == infinite else min(needed, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(1, min(wanted, soft - 512))
-  return wanted
+  if soft == infinite:
+    return wanted
+  return max(1, min(wanted, soft - _SPARE_FILES))

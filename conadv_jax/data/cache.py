@@ -49,7 +49,6 @@ class Cached:
 
   Attributes:
     num_examples: N.
-    num_classes: labels are 0 .. num_classes - 1.
     nbytes: of what is held.
   """
 
@@ -60,7 +59,6 @@ class Cached:
       ConfigError: if that is more than the memory that is free.
     """
     self.num_examples = source.num_examples
-    self.num_classes = source.num_classes
     self._source = source
     self._kind = kind
     self._decode = _decoder(source) if kind == 'decoded' else None

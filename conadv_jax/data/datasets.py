@@ -220,12 +220,13 @@ def resolve(settings: config.Dataset) -> DatasetSpec:
   if spec.name == _FOLDER:
     from conadv_jax.data import image_folder
 
-    folder = image_folder.scan(_resolve(settings.data_dir))
+    directory = str(_resolve(settings.data_dir))
+    folder = image_folder.scan(directory, (spec.train_split, spec.eval_split))
     spec = dataclasses.replace(
       spec,
-      num_classes=len(folder.classes),
-      num_train=folder.num_train,
-      num_eval=folder.num_eval,
+      num_classes=len(folder[spec.train_split].class_names),
+      num_train=folder[spec.train_split].num_examples,
+      num_eval=folder[spec.eval_split].num_examples,
     )
   return dataclasses.replace(
     spec,
@@ -273,7 +274,10 @@ def load(
   if spec.name == _FOLDER:
     from conadv_jax.data import image_folder
 
-    return image_folder.ImageFolder(root, name)
+    source = image_folder.ImageFolder(str(root), name)
+    if source.num_ignored:
+      print(f'{root}/{name}: {source.num_ignored} entries are no images')
+    return source
   if spec.embedded:
     from conadv_jax.data import digits
 
@@ -293,16 +297,17 @@ def load(
 
 def _records(spec: DatasetSpec, builder, split: str, window_shards: int):
   info = builder.info.splits[split]
-  arguments = info.filepaths, info.shard_lengths, spec.num_classes
   file_format = builder.info.file_format.value
   if file_format == 'array_record':
     from conadv_jax.data import array_record
 
-    return array_record.ArrayRecords(*arguments)
+    return array_record.ArrayRecords(info.filepaths, info.shard_lengths)
   if file_format == 'tfrecord':
     from conadv_jax.data import tfrecord
 
-    return tfrecord.TfRecords(*arguments, window_shards)
+    return tfrecord.TfRecords(
+      info.filepaths, info.shard_lengths, window_shards=window_shards
+    )
   raise config.ConfigError(
     f'dataset.name={spec.name!r}: {builder.data_dir} holds {file_format} files;'
     ' need array_record or tfrecord, which `tfds convert_format` makes'

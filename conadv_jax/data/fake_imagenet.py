@@ -70,10 +70,10 @@ def prepare(
     The directory of the prepared data set.
 
   Raises:
-    ConfigError: an argument is out of range, or `root` holds another
-      imagenet2012, which is left as it is.
+    ConfigError: an argument is out of range, `root` is remote, or it holds
+      another imagenet2012, which is left as it is.
   """
-  _check(num_train, num_eval, num_shards)
+  _check(root, num_train, num_eval, num_shards)
   identity = (
     f'Fake imagenet2012: {file_format}, num_train={num_train},'
     f' num_eval={num_eval}, num_shards={num_shards}, seed={seed}.'
@@ -115,7 +115,7 @@ def write_folder(
   Raises:
     ConfigError: `root` exists, or a count is too small.
   """
-  _check(num_train, num_eval, 1)
+  _check(root, num_train, num_eval, 1)
   if min(num_train, num_eval) < len(CLASSES):
     raise config.ConfigError(
       f'num_train={num_train}, num_eval={num_eval}: a folder needs'
@@ -167,7 +167,9 @@ def synsets() -> tuple[str, ...]:
   return tuple(path.read_text().split())
 
 
-def _check(num_train: int, num_eval: int, num_shards: int) -> None:
+def _check(root: str, num_train: int, num_eval: int, num_shards: int) -> None:
+  if '://' in root:
+    raise config.ConfigError(f'{root}: need a local directory')
   if min(num_train, num_eval, num_shards) < 1:
     raise config.ConfigError(
       f'num_train={num_train}, num_eval={num_eval}, num_shards={num_shards}:'

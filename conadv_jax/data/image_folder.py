@@ -1,152 +1,268 @@
-"""A folder of images, one sub-folder for each class, as `tfds.ImageFolder`."""
+"""A directory of splits, each a directory of classes: ROOT/SPLIT/CLASS/*.jpg.
+
+This is the layout of `tfds.ImageFolder` and of torchvision. Labels are the
+places of the class names in sorted order, and ids follow (class, file name).
+"""
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
-from typing import Any
+import os
+from collections.abc import Sequence
+from concurrent import futures
 
 import numpy as np
 from etils import epath
 
-from conadv_jax.config import ConfigError
+from conadv_jax import config
+from conadv_jax.data import records
 
-SUFFIXES = ('.jpg', '.jpeg', '.png')
-_THREADS = 32
+_SUFFIXES = ('.jpg', '.jpeg', '.png')  # In any case.
 
 
 @dataclasses.dataclass(frozen=True)
-class Folder:
-  """What is in `DIRECTORY/{train,val}/CLASS/`.
+class Split:
+  """What the directory of one split holds, without a look into the files.
 
   Attributes:
-    classes: names in order of the label.
-    num_train: images under train/.
-    num_eval: images under val/.
+    directory: of the split.
+    class_names: sorted; a name's place is its label.
+    file_names: the images of each class, sorted.
+    num_ignored: files and directories in it that are no images.
   """
 
-  classes: tuple[str, ...]
-  num_train: int
-  num_eval: int
+  directory: str
+  class_names: tuple[str, ...]
+  file_names: tuple[tuple[str, ...], ...]
+  num_ignored: int
+
+  @property
+  def num_examples(self) -> int:
+    return sum(len(names) for names in self.file_names)
 
 
-@functools.lru_cache(maxsize=4)  # a start asks for each split again
-def _listed(directory: str, split: str) -> tuple[dict[str, list[str]], int]:
-  """{class: file names} in order, and the number of files that are skipped."""
-  parent = epath.Path(directory) / split
-  if not parent.exists():
-    raise ConfigError(
-      f'dataset.data_dir={directory!r}: there is no folder {split!r} in it; it'
-      ' must hold train/CLASS/*.jpg and val/CLASS/*.jpg'
-    )
-  folders = sorted(p for p in parent.iterdir() if p.is_dir())
-  if not folders:
-    raise ConfigError(f'{parent}: has no sub-folders; need one for each class')
-
-  def names(folder):
-    return sorted(p.name for p in folder.iterdir())
-
-  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    found = list(pool.map(names, folders))
-  files, skipped = {}, 0
-  for folder, all_names in zip(folders, found, strict=True):
-    images = [n for n in all_names if n.lower().endswith(SUFFIXES)]
-    if not images:
-      raise ConfigError(
-        f'{folder}: a class without images ({", ".join(SUFFIXES)}); remove the'
-        ' folder, or fill it'
-      )
-    skipped += len(all_names) - len(images)
-    files[folder.name] = images
-  if skipped:
-    print(f'{parent}: {skipped} files are no images and are left out')
-  return files, skipped
-
-
-def scan(directory: Any) -> Folder:
-  """Lists both splits; reads no image.
+def scan(
+  directory: str, splits: Sequence[str] | None = None, num_threads: int = 32
+) -> dict[str, Split]:
+  """Lists some splits of a folder, by name; None is all of its sub-directories.
 
   Raises:
-    ConfigError: a split is missing, a class is empty, or the splits differ in
-      their classes.
+    ConfigError: see `scan_split`; or there is no split, or two splits have
+      different classes.
   """
-  train, _ = _listed(str(directory), 'train')
-  evaluation, _ = _listed(str(directory), 'val')
-  if train.keys() != evaluation.keys():
-    odd = sorted(train.keys() ^ evaluation.keys())
-    raise ConfigError(
-      f'{directory}: train/ and val/ have different classes: {len(odd)} are in'
-      f' one of them only, such as {odd[0]!r}'
+  splits = {
+    name: scan_split(directory, name, num_threads)
+    for name in splits or sorted(_list(_root(directory))[0])
+  }
+  if not splits:
+    raise config.ConfigError(
+      f'{directory}: has no sub-directories; {_layout(directory)}'
     )
-  return Folder(
-    classes=tuple(train),
-    num_train=sum(map(len, train.values())),
-    num_eval=sum(map(len, evaluation.values())),
+  for split in splits.values():
+    check_same_classes(next(iter(splits.values())), split)
+  return splits
+
+
+def scan_split(directory: str, split: str, num_threads: int = 32) -> Split:
+  """Lists the classes and images of one split, several classes at a time.
+
+  Raises:
+    ConfigError: the directory is missing, has no classes, or a class has no
+      image.
+  """
+  parent = os.path.join(_root(directory), split)
+  if not _is_dir(parent):
+    raise config.ConfigError(
+      f'{parent}: no such directory; {_layout(directory)}'
+    )
+  class_names, others = _list(parent)
+  if not class_names:
+    raise config.ConfigError(
+      f'{parent}: has no sub-directories, one for each class;'
+      f' {_layout(directory)}'
+    )
+  class_names = sorted(class_names)
+  paths = [os.path.join(parent, name) for name in class_names]
+  with futures.ThreadPoolExecutor(num_threads) as pool:
+    listed = list(pool.map(_list_images, paths))
+  empty = [
+    name
+    for name, (images, _) in zip(class_names, listed, strict=True)
+    if not images
+  ]
+  if empty:
+    raise config.ConfigError(
+      f'{parent}: {len(empty)} classes have no image ({", ".join(_SUFFIXES)}),'
+      f' the first is {empty[0]!r}; remove it or fill it'
+    )
+  return Split(
+    directory=parent,
+    class_names=tuple(class_names),
+    file_names=tuple(images for images, _ in listed),
+    num_ignored=len(others) + sum(ignored for _, ignored in listed),
   )
 
 
+def check_same_classes(train: Split, evaluation: Split) -> None:
+  """Raises ConfigError unless both splits have the same class names."""
+  for one, other in ((train, evaluation), (evaluation, train)):
+    lacking = sorted(set(one.class_names) - set(other.class_names))
+    if lacking:
+      raise config.ConfigError(
+        f'{other.directory}: lacks {len(lacking)} of the classes of'
+        f' {one.directory}, the first is {lacking[0]!r}; labels are places in'
+        ' the sorted class names, so that both need the same'
+      )
+
+
 class ImageFolder:
-  """The images of one split, by class and name.
+  """Reads any image file of a split, from any thread.
 
   Attributes:
+    class_names: sorted; a name's place is its label.
+    labels: int32 [N].
     num_examples: N.
-    num_classes: labels are places in the sorted names of the classes.
+    num_ignored: files and directories that are no images.
   """
 
-  def __init__(self, directory: Any, split: str):
-    """Lists the split.
+  def __init__(self, directory: str, split: str, *, num_threads: int = 16):
+    """Lists the files.
 
     Args:
-      directory: holds train/ and val/; local or remote.
-      split: 'train' or 'val'.
+      directory: local or gs://.
+      split: name of a sub-directory.
+      num_threads: files that are waited for at the same time.
 
     Raises:
-      ConfigError: as `scan`.
+      ConfigError: see `scan_split`.
     """
-    files, _ = _listed(str(directory), split)
-    self._parent = epath.Path(directory) / split
-    self._names = [
-      f'{c}/{name}' for c, names in files.items() for name in names
-    ]
-    counts = [len(names) for names in files.values()]
-    self._labels = np.repeat(np.arange(len(files), dtype=np.int32), counts)
+    self._split = scan_split(directory, split)
+    self.class_names = self._split.class_names
+    self.num_ignored = self._split.num_ignored
+    counts = [len(names) for names in self._split.file_names]
+    self._starts = np.concatenate([[0], np.cumsum(counts)])
+    self.num_examples = int(self._starts[-1])
+    self.labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    self._num_threads = num_threads
+    self._pool = futures.ThreadPoolExecutor(num_threads)
     self._reasons: dict[int, str] = {}
-    self.num_examples = len(self._names)
-    self.num_classes = len(files)
-    # Kept: making threads for each call would cost more than a local read.
-    self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
 
-  @property
+  @functools.cached_property
   def nbytes(self) -> int:
-    """Bytes of all files."""
-    paths = (self._parent / name for name in self._names)
-    return sum(self._pool.map(lambda path: path.stat().length, paths))
+    """Bytes of all files; asks for each, at the first call."""
+    paths = [self.path(index) for index in range(self.num_examples)]
+    sizes = np.zeros(len(paths), np.int64)
+
+    def measure(index):
+      sizes[index] = records.file_size(paths[index])
+
+    records.map_in_threads(
+      self._pool, self._num_threads, measure, range(len(paths))
+    )
+    return int(sizes.sum())
+
+  def path(self, example_id: int) -> str:
+    """The file of an example."""
+    if not 0 <= example_id < self.num_examples:
+      raise IndexError(f'id {example_id}: must be in [0, {self.num_examples})')
+    label = int(self.labels[example_id])
+    name = self._split.file_names[label][example_id - self._starts[label]]
+    return os.path.join(self._split.directory, self.class_names[label], name)
 
   def fetch(self, ids: np.ndarray) -> list[bytes]:
-    """The content of each file; b'' for one that cannot be read."""
-    if '://' not in str(self._parent):
-      return [self._read(int(i)) for i in ids]
-    return list(self._pool.map(self._read, (int(i) for i in ids)))
+    """The contents of n files; b'' for one that cannot be read."""
+    output = [b''] * len(ids)
 
-  def parse(self, record, example_id):
-    """(encoded image, label) in the graph: the record is the file."""
-    import tensorflow as tf
+    def read(index):
+      output[index] = self._read(int(ids[index]))
 
-    with tf.init_scope():  # A constant of the graph would be copied with it.
-      labels = tf.constant(self._labels)
-    return record, tf.gather(labels, example_id)
-
-  def describe(self, example_id: int) -> str:
-    """The file, and why it could not be read if it could not."""
-    place = str(self._parent / self._names[example_id])
-    reason = self._reasons.get(int(example_id))
-    return f'{place}: {reason}' if reason else place
+    records.map_in_threads(self._pool, self._num_threads, read, range(len(ids)))
+    return output
 
   def _read(self, example_id: int) -> bytes:
-    path = self._parent / self._names[example_id]
+    path = self.path(example_id)
     try:
-      return path.read_bytes()
+      data = records.with_retries(lambda: epath.Path(path).read_bytes())
     except OSError as error:
-      self._reasons[example_id] = str(error)
+      self._reasons[example_id] = error.strerror or str(error)
       return b''
+    if not data:
+      self._reasons[example_id] = 'the file is empty'
+    return data
+
+  def parse(self, record, example_id):
+    """(data, label) inside `tf.data.Dataset.map`.
+
+    Args:
+      record: string scalar tensor from `fetch`.
+      example_id: int64 scalar tensor.
+
+    Returns:
+      The record itself, string scalar; its label, int32 scalar, -1 if the
+      record is b''.
+    """
+    import tensorflow as tf
+
+    label = self._label_tensor[example_id]
+    return record, tf.where(tf.equal(record, ''), -1, label)
+
+  @functools.cached_property
+  def _label_tensor(self):
+    import tensorflow as tf
+
+    # Outside the graph being traced, which would hold it as a constant.
+    with tf.init_scope():
+      return tf.constant(self.labels)
+
+  def describe(self, example_id: int) -> str:
+    """The file of an example, and why it could not be read if known."""
+    reason = self._reasons.get(int(example_id))
+    path = self.path(int(example_id))
+    return f'{path}: {reason}' if reason else path
+
+
+def _root(directory: str) -> str:
+  path = os.path.expanduser(directory)
+  if not _is_dir(path):
+    raise config.ConfigError(
+      f'dataset.data_dir={directory!r}: no such directory'
+    )
+  return path
+
+
+def _layout(directory: str) -> str:
+  return f'images are looked for in {directory}/SPLIT/CLASS/*.jpg'
+
+
+def _is_dir(path: str) -> bool:
+  return epath.Path(path).is_dir()
+
+
+def _list_images(path: str) -> tuple[tuple[str, ...], int]:
+  """(sorted names of images, number of other entries) of a directory."""
+  directories, files = _list(path)
+  images = sorted(name for name in files if name.lower().endswith(_SUFFIXES))
+  return tuple(images), len(directories) + len(files) - len(images)
+
+
+def _list(path: str) -> tuple[list[str], list[str]]:
+  """Names of the directories and of the files in `path`, hidden ones left out.
+
+  Of a remote directory, what is named like an image is taken for a file: it
+  would cost a request to ask.
+  """
+  directories, files = [], []
+  if '://' in path:
+    for entry in epath.Path(path).iterdir():
+      image = entry.name.lower().endswith(_SUFFIXES)
+      to = files if image or not entry.is_dir() else directories
+      to.append(entry.name)
+  else:
+    with os.scandir(path) as entries:
+      for entry in entries:
+        (directories if entry.is_dir() else files).append(entry.name)
+  return (
+    [name for name in directories if not name.startswith('.')],
+    [name for name in files if not name.startswith('.')],
+  )

@@ -21,6 +21,7 @@ def train_batches(
   source: Any,
   settings: config.Dataset,
   *,
+  num_classes: int,
   views: Sequence[str],
   seed: int,
   batch_size: int,
@@ -40,15 +41,15 @@ def train_batches(
   Args:
     source: the examples, from `cache.load`.
     settings: augmentation.
+    num_classes: examples with another label than 0 .. num_classes-1 are bad.
     views: of 'clean' and 'aa'.
     seed: keys order and augmentation.
     batch_size: examples in the global batch, B.
     positions: places in the global batch that this host feeds, ints in [0, B);
       None is all of them. L below is their number.
     host: (this host, number of hosts), for files without random access.
-    start_step: first step.
-    num_steps: batches to yield.
-    quarantine: gets the examples that had to be replaced; None allows none.
+    start_step, num_steps: the first step, and the number of batches.
+    quarantine: gets the examples that were replaced; None allows none.
 
   Returns:
     Iterator over {view: uint8 [L, H, W, C], ..., 'label': int32 [L], 'id':
@@ -61,29 +62,26 @@ def train_batches(
   """
   datasets.hide_gpus()
   positions = _positions(positions, batch_size)
-  count = len(positions)
   make_views = views_lib.make_train_views(settings, views)
 
   def example(image, label, example_id, epoch):
     key = preprocess.example_seed(seed, epoch, example_id)
     return {**make_views(image, key), 'label': label}
 
-  if hasattr(source, 'stream'):
-    order = source.stream(seed, *host, start_step * count)
-    order = order.take(num_steps * count)
-  else:
-    steps = range(start_step, start_step + num_steps)
-    order = _sampled(source.num_examples, seed, batch_size, positions, steps)
+  steps = range(start_step, start_step + num_steps)
+  order = _order(source, seed, host, batch_size, positions, steps)
   if hasattr(source, 'lookup'):
-    return _lookups(source, order, example, count)
-  reader = Reader(source, example, 'train', quarantine, replace=True)
-  return reader.batches(order, count)
+    return _lookups(source, order, example, len(positions))
+  return Reader(
+    source, num_classes, example, 'train', quarantine, replace=True
+  ).batches(order, len(positions))
 
 
 def eval_batches(
   source: Any,
   settings: config.Dataset,
   *,
+  num_classes: int,
   batch_size: int,
   positions: np.ndarray | None = None,
   quarantine: Quarantine | None = None,
@@ -93,6 +91,7 @@ def eval_batches(
   Args:
     source: the examples, from `cache.load`.
     settings: size and interpolation of the central crop.
+    num_classes: as in `train_batches`.
     batch_size: examples in the global batch, B; may exceed N.
     positions: as in `train_batches`.
     quarantine: gets the examples that cannot be used; None allows none.
@@ -122,9 +121,26 @@ def eval_batches(
   if hasattr(source, 'lookup'):
     batches = _lookups(source, order, example, len(positions))
   else:
-    reader = Reader(source, example, 'eval', quarantine, replace=False)
-    batches = reader.batches(order, len(positions))
+    batches = Reader(
+      source, num_classes, example, 'eval', quarantine, replace=False
+    ).batches(order, len(positions))
   return map(_masked, batches)
+
+
+def _order(
+  source: Any,
+  seed: int,
+  host: tuple[int, int],
+  batch_size: int,
+  positions: np.ndarray,
+  steps: range,
+) -> tf.data.Dataset:
+  """`id`, `epoch` and maybe `record` of this host's examples, one by one."""
+  if hasattr(source, 'stream'):
+    count = len(positions)
+    stream = source.stream(seed, *host, steps.start * count)
+    return stream.take(len(steps) * count)
+  return _sampled(source.num_examples, seed, batch_size, positions, steps)
 
 
 def _sampled(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from conadv_jax.config import ConfigError
 from conadv_jax.data.quarantine import DataError, Quarantine
 
 # (image, label, id, epoch) -> the arrays of one example, of static shape.
@@ -24,6 +25,7 @@ class Reader:
   def __init__(
     self,
     source: Any,
+    num_classes: int,
     example: ExampleFn,
     split: str,
     quarantine: Quarantine | None,
@@ -33,13 +35,16 @@ class Reader:
     """Starts nothing.
 
     Args:
-      source: has `num_examples`, `num_classes`, `fetch`, `parse`, `describe`.
+      source: has `num_examples`, `fetch`, `parse` and `describe`.
+      num_classes: a label outside of [0, num_classes) makes an example bad.
       example: decodes and augments; fails with a TensorFlow error.
       split: for the quarantine, 'train' or 'eval'.
       quarantine: gets what fails; None allows no failure.
       replace: whether the next usable example stands in for one that is not.
     """
     self._source = source
+    self._num_classes = num_classes
+    self._failure: Exception | None = None
     self._example = example
     self._split = split
     self._quarantine = Quarantine() if quarantine is None else quarantine
@@ -88,7 +93,11 @@ class Reader:
   def _fetch(self, ids: np.ndarray) -> np.ndarray:
     records = np.full(len(ids), b'', object)
     there = ids >= 0
-    records[there] = self._source.fetch(ids[there])
+    try:
+      records[there] = self._source.fetch(ids[there])
+    except (ConfigError, OSError) as error:
+      self._failure = error  # tf.data passes on only its text
+      raise
     return records
 
   def _decode(self, chunk: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -127,7 +136,7 @@ class Reader:
   def _usable(self, record, example_id, epoch) -> dict[str, tf.Tensor]:
     """The decoded example; a TensorFlow error says why there is none."""
     image, label = self._source.parse(record, example_id)
-    classes = self._source.num_classes
+    classes = self._num_classes
     with tf.control_dependencies(
       [
         tf.debugging.Assert(
@@ -149,9 +158,8 @@ class Reader:
       except StopIteration:
         return
       except tf.errors.OpError as error:
-        # Of an error of Python, the text comes with its name and traceback.
-        text = error.message.partition('\nTraceback')[0]
-        raise DataError(text.rpartition('DataError: ')[2]) from error
+        failure = self._failure or getattr(self._source, 'failure', None)
+        raise DataError(str(failure or error.message)) from failure or error
       bad = np.flatnonzero(~batch['usable'] & (batch['id'] >= 0))
       if len(bad) and self._replace:
         batch = {name: array.copy() for name, array in batch.items()}

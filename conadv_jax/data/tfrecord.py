@@ -1,241 +1,305 @@
-"""TFRecord files: whole files at a time, in an order of windows of them."""
+"""TFRecord files: in a shuffled order by whole files, or record by record.
+
+A file is a row of [length, uint64][CRC of length][data][CRC of data], all
+little-endian, with masked CRC-32C. There is no index: to find a record, the
+file is read from its start.
+"""
 
 from __future__ import annotations
 
 import collections
+import os
 import struct
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import google_crc32c
 import numpy as np
+from etils import epath
 
-from conadv_jax.data import shards
-from conadv_jax.data.quarantine import DataError
+from conadv_jax import config
+from conadv_jax.data import records, window_order
 
-_LENGTH = struct.Struct('<Q')
-_CRC = struct.Struct('<I')
-_FRAME = _LENGTH.size + 2 * _CRC.size  # around each record
-_WAIT_SECONDS = (1.0, 2.0, 4.0)  # before each new try of a file
-_CACHED_FILES = 4  # by `fetch`; a file of ImageNet has about 140 MB
+_HEADER = struct.Struct('<QI')
+_FOOTER = struct.Struct('<I')
+_OVERHEAD_BYTES = _HEADER.size + _FOOTER.size
+_CRC_MASK_DELTA = 0xA282EAD8
+# Records that go to tf.data at once: enough to hide the cost of the call.
+_CHUNK = 64
 
 
-class Window(NamedTuple):
-  """Records of a few files that are shuffled together.
+class TfRecords(records.ShardedRecords):
+  """Streams records in a shuffled order, and reads single ones slowly.
 
   Attributes:
-    epoch: of this host.
-    ids: int64 [n], in the order in which they are used.
-  """
-
-  epoch: int
-  ids: np.ndarray
-
-
-class TfRecords(shards.Shards):
-  """Records of TFRecord files.
-
-  Random access to a bucket is slow, so files are read whole. In each epoch, the
-  files are shuffled over the whole set, and the sequence of their records is
-  cut into as many equal parts as there are hosts. A host reads its part window
-  by window, `window_shards` files each, and shuffles the records in a window.
-  So an order depends on (seed, number of hosts), and may start at any record
-  for the price of reading one window.
+    window_shards: files that are in memory to be shuffled together; as many
+      again are read ahead.
+    failure: the error that ended a stream; tf.data raises an OpError in its
+      place.
   """
 
   def __init__(
     self,
-    paths: Sequence[Any],
-    lengths: Sequence[int],
-    num_classes: int,
+    paths: Sequence[os.PathLike | str],
+    shard_lengths: Sequence[int],
+    *,
     window_shards: int = 8,
+    num_threads: int = 8,
+    cached_shards: int = 4,
   ):
-    """Reads nothing yet.
+    """Checks that the files exist; their contents are checked when read.
 
     Args:
-      paths: files of the split, local or remote.
-      lengths: records of each, as the data set's own description says.
-      num_classes: labels are 0 .. num_classes - 1.
-      window_shards: files that are in memory and shuffled together; another
-        window is read ahead.
+      paths: as in `ShardedRecords`.
+      shard_lengths: as there.
+      window_shards: see above; 8 of ImageNet's 1,024 are 1.1 GB.
+      num_threads: files that are read at the same time.
+      cached_shards: files that `fetch` keeps in memory.
+
+    Raises:
+      ConfigError: a file is missing, or too small for its recorded length.
     """
-    super().__init__(paths, lengths, num_classes)
-    self._window_shards = window_shards
-    self._lock = threading.Lock()
-    self._cached: collections.OrderedDict[int, list[bytes]] = (
+    self.window_shards = window_shards
+    self.failure: Exception | None = None
+    self._cached_shards = cached_shards
+    self._cache: collections.OrderedDict[int, _Shard] = (
       collections.OrderedDict()
     )
+    super().__init__(paths, shard_lengths, num_threads=num_threads)
+
+  def _problem(self, shard: int, size: int) -> str:
+    expected = int(self.lengths[shard])
+    if size >= expected * _OVERHEAD_BYTES:
+      return ''
+    return records.count_damage(self.paths[shard], f'{size} bytes', expected)
 
   def fetch(self, ids: np.ndarray) -> list[bytes]:
-    """The record of each id; b'' for one whose checksum is wrong.
+    """Reads records anywhere, by way of whole files: slow unless ids are near.
 
-    Reads whole files, and keeps the last few.
+    Args:
+      ids: int64 [n], in [0, num_examples).
 
-    Raises:
-      DataError: a file lacks records or cannot be read.
-    """
-    found, places = self._locate(np.asarray(ids))
-    return [
-      self._cached_file(int(shard))[place]
-      for shard, place in zip(found, places, strict=True)
-    ]
-
-  def windows(
-    self, seed: int, host: int, num_hosts: int, start_record: int = 0
-  ) -> Iterator[Window]:
-    """This host's windows, for ever, from the one that holds `start_record`.
-
-    The first one lacks the records before `start_record`. Nothing is read.
-    """
-    share = self._share(host, num_hosts)
-    epoch, skip = divmod(start_record, len(share))
-    while True:
-      for window in self._windows_of_epoch(seed, epoch, share):
-        if skip < len(window):
-          yield Window(epoch, window[skip:])
-        skip = max(0, skip - len(window))
-      epoch += 1
-
-  def stream(self, seed: int, host: int, num_hosts: int, start_record: int):
-    """A tf.data set of `record`, `id` and `epoch`, from `start_record` on.
+    Returns:
+      The n records; b'' for one whose checksum fails (see `describe`).
 
     Raises:
-      ValueError: there are more hosts than records.
+      ConfigError: a file is damaged so that records are lost.
+      OSError: the storage failed, in spite of some attempts.
+    """
+    shards, places = self.locate(ids)
+    output = [b''] * len(shards)
+    for shard in np.unique(shards):
+      contents = self._cached(int(shard))
+      for index in np.flatnonzero(shards == shard):
+        output[index] = self._record(contents, int(shard), int(places[index]))
+    return output
+
+  def ids(
+    self,
+    seed: int,
+    host: int,
+    num_hosts: int,
+    start_record: int,
+    count: int,
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """What `stream` yields, without reading: (ids, epochs), int64 [count]."""
+    ids, epochs, missing = [], [], count
+    windows = self._windows(seed, host, num_hosts, start_record)
+    while missing > 0:
+      window, skip = next(windows)
+      ids.append(window.ids()[skip:][:missing])
+      epochs.append(np.full(len(ids[-1]), window.epoch))
+      missing -= len(ids[-1])
+    empty = np.empty(0, np.int64)
+    return np.concatenate([empty, *ids]), np.concatenate([empty, *epochs])
+
+  def start_cost(
+    self, seed: int, host: int, num_hosts: int, start_record: int
+  ) -> tuple[int, int, int]:
+    """What `stream` reads before its first record: (files, bytes, skipped).
+
+    `skipped` records lie in those files before `start_record`; they are neither
+    parsed nor decoded.
+    """
+    window, skip = next(self._windows(seed, host, num_hosts, start_record))
+    size = sum(
+      records.with_retries(
+        lambda path=self.paths[shard]: records.file_size(path)
+      )
+      for shard in window.shards
+    )
+    return len(window.shards), size, skip
+
+  def stream(self, seed: int, host: int, num_hosts: int, start_record: int = 0):
+    """A host's records of all epochs, without end, in the windows' order.
+
+    The order depends on the arguments and on `window_shards`. In each epoch
+    every id comes once, on one host. See `window_order`.
+
+    Args:
+      seed: 0 <= seed < 2**63.
+      host: in [0, num_hosts).
+      num_hosts: hosts that share the records.
+      start_record: where to start, counting the host's records from the start
+        of epoch 0. Costs one window, wherever it is.
+
+    Returns:
+      tf.data.Dataset of {'record': string, 'id': int64, 'epoch': int64}
+      scalars; the record is b'' if its checksum fails (see `describe`). An
+      iterator raises an OpError, with the reason in `failure`, once a file
+      turns out to be shorter or longer than recorded, or cut.
+
+    Raises:
+      ConfigError: an argument is out of range.
     """
     import tensorflow as tf
 
-    self._share(host, num_hosts)  # fails here, not in a thread
+    next(self._windows(seed, host, num_hosts, start_record))  # Raises early.
 
-    def of_windows():
-      for window in self.windows(seed, host, num_hosts, start_record):
-        yield {
-          'record': np.array(self._read_window(window.ids), object),
-          'id': window.ids,
-          'epoch': np.full(len(window.ids), window.epoch, np.int64),
-        }
+    def chunks():
+      try:
+        yield from self._chunks(seed, host, num_hosts, start_record)
+      except Exception as error:
+        self.failure = error
+        raise
 
-    spec = {
-      'record': tf.TensorSpec([None], tf.string),
-      'id': tf.TensorSpec([None], tf.int64),
-      'epoch': tf.TensorSpec([None], tf.int64),
-    }
-    dataset = tf.data.Dataset.from_generator(of_windows, output_signature=spec)
-    return dataset.prefetch(1).unbatch()
-
-  def _share(self, host: int, num_hosts: int) -> range:
-    """Places of a host in the sequence of an epoch: N / hosts, up to one."""
-    bounds = [h * self.num_examples // num_hosts for h in (host, host + 1)]
-    if bounds[0] == bounds[1]:
-      raise ValueError(
-        f'{num_hosts} hosts, but only {self.num_examples} records'
-      )
-    return range(*bounds)
-
-  def _windows_of_epoch(
-    self, seed: int, epoch: int, share: range
-  ) -> Iterator[np.ndarray]:
-    """The ids of each window of the share, shuffled."""
-    order = _permutation(seed, epoch, 0, len(self._paths))
-    ends = np.cumsum(self._lengths[order])
-    first = int(np.searchsorted(ends, share.start, side='right'))
-    last = int(np.searchsorted(ends, share.stop - 1, side='right'))
-    for place in range(first, last + 1, self._window_shards):
-      parts = []
-      for i in range(place, min(place + self._window_shards, last + 1)):
-        shard, begin = order[i], int(ends[i] - self._lengths[order[i]])
-        low = max(share.start - begin, 0)
-        high = min(share.stop - begin, int(self._lengths[shard]))
-        parts.append(self._starts[shard] + np.arange(low, high))
-      ids = np.concatenate(parts)
-      # The place of the window in the epoch, so that hosts draw apart.
-      yield ids[_permutation(seed, epoch, 1 + place, len(ids))]
-
-  def _read_window(self, ids: np.ndarray) -> list[bytes]:
-    """The records of `ids`, each file read once, in threads."""
-    found, places = self._locate(ids)
-    needed = np.unique(found)
-    files = dict(
-      zip(needed, shards.in_threads(self._read_file, needed), strict=True)
+    dataset = tf.data.Dataset.from_generator(
+      chunks,
+      output_signature={
+        'record': tf.TensorSpec([None], tf.string),
+        'id': tf.TensorSpec([None], tf.int64),
+        'epoch': tf.TensorSpec([None], tf.int64),
+      },
     )
-    return [files[s][p] for s, p in zip(found, places, strict=True)]
+    return dataset.unbatch()
 
-  def _cached_file(self, shard: int) -> list[bytes]:
-    # One thread at a time: others mostly wait for the same file.
-    with self._lock:
-      if shard not in self._cached:
-        self._cached[shard] = self._read_file(shard)
-      self._cached.move_to_end(shard)
-      while len(self._cached) > _CACHED_FILES:
-        self._cached.popitem(last=False)
-      return self._cached[shard]
+  def _windows(
+    self, seed: int, host: int, num_hosts: int, start_record: int
+  ) -> Iterator[tuple[window_order.Window, int]]:
+    return window_order.stream(
+      self.lengths, seed, host, num_hosts, self.window_shards, start_record
+    )
 
-  def _read_file(self, shard: int) -> list[bytes]:
-    """All records of a file; b'' for one whose checksum is wrong.
+  def _chunks(
+    self, seed: int, host: int, num_hosts: int, start_record: int
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """Up to `_CHUNK` records at a time, with one window read ahead."""
+    windows = self._windows(seed, host, num_hosts, start_record)
+
+    def start():
+      window, skip = next(windows)
+      loads = [self._pool.submit(self._load, shard) for shard in window.shards]
+      return window, skip, loads
+
+    ahead = start()
+    try:
+      while True:
+        window, skip, loads = ahead
+        # The last window is dropped here, before another one is started: two
+        # are in memory at most.
+        contents = {
+          int(shard): load.result()
+          for shard, load in zip(window.shards, loads, strict=True)
+        }
+        del loads
+        ahead = start()
+        ids = window.ids()[skip:]
+        for first in range(0, len(ids), _CHUNK):
+          yield self._chunk(contents, ids[first : first + _CHUNK], window)
+    finally:
+      for load in ahead[2]:
+        load.cancel()
+
+  def _chunk(
+    self,
+    contents: dict[int, _Shard],
+    ids: np.ndarray,
+    window: window_order.Window,
+  ) -> dict[str, Any]:
+    shards, places = self.locate(ids)
+    output = np.empty(len(ids), object)
+    for index, (shard, place) in enumerate(
+      zip(shards.tolist(), places.tolist(), strict=True)
+    ):
+      output[index] = self._record(contents[shard], shard, place)
+    return {
+      'record': output,
+      'id': ids,
+      'epoch': np.full(len(ids), window.epoch, np.int64),
+    }
+
+  def _record(self, contents: _Shard, shard: int, place: int) -> bytes:
+    record, ok = contents.record(place)
+    if ok:
+      return record
+    return self._unreadable(shard, place, 'the checksum of its data fails')
+
+  def _cached(self, shard: int) -> _Shard:
+    with self._lock:  # Also so that two threads do not read the same file.
+      if shard not in self._cache:
+        self._cache[shard] = self._load(shard)
+      self._cache.move_to_end(shard)
+      while len(self._cache) > self._cached_shards:
+        self._cache.popitem(last=False)
+      return self._cache[shard]
+
+  def _load(self, shard: int) -> _Shard:
+    path = self.paths[shard]
+    data = records.with_retries(lambda: epath.Path(path).read_bytes())
+    return _Shard(data, path, int(self.lengths[shard]))
+
+
+class _Shard:
+  """The contents of one file, and where its records are."""
+
+  def __init__(self, data: bytes, path: str, expected: int):
+    """Walks over the lengths; the data are checked when asked for.
 
     Raises:
-      DataError: the file cannot be read, has more or fewer records than it
-        should, or the length of one is wrong, after which nothing can be found.
+      ConfigError: a length is damaged, the file is cut, or the number of
+        records is not the expected one.
     """
-    path, expected = self._paths[shard], int(self._lengths[shard])
-    data = _read_with_retries(path)
-    records, at = [], 0
-    while at < len(data) and len(records) < expected:
-      header = data[at : at + _LENGTH.size]
-      (length,) = _LENGTH.unpack(header.ljust(_LENGTH.size, b'\0'))
-      end = at + _FRAME + length
-      if end > len(data) or not _matches(header, data, at + _LENGTH.size):
-        raise DataError(
-          f'{path} is cut or damaged: after {len(records)} of {expected}'
-          f' records, at byte {at}, there is no whole record; copy it again'
+    self._data = data
+    self._places: list[tuple[int, int]] = []
+    position = 0
+    while position < len(data):
+      what = self._walk(position)
+      if what:
+        raise config.ConfigError(
+          records.damage(
+            path,
+            f'record {len(self._places)} of the {expected} that'
+            f' dataset_info.json records {what}',
+          )
         )
-      begin = at + _LENGTH.size + _CRC.size
-      record = data[begin : begin + length]
-      if not _matches(record, data, begin + length):
-        self._reasons[int(self._starts[shard]) + len(records)] = (
-          'wrong checksum'
-        )
-        record = b''
-      records.append(record)
-      at = end
-    if len(records) < expected or at < len(data):
-      extra = ' and more' if at < len(data) else ''
-      raise DataError(
-        f'{path} has {len(records)} records{extra}, need {expected}; copy it'
-        ' again, or prepare the data set again'
+      position = self._places[-1][1] + _FOOTER.size
+    found = len(self._places)
+    if found != expected:
+      raise config.ConfigError(
+        records.count_damage(path, f'{found} records', expected)
       )
-    return records
+
+  def _walk(self, position: int) -> str:
+    """Notes the record at `position`; returns what is wrong, '' if nothing."""
+    header_end = position + _HEADER.size
+    if header_end > len(self._data):
+      return 'is cut off'
+    length, crc = _HEADER.unpack_from(self._data, position)
+    if _masked_crc(self._data[position : position + 8]) != crc:
+      return 'has a damaged length'
+    if header_end + length + _FOOTER.size > len(self._data):
+      return 'is cut off'
+    self._places.append((header_end, header_end + length))
+    return ''
+
+  def record(self, place: int) -> tuple[bytes, bool]:
+    """(data, whether the checksum is right)."""
+    start, stop = self._places[place]
+    data = self._data[start:stop]
+    return data, _FOOTER.unpack_from(self._data, stop)[0] == _masked_crc(data)
 
 
-def _permutation(seed: int, epoch: int, stream: int, count: int) -> np.ndarray:
-  """A permutation of `count` places; see `sampler._permutation`."""
-  key = np.array([seed, epoch], np.uint64)
-  # The sampler's words start at counter 0, these a half of the range later.
-  counter = np.array([0, 0, stream, 2**63], np.uint64)
-  words = np.random.Philox(key=key, counter=counter).random_raw(count)
-  return np.argsort(words, kind='stable')
-
-
-def _matches(content: bytes, data: bytes, at: int) -> bool:
-  """Whether the masked CRC-32C at `at` is that of `content`."""
-  if at + _CRC.size > len(data):
-    return False
-  crc = google_crc32c.value(content)
-  masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-  return _CRC.unpack_from(data, at)[0] == masked
-
-
-def _read_with_retries(path: Any) -> bytes:
-  """The content of a file; waits and tries again when storage fails."""
-  waits = list(_WAIT_SECONDS)
-  while True:
-    try:
-      return path.read_bytes()
-    except FileNotFoundError as error:
-      raise DataError(f'{path} is missing') from error
-    except OSError as error:
-      if not waits:
-        raise DataError(f'{path}: cannot be read: {error}') from error
-      print(f'{path}: {error}; trying again in {waits[0]:g} s', flush=True)
-      time.sleep(waits.pop(0))
+def _masked_crc(data: bytes) -> int:
+  """CRC-32C, rotated right by 15 bits, plus a constant."""
+  crc = google_crc32c.value(data)
+  return ((crc >> 15 | crc << 17) + _CRC_MASK_DELTA) & 0xFFFFFFFF

@@ -82,7 +82,7 @@ def conv_general_dilated(
   """`jax.lax.conv_general_dilated`, for `nn.Conv(conv_general_dilated=...)`.
 
   Takes a faster way on a CPU where the convolution is of NHWC images with a
-  HWIO kernel of the same floating type, has no dilation, and either has feature
+  HWIO kernel in a floating type, has no dilation, and either has feature
   groups, or is 1x1 without padding. Only the order of sums differs; those of
   bfloat16 are in float32. Under `jax.vmap` the way is that of `jax.lax`.
   """
@@ -126,7 +126,6 @@ def _spec(x, w, strides, padding, numbers, groups, precision) -> _Spec | None:
   if (
     x.ndim != 4
     or numbers_of(numbers) != numbers_of(_NHWC)
-    or x.dtype != w.dtype
     or not jnp.issubdtype(x.dtype, jnp.floating)
   ):
     return None
