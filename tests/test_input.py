@@ -1,8 +1,10 @@
 """ImageNet's input: order, views, and examples that cannot be used."""
 
 import dataclasses
+import itertools
 import json
 import shutil
+import time
 
 import hypothesis
 import numpy as np
@@ -70,6 +72,12 @@ def train(source, views=('clean', 'aa'), *, changes=None, **kwargs):
   return list(batches)
 
 
+@pytest.fixture(scope='module')
+def batches(fake_dirs):
+  """What `train` makes of the ArrayRecord files."""
+  return train(load(fake_dirs / 'array_record'))
+
+
 def evaluation(source, **kwargs):
   defaults = dict(num_classes=1000, batch_size=4)
   return list(
@@ -89,7 +97,7 @@ def assert_batches_equal(got, expected):
 def by_id(batches):
   """{id: bytes of all views}, of batches that lie within an epoch."""
   return {
-    example_id: batch['clean'][i].tobytes() + batch['aa'][i].tobytes()
+    example_id: [batch[v][i].tobytes() for v in ('clean', 'aa') if v in batch]
     for batch in batches
     for i, example_id in enumerate(batch['id'].tolist())
   }
@@ -243,33 +251,30 @@ def test_hosts_share_one_order_in_many_cases(**case):
   check_hosts(**case)
 
 
-@pytest.mark.parametrize('name', FORMATS)
-def test_two_runs_give_the_same_bytes(fake_dirs, name):
-  first = train(load(fake_dirs / name))
-  assert_batches_equal(train(load(fake_dirs / name)), first)
-  other = train(load(fake_dirs / name), seed=4)
-  assert (other[0]['clean'] != first[0]['clean']).any()
+def test_two_runs_give_the_same_bytes(fake_dirs, batches):
+  assert_batches_equal(train(load(fake_dirs / 'array_record')), batches)
 
 
 @pytest.mark.parametrize('name', FORMATS)
 def test_a_fresh_pipeline_from_any_step_gives_the_tail(fake_dirs, name):
-  steps = dict(batch_size=9, views=('clean',))  # 23 examples: from epoch 0 to 2
-  whole = train(load(fake_dirs / name), num_steps=6, **steps)
-  for start in range(1, 6):
+  steps = dict(batch_size=13, views=('clean',))  # of 23: from epoch 0 to 2
+  whole = train(load(fake_dirs / name), num_steps=4, **steps)
+  for start in range(1, 4):
     source = load(fake_dirs / name)
-    tail = train(source, start_step=start, num_steps=6 - start, **steps)
+    tail = train(source, start_step=start, num_steps=4 - start, **steps)
     assert_batches_equal(tail, whole[start:])
 
 
 @pytest.mark.parametrize('name', FORMATS)
 def test_an_image_is_the_same_on_any_number_of_hosts(fake_dirs, name):
   # 5 batches of 4 are within the first epoch of 23, on each of two hosts too.
-  one = by_id(train(load(fake_dirs / name), num_steps=5))
+  steps = dict(num_steps=5, views=('clean',))
+  one = by_id(train(load(fake_dirs / name), **steps))
   two = {}
   for host in range(2):
     positions = np.arange(4).reshape(2, 2)[host]
     batches = train(
-      load(fake_dirs / name), positions=positions, host=(host, 2), num_steps=5
+      load(fake_dirs / name), positions=positions, host=(host, 2), **steps
     )
     mine = by_id(batches)
     assert not mine.keys() & two.keys()
@@ -280,22 +285,22 @@ def test_an_image_is_the_same_on_any_number_of_hosts(fake_dirs, name):
   assert all(one[key] == two[key] for key in both)
 
 
-def test_both_formats_give_the_same_image_for_an_id(fake_dirs):
-  images = [by_id(train(load(fake_dirs / n), num_steps=5)) for n in FORMATS]
-  both = images[0].keys() & images[1].keys()
-  assert len(both) > 10
-  assert all(images[0][key] == images[1][key] for key in both)
+def test_both_formats_give_the_same_image_for_an_id(fake_dirs, batches):
+  one = by_id(batches[:5])  # within an epoch
+  other = by_id(train(load(fake_dirs / 'tfrecord'), num_steps=5))
+  both = one.keys() & other.keys()
+  assert len(both) >= 17
+  assert all(one[key] == other[key] for key in both)
 
 
 # ---- Views ------------------------------------------------------------------
 
 
-def test_views_have_crops_of_their_own_unless_shared(fake_dirs):
+def test_views_have_crops_of_their_own_unless_shared(fake_dirs, batches):
   source = load(fake_dirs / 'array_record')
-  own = train(source)
   alone = train(source, views=('clean',))
   shared = train(source, changes={'aa_shares_crop': True})
-  for a, b, c in zip(own, alone, shared, strict=True):
+  for a, b, c in zip(batches, alone, shared, strict=True):
     # The clean view does not depend on what else is made.
     np.testing.assert_array_equal(a['clean'], b['clean'])
     np.testing.assert_array_equal(a['clean'], c['clean'])
@@ -306,23 +311,24 @@ def test_views_have_crops_of_their_own_unless_shared(fake_dirs):
   assert 0 < (images == augmented).all(1).sum() < 32
 
 
-@pytest.mark.parametrize('policy', ['v0', 'reduced_imagenet', 'randaugment'])
-def test_the_policy_of_the_settings_is_applied(fake_dirs, policy):
-  source = load(fake_dirs / 'array_record')
-  changes = {'autoaugment': policy, 'aa_shares_crop': True}
-  batches = train(source, changes=changes)
-  other = train(source, changes={'autoaugment': 'v0', 'aa_shares_crop': True})
-  same = [
-    (a['aa'] == b['aa']).all() for a, b in zip(batches, other, strict=True)
-  ]
-  assert all(same) == (policy == 'v0')
+def test_the_policy_of_the_settings_is_applied(fake_dirs, batches):
+  made = {'v0': batches}
+  for policy in ('reduced_imagenet', 'randaugment'):
+    source = load(fake_dirs / 'array_record')
+    made[policy] = train(source, changes={'autoaugment': policy})
+  for one, other in itertools.combinations(made.values(), 2):
+    for a, b in zip(one, other, strict=True):
+      np.testing.assert_array_equal(a['clean'], b['clean'])
+      assert (a['aa'] != b['aa']).any()
 
 
 # ---- Evaluation -------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', FORMATS)
-@pytest.mark.parametrize(('batch_size', 'num_hosts'), [(4, 2), (6, 3), (40, 4)])
+@pytest.mark.parametrize(
+  ('name', 'batch_size', 'num_hosts'),
+  [('array_record', 40, 4), ('array_record', 6, 3), ('tfrecord', 4, 2)],
+)
 def test_evaluation_sees_each_example_once(
   fake_dirs, name, batch_size, num_hosts
 ):
@@ -450,7 +456,7 @@ def test_evaluation_leaves_bad_examples_out_and_names_them():
     evaluation(damaged(2), batch_size=5)
 
 
-@pytest.mark.parametrize('size', [1, 7, 33, 64])
+@pytest.mark.parametrize('size', [1, 33])
 def test_any_batch_size_keeps_the_places(size):
   quarantine = Quarantine(max_share=0.5)
   (batch, *_) = train(
@@ -473,40 +479,37 @@ def test_a_short_tfrecord_file_stops_the_run(fake_dirs, tmp_path):
     train(load(tmp_path / 'data'), num_steps=12, quarantine=quarantine)
 
 
-def test_the_step_of_a_slow_file_does_not_change_the_order(fake_dirs):
+def test_a_slow_file_does_not_change_the_order(fake_dirs, batches):
   """Threads finish in another order than they start."""
   source = load(fake_dirs / 'array_record')
   fetch = source.fetch
 
   def slow(ids):
-    import time
-
     time.sleep(0.05 * (int(ids[0]) % 3))
     return fetch(ids)
 
-  expected = train(source)
   source.fetch = slow
-  assert_batches_equal(train(source), expected)
+  assert_batches_equal(train(source), batches)
 
 
 # ---- Cache ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('kind', ['raw', 'decoded'])
-def test_a_cache_changes_no_pixel(fake_dirs, kind):
-  name = 'array_record'
-  cached = load(fake_dirs / name, cache=kind)
-  expected = train(load(fake_dirs / name))
-  assert_batches_equal(train(cached), expected)
-  expected = evaluation(load(fake_dirs / name, 'eval'))
-  assert_batches_equal(
-    evaluation(load(fake_dirs / name, 'eval', cache=kind)), expected
-  )
+def test_a_cache_changes_no_pixel(fake_dirs, batches, kind):
+  cached = load(fake_dirs / 'array_record', cache=kind)
+  assert_batches_equal(train(cached), batches)
 
 
-def test_a_cache_gives_tfrecords_the_order_of_random_access(fake_dirs):
+def test_a_cache_changes_no_pixel_of_the_evaluation(fake_dirs):
+  root = fake_dirs / 'array_record'
+  cached = evaluation(load(root, 'eval', cache='decoded'))
+  assert_batches_equal(cached, evaluation(load(root, 'eval')))
+
+
+def test_a_cache_gives_tfrecords_the_order_of_random_access(fake_dirs, batches):
   cached = load(fake_dirs / 'tfrecord', cache='raw')
-  assert_batches_equal(train(cached), train(load(fake_dirs / 'array_record')))
+  assert_batches_equal(train(cached), batches)
 
 
 def test_a_cache_that_does_not_fit_is_refused(fake_dirs, monkeypatch):

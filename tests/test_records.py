@@ -1,11 +1,16 @@
 """Record files: what is read, in which order, and what damage does."""
 
+import contextlib
 import gc
+import http.server
 import itertools
 import os
 import pathlib
+import subprocess
+import sys
 import threading
 import time
+import urllib.parse
 import weakref
 
 import numpy as np
@@ -413,13 +418,11 @@ def test_windows_have_about_the_same_number_of_files():
 
 
 def test_orders_differ_by_seed_epoch_and_window():
-  lengths = np.full(64, 4)
+  lengths = np.full(8, 30)
 
   def order(seed, epoch):
-    windows = window_order.windows(lengths, seed, epoch, 0, 1, 8)
-    shuffles = [
-      tuple(np.argsort(np.argsort(window.ids()))) for window in windows
-    ]
+    windows = window_order.windows(lengths, seed, epoch, 0, 1, 1)
+    shuffles = [tuple(window.ids() - window.ids().min()) for window in windows]
     assert len(set(shuffles)) == 8
     return tuple(np.concatenate([window.ids() for window in windows]))
 
@@ -687,13 +690,69 @@ def test_failing_storage_is_asked_again(tf_paths, monkeypatch, no_delay, error):
     source.fetch(np.array([18]))
 
 
-def test_what_is_not_the_storage_is_not_tried_again():
+@pytest.mark.parametrize('error', [FileNotFoundError, ZeroDivisionError])
+def test_what_will_not_pass_is_not_tried_again(error):
   calls = []
 
   def function():
     calls.append(None)
-    raise ZeroDivisionError
+    raise error
 
-  with pytest.raises(ZeroDivisionError):
+  with pytest.raises(error):
     records.with_retries(function)
   assert len(calls) == 1
+
+
+class FakeBucket(http.server.BaseHTTPRequestHandler):
+  """Serves local files as the bucket `x`, in the way of Cloud Storage."""
+
+  def do_GET(self):
+    name = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
+    path = pathlib.Path(name.removeprefix('/storage/v1/b/x/o'))
+    if not path.exists():
+      self.send_error(404)
+      return
+    data = path.read_bytes()
+    first, last = self.headers['Range'].removeprefix('bytes=').split('-')
+    start = int(first) if first else max(0, len(data) - int(last))
+    stop = int(last) + 1 if first and last else len(data)
+    self.send_response(206)
+    self.send_header('Content-Range', f'bytes {start}-{stop - 1}/{len(data)}')
+    self.send_header('Content-Length', str(stop - start))
+    self.end_headers()
+    with contextlib.suppress(
+      OSError
+    ):  # The reader hangs up when it has enough.
+      self.wfile.write(data[start:stop])
+
+  def log_message(self, *arguments):
+    del arguments
+
+
+def test_array_record_files_are_read_from_a_bucket(tmp_path):
+  paths, lengths = write(tmp_path, 'array_record')
+  code = f"""
+import numpy as np
+from conadv_jax.data import array_record, records
+records.file_size = lambda path: 1  # tensorflow asks the real Cloud Storage.
+source = array_record.ArrayRecords({[f'gs://x{p}' for p in paths]}, {lengths})
+print(b''.join(source.fetch(np.arange(19)[::-1])).hex())
+"""
+  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), FakeBucket)
+  threading.Thread(target=server.serve_forever).start()
+  address = f'http://127.0.0.1:{server.server_port}'
+  kept = {k: v for k, v in os.environ.items() if 'proxy' not in k.lower()}
+  try:
+    done = subprocess.run(
+      [sys.executable, '-c', code],
+      env=kept | {'CLOUD_STORAGE_EMULATOR_ENDPOINT': address},
+      cwd=pathlib.Path(__file__).parents[1],
+      stdout=subprocess.PIPE,
+      text=True,
+      timeout=60,
+      check=True,
+    )
+  finally:
+    server.shutdown()
+    server.server_close()
+  assert bytes.fromhex(done.stdout) == b''.join(RECORDS[::-1])

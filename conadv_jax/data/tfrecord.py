@@ -7,10 +7,10 @@ file is read from its start.
 
 from __future__ import annotations
 
-import collections
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 import google_crc32c
@@ -54,7 +54,8 @@ class TfRecords(records.ShardedRecords):
       shard_lengths: as there.
       window_shards: see above; 8 of ImageNet's 1,024 are 1.1 GB.
       num_threads: files that are read at the same time.
-      cached_shards: files that `fetch` keeps in memory.
+      cached_shards: files that `fetch` keeps in memory, next to those that
+        threads are reading; 1 or more.
 
     Raises:
       ConfigError: a file is missing, or too small for its recorded length.
@@ -62,9 +63,8 @@ class TfRecords(records.ShardedRecords):
     self.window_shards = window_shards
     self.failure: Exception | None = None
     self._cached_shards = cached_shards
-    self._cache: collections.OrderedDict[int, _Shard] = (
-      collections.OrderedDict()
-    )
+    # In the order of their last use; also those that are being read.
+    self._cache: dict[int, futures.Future[_Shard]] = {}
     super().__init__(paths, shard_lengths, num_threads=num_threads)
 
   def _problem(self, shard: int, size: int) -> str:
@@ -201,7 +201,6 @@ class TfRecords(records.ShardedRecords):
           int(shard): load.result()
           for shard, load in zip(window.shards, loads, strict=True)
         }
-        del loads
         ahead = start()
         ids = window.ids()[skip:]
         for first in range(0, len(ids), _CHUNK):
@@ -235,13 +234,22 @@ class TfRecords(records.ShardedRecords):
     return self._unreadable(shard, place, 'the checksum of its data fails')
 
   def _cached(self, shard: int) -> _Shard:
-    with self._lock:  # Also so that two threads do not read the same file.
-      if shard not in self._cache:
-        self._cache[shard] = self._load(shard)
-      self._cache.move_to_end(shard)
-      while len(self._cache) > self._cached_shards:
-        self._cache.popitem(last=False)
-      return self._cache[shard]
+    """The file; threads read several at a time, but none of them twice."""
+    with self._lock:
+      known = self._cache.pop(shard, None)
+      contents = self._cache[shard] = known or futures.Future()
+      complete = [s for s, c in self._cache.items() if c.done()]
+      for oldest in complete[: -self._cached_shards]:
+        del self._cache[oldest]
+    if known is None:
+      try:
+        contents.set_result(self._load(shard))
+      except BaseException as error:
+        with self._lock:
+          self._cache.pop(shard, None)  # The next call tries again.
+        contents.set_exception(error)  # Other threads wait for it.
+        raise
+    return contents.result()
 
   def _load(self, shard: int) -> _Shard:
     path = self.paths[shard]

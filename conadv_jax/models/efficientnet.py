@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from conadv_jax.models import layers
 from conadv_jax.models.norm import Layout, RoutedBatchNorm
 from conadv_jax.models.stochastic import Dropout, DropPath
 
@@ -69,7 +70,12 @@ def conv(features: int, size: int, stride: int = 1, **kwargs: Any) -> nn.Conv:
   """
   kwargs = {'kernel_init': _CONV_INIT} | kwargs
   return nn.Conv(
-    features, (size, size), (stride, stride), padding='SAME', **kwargs
+    features,
+    (size, size),
+    (stride, stride),
+    padding='SAME',
+    conv_general_dilated=layers.conv_general_dilated,
+    **kwargs,
   )
 
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from conadv_jax.config import ConfigError
+from conadv_jax.models import layers
 from conadv_jax.models.norm import Layout, RoutedBatchNorm
 from conadv_jax.models.stochastic import DropPath
 
@@ -29,7 +30,7 @@ def conv(
   features: int,
   size: int,
   stride: int = 1,
-  conv_general_dilated: Callable[..., jax.Array] = jax.lax.conv_general_dilated,
+  conv_general_dilated: Callable[..., jax.Array] = layers.conv_general_dilated,
   **kwargs: Any,
 ) -> nn.Conv:
   """A square convolution, padded alike on both sides as in PyTorch.

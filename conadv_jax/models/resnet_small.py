@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from conadv_jax.models import layers
 from conadv_jax.models.norm import Layout, RoutedBatchNorm
 
 _KERNEL_INIT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
@@ -72,6 +73,7 @@ class SmallResNet(nn.Module):
       use_bias=False,
       padding='SAME',
       kernel_init=_KERNEL_INIT,
+      conv_general_dilated=layers.conv_general_dilated,
       dtype=self.dtype,
       param_dtype=wide,
     )
