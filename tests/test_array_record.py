@@ -47,7 +47,7 @@ print(len(os.listdir('/proc/self/fd')))
 @pytest.mark.skipif(sys.platform != 'linux', reason='looks into /proc')
 @pytest.mark.parametrize('hard', [100, 0], ids=['firm', 'raised'])
 def test_more_files_than_may_be_open(paths, hard):
-  """Files are closed for others, or all stay open if the limit can be raised."""
+  """Files make room for others, or the limit is raised and all stay open."""
   done = subprocess.run(
     [sys.executable, '-c', PROGRAM, paths[0].parent, str(COUNT), str(hard)],
     capture_output=True,

@@ -269,6 +269,12 @@ def test_array_record_files_of_another_count_are_refused(
   assert 'dataset_info.json records 7 records' in str(error.value)
 
 
+def test_a_bucket_that_cannot_be_opened_is_no_damaged_file(monkeypatch):
+  monkeypatch.setattr(records, 'file_size', lambda path: 1)
+  with pytest.raises(config.ConfigError, match='cannot be opened .*gcsfuse'):
+    array_record.ArrayRecords(['other://bucket/file'], [1])
+
+
 def test_open_files_are_bounded(tmp_path):
   def count():
     links = [
@@ -704,11 +710,11 @@ def test_what_will_not_pass_is_not_tried_again(error):
 
 
 class FakeBucket(http.server.BaseHTTPRequestHandler):
-  """Serves local files as the bucket `x`, in the way of Cloud Storage."""
+  """Serves local files as the bucket `fake`, in the way of Cloud Storage."""
 
   def do_GET(self):
     name = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
-    path = pathlib.Path(name.removeprefix('/storage/v1/b/x/o'))
+    path = pathlib.Path(name.removeprefix('/storage/v1/b/fake/o'))
     if not path.exists():
       self.send_error(404)
       return
@@ -735,7 +741,7 @@ def test_array_record_files_are_read_from_a_bucket(tmp_path):
 import numpy as np
 from conadv_jax.data import array_record, records
 records.file_size = lambda path: 1  # tensorflow asks the real Cloud Storage.
-source = array_record.ArrayRecords({[f'gs://x{p}' for p in paths]}, {lengths})
+source = array_record.ArrayRecords({[f'gs://fake{p}' for p in paths]}, {lengths})
 print(b''.join(source.fetch(np.arange(19)[::-1])).hex())
 """
   server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), FakeBucket)

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -84,11 +85,12 @@ def test_a_failed_read_reaches_all_that_wait_and_is_tried_again(paths):
 
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
     jobs = [pool.submit(fetch, i) for i in range(4)]
-    # Lets the read fail once nobody else can be on the way to it.
-    while sum(job.running() for job in jobs) < 4:
-      pass
-    while len(source._cache[0]._condition._waiters) < 3:
-      pass
+    # The read fails once the other three wait for it.
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+      if loads and len(source._cache[0]._condition._waiters) == 3:
+        break
+      time.sleep(0.01)
     waiting.release()
     for job in jobs:
       job.result(timeout=30)

@@ -19,8 +19,8 @@ _SPARE_FILES = 256  # For checkpoints, sockets, log files and libraries.
 # In each message about damaged contents, and in none about failing storage.
 _DAMAGE = 'Riegeli/records file'
 _REMOTE_HINT = (
-  ' (array_record could not open it: mount the bucket with gcsfuse and name the'
-  ' mounted directory, or use the TFRecord format)'
+  'mount the bucket with gcsfuse and name the mounted directory, or use the'
+  ' TFRecord format'
 )
 
 
@@ -62,15 +62,15 @@ class ArrayRecords(records.ShardedRecords):
     found = reader.num_records()
     if found == expected and reader.ok():
       return ''
-    text = f'{found} records'
+    reason = ''
     try:
       reader.read([0])
     except RuntimeError as error:
-      if not reader.ok():
-        text += f' ({error})'
-        if '://' in path and _DAMAGE not in str(error):
-          text += _REMOTE_HINT
-    return records.count_damage(path, text, expected)
+      # That there is no record 0 is no reason.
+      reason = '' if reader.ok() else f' ({error})'
+      if reason and '://' in path and _DAMAGE not in reason:
+        return f'{path}: cannot be opened{reason}; {_REMOTE_HINT}'
+    return records.count_damage(path, f'{found} records{reason}', expected)
 
   def fetch(self, ids: np.ndarray) -> list[bytes]:
     """Reads records.
