@@ -1,6 +1,6 @@
 r"""CIFAR-10, 32x32.
 
-Prepare: tfds build cifar10
+Prepare: python scripts/prepare_tfds.py --name=cifar10
 Run:     python -m conadv_jax.train \
            --config=configs/cifar10.py:method=conadv,batch_size=2048 \
            --workdir=runs/cifar10

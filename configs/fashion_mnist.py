@@ -1,7 +1,7 @@
 r"""Fashion-MNIST, 28x28: ten kinds of clothing.
 
 Prepare: python scripts/prepare_fashion_mnist.py (offline, from the IDX files),
-         or let TFDS download it: tfds build fashion_mnist
+         or let TFDS download it: scripts/prepare_tfds.py --name=fashion_mnist
 Run:     python -m conadv_jax.train \
            --config=configs/fashion_mnist.py:method=conadv,batch_size=2048 \
            --workdir=runs/fashion_mnist

@@ -62,7 +62,7 @@ def test_many_threads_at_once(paths, max_open_files):
   source = ArrayRecords(
     paths, [2] * COUNT, max_open_files=max_open_files, num_threads=4
   )
-  asked = [np.random.RandomState(i).randint(24, size=32) for i in range(60)]
+  asked = [np.random.RandomState(i).randint(24, size=32) for i in range(500)]
   old = sys.getswitchinterval()
   sys.setswitchinterval(1e-6)  # Threads interrupt each other everywhere.
   try:

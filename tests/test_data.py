@@ -256,8 +256,8 @@ def test_digits_refuse_a_remote_data_dir():
 def test_missing_data_set_says_how_to_make_it(tmp_path, no_network):
   start = time.monotonic()
   for name, command in (
-    ('cifar10', 'tfds build cifar10 --data_dir='),
-    ('cifar100', 'tfds build cifar100 --data_dir='),
+    ('cifar10', 'prepare_tfds.py --name=cifar10 --data_dir='),
+    ('cifar100', 'prepare_tfds.py --name=cifar100 --data_dir='),
     ('fashion_mnist', 'python scripts/prepare_fashion_mnist.py --data_dir='),
   ):
     with pytest.raises(config.ConfigError) as error:

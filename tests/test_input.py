@@ -162,7 +162,9 @@ def test_another_order_of_the_classes_is_refused(fake_dirs, tmp_path):
 
 
 def test_a_missing_imagenet_says_how_to_prepare_it(tmp_path):
-  with pytest.raises(config.ConfigError, match='tfds build imagenet2012'):
+  with pytest.raises(
+    config.ConfigError, match='prepare_tfds.py --name=imagenet2012'
+  ):
     load(tmp_path)
   with pytest.raises(config.ConfigError, match=str(tmp_path / 'none')):
     load(tmp_path / 'none', name='image_folder')
@@ -444,6 +446,26 @@ def test_a_label_out_of_range_is_a_bad_example():
   for batch in batches:
     assert not batch['label'].any()
     assert 5 not in greys(batch) and 6 not in greys(batch)
+
+
+class Flaky(Folder):
+  """Storage that fails once."""
+
+  failures = 1
+
+  def fetch(self, ids):
+    if self.failures and 4 in ids:
+      self.failures -= 1
+      return [b''] * len(ids)
+    return super().fetch(ids)
+
+
+def test_an_example_that_can_be_read_later_is_used():
+  files = [plain(grey) for grey in GREYS]
+  expected = train(Folder(files), ('clean',), num_steps=3)
+  assert_batches_equal(train(Flaky(files), ('clean',), num_steps=3), expected)
+  expected = evaluation(Folder(files), batch_size=12)
+  assert_batches_equal(evaluation(Flaky(files), batch_size=12), expected)
 
 
 def test_evaluation_leaves_bad_examples_out_and_names_them():

@@ -268,7 +268,8 @@ SMALL = {
   'dataset.num_train': 40,
   'dataset.num_eval': 16,
   'eval.batch_size': 8,
-  'eval.attack': 'fgsm',
+  'eval.attack': 'none',
+  'attack_stats_every_steps': 0,
 }
 
 

@@ -204,6 +204,20 @@ def test_a_missing_shard_is_named_at_once(name, tmp_path):
   assert 'prepare_imagenet.md' in message
 
 
+def test_a_file_that_may_not_be_read_is_named(files, monkeypatch):
+  def refuse(path):
+    raise PermissionError(13, 'Permission denied')
+
+  monkeypatch.setattr(records, 'file_size', refuse)
+  with pytest.raises(config.ConfigError, match='Permission denied; see that'):
+    open_files(files)
+
+
+def test_a_record_of_another_kind_fails_in_parse(files):
+  with pytest.raises(tf.errors.InvalidArgumentError):
+    open_files(files).parse(tf.constant(b'no Example'), tf.constant(0))
+
+
 @pytest.mark.parametrize('name', FORMATS)
 def test_an_empty_file_is_named_at_once(name, tmp_path):
   paths, lengths = write(tmp_path, name)
@@ -741,7 +755,8 @@ def test_array_record_files_are_read_from_a_bucket(tmp_path):
 import numpy as np
 from conadv_jax.data import array_record, records
 records.file_size = lambda path: 1  # tensorflow asks the real Cloud Storage.
-source = array_record.ArrayRecords({[f'gs://fake{p}' for p in paths]}, {lengths})
+paths = {[f'gs://fake{path}' for path in paths]}
+source = array_record.ArrayRecords(paths, {lengths})
 print(b''.join(source.fetch(np.arange(19)[::-1])).hex())
 """
   server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), FakeBucket)

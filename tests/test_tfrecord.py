@@ -52,19 +52,35 @@ def test_the_files_used_last_are_kept(paths):
   assert loads == [0, 1, 2, 3, 1]
 
 
+def until(condition):
+  """Waits, at most 20 s, until `condition()` is true."""
+  deadline = time.monotonic() + 20
+  while not condition() and time.monotonic() < deadline:
+    time.sleep(0.01)
+
+
+def num_waiting(source):
+  """Threads that wait for a file that another one is reading."""
+  files = list(source._cache.values())
+  return sum(len(file._condition._waiters) for file in files)
+
+
 def test_files_are_read_at_the_same_time_and_each_one_once(paths):
   """Readers of many cores ask for more files at once than are kept."""
   loads = collections.Counter()
-  together = threading.Barrier(COUNT, timeout=30)
+  together = threading.Barrier(COUNT + 1, timeout=30)
 
   def hook(shard):
     loads[shard] += 1
     together.wait()  # Passes once all files are being read.
 
   source = open_with_hook(paths, hook)
+  ids = [*range(0, 2 * COUNT, 2), *range(1, 2 * COUNT, 2)]
   with concurrent.futures.ThreadPoolExecutor(2 * COUNT) as pool:
-    found = pool.map(lambda i: source.fetch(np.array([i])), range(2 * COUNT))
-    assert list(found) == [[record_of(i)] for i in range(2 * COUNT)]
+    found = pool.map(lambda i: source.fetch(np.array([i])), ids)
+    until(lambda: num_waiting(source) == COUNT)
+    together.wait()
+    assert list(found) == [[record_of(i)] for i in ids]
   assert set(loads.values()) == {1}
 
 
@@ -86,11 +102,7 @@ def test_a_failed_read_reaches_all_that_wait_and_is_tried_again(paths):
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
     jobs = [pool.submit(fetch, i) for i in range(4)]
     # The read fails once the other three wait for it.
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-      if loads and len(source._cache[0]._condition._waiters) == 3:
-        break
-      time.sleep(0.01)
+    until(lambda: num_waiting(source) == 3)
     waiting.release()
     for job in jobs:
       job.result(timeout=30)

@@ -233,7 +233,9 @@ def test_missing_data_is_an_error_with_the_command(tmp_path):
   cfg = settings(
     dataset__name='cifar10', dataset__data_dir=str(tmp_path / 'none')
   )
-  with pytest.raises(config.ConfigError, match='tfds build cifar10'):
+  with pytest.raises(
+    config.ConfigError, match='prepare_tfds.py --name=cifar10'
+  ):
     train.train(cfg, str(tmp_path / 'run'))
 
 

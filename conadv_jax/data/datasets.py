@@ -114,7 +114,9 @@ DATASETS = {
       mean_px=(125.3, 123.0, 113.9),
       std_px=(63.0, 62.1, 66.7),
       allows_flip=True,
-      prepare_command='tfds build cifar10 --data_dir={data_dir}',
+      prepare_command=(
+        'python scripts/prepare_tfds.py --name=cifar10 --data_dir={data_dir}'
+      ),
       embedded=False,
     ),
     DatasetSpec(
@@ -129,7 +131,9 @@ DATASETS = {
       mean_px=(129.3, 124.1, 112.4),
       std_px=(68.2, 65.4, 70.4),
       allows_flip=True,
-      prepare_command='tfds build cifar100 --data_dir={data_dir}',
+      prepare_command=(
+        'python scripts/prepare_tfds.py --name=cifar100 --data_dir={data_dir}'
+      ),
       embedded=False,
     ),
     DatasetSpec(
@@ -145,7 +149,7 @@ DATASETS = {
       std_px=_IMAGENET_STD_PX,
       allows_flip=True,
       prepare_command=(
-        'tfds build imagenet2012 --file_format=array_record'
+        'python scripts/prepare_tfds.py --name=imagenet2012'
         ' --data_dir={data_dir} --manual_dir=DIRECTORY_OF_THE_TAR_FILES\n'
         'as scripts/prepare_imagenet.md explains'
       ),
@@ -310,7 +314,7 @@ def _records(spec: DatasetSpec, builder, split: str, window_shards: int):
     )
   raise config.ConfigError(
     f'dataset.name={spec.name!r}: {builder.data_dir} holds {file_format} files;'
-    ' need array_record or tfrecord, which `tfds convert_format` makes'
+    ' need array_record or tfrecord; see scripts/prepare_imagenet.md'
   )
 
 

@@ -161,14 +161,16 @@ class Reader:
         failure = self._failure or getattr(self._source, 'failure', None)
         raise DataError(str(failure or error.message)) from failure or error
       bad = np.flatnonzero(~batch['usable'] & (batch['id'] >= 0))
-      if len(bad) and self._replace:
+      if len(bad):
         batch = {name: array.copy() for name, array in batch.items()}
       for place in bad:
         example_id, epoch = int(batch['id'][place]), int(batch['epoch'][place])
-        self._try(example_id, epoch)
-        if self._replace:
-          for name, value in self._next_usable(example_id, epoch).items():
-            batch[name][place] = value
+        found = self._try(example_id, epoch)  # storage may have come back
+        batch['usable'][place] = found is not None
+        if found is None and self._replace:
+          found = self._next_usable(example_id, epoch)
+        for name, value in (found or {}).items():
+          batch[name][place] = value
       del batch['epoch']
       if self._replace:
         del batch['usable']

@@ -81,6 +81,9 @@ class ShardedRecords:
       size = with_retries(lambda: file_size(self.paths[shard]))
     except FileNotFoundError:
       return 0, damage(self.paths[shard], 'is missing')
+    except OSError as error:
+      reason = error.strerror or error
+      return 0, f'{self.paths[shard]}: {reason}; see that this user can read it'
     return size, self._problem(shard, size)
 
   def _problem(self, shard: int, size: int) -> str:
@@ -108,7 +111,8 @@ class ShardedRecords:
 
     Returns:
       (data, label): the encoded image, string scalar, and int32 scalar; b'' and
-      -1 for what the record lacks, so also for an empty one.
+      -1 for what the record lacks, so also for an empty one. A record that is
+      no tf.train.Example at all fails with InvalidArgumentError.
     """
     import tensorflow as tf
 
