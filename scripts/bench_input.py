@@ -203,6 +203,10 @@ ROWS = {
       ours('clean', 'aa', aa_shares_crop=True),
     ),
     Row('clean+aa, own crops', ours('clean', 'aa')),
+    Row(
+      'clean+aa, own crops, no antialias',
+      ours('clean', 'aa', antialias=False),
+    ),
     # timm's v0 fails with current versions of Pillow: posterize to 0 bits.
     Row(
       'clean+aa (reduced_imagenet), own crops',
@@ -226,78 +230,114 @@ ROWS = {
 
 
 def breakdown(root: pathlib.Path, num_images: int) -> list[dict]:
-  """Milliseconds per image of each stage, by leaving stages out.
+  """Milliseconds of processor time per image of each stage.
 
   Stages are added one by one to a plain tf.data pipeline on one thread; a
-  stage's processor time is what it adds. The last is the pipeline of training.
+  stage's time is what it adds. The last is the pipeline of training.
   """
-  import jax
   import numpy as np
-  import tensorflow as tf
 
-  from conadv_jax.data import autoaugment, image_folder, views
+  from conadv_jax.data import image_folder
 
   source = image_folder.ImageFolder(str(root), 'train')
-  settings = _settings()
-  rng = np.random.default_rng(0)
-  ids = rng.integers(source.num_examples, size=num_images)
-
-  def read(example_id):
-    record = tf.numpy_function(
-      lambda i: source.fetch(np.array([i]))[0], [example_id], tf.string
-    )
-    return source.parse(tf.ensure_shape(record, []), example_id)[0], example_id
-
-  def decode(data, example_id):
-    return tf.io.decode_jpeg(data, 3, dct_method='INTEGER_ACCURATE'), example_id
-
-  make_views = views.make_train_views(settings, ['clean'])
-
-  def crop(data, example_id):
-    seed = tf.stack([example_id, example_id])
-    return make_views(data, seed)['clean'], seed
-
-  def augment(image, seed):
-    return autoaugment.augment('v0', image, seed), seed
-
-  def seconds(*stages, batch=False, put=False) -> float:
-    dataset = tf.data.Dataset.from_tensor_slices(ids)
-    for stage in stages:
-      dataset = dataset.map(stage)
-    if batch:
-      dataset = dataset.map(lambda image, _: image).batch(BATCH)
-    options = tf.data.Options()
-    options.threading.private_threadpool_size = 1
-    options.experimental_optimization.map_parallelization = False
-    elements = dataset.with_options(options).as_numpy_iterator()
-    next(elements)
-    start = time.process_time()
-    for element in elements:
-      if put:
-        jax.device_put(element).block_until_ready()
-    first = BATCH if batch else 1
-    return (time.process_time() - start) / (num_images - first)
-
-  t_read = seconds(read)
-  t_full = seconds(read, decode)
-  t_crop = seconds(read, crop)
-  t_aug = seconds(read, crop, augment)
-  t_batch = seconds(read, crop, augment, batch=True)
-  t_put = seconds(read, crop, augment, batch=True, put=True)
-  t_all = 1 / _rate(_batches(root, ('clean', 'aa'), num_images))
+  ids = np.random.default_rng(0).integers(source.num_examples, size=num_images)
+  read, whole, window, crop, augment = _stages(source)
+  t_read = _seconds(ids, read)
+  t_whole = _seconds(ids, read, whole)
+  t_window = _seconds(ids, read, window)
+  t_crop = _seconds(ids, read, crop)
+  t_aug = _seconds(ids, read, crop, augment)
+  t_batch = _seconds(ids, read, crop, augment, batch=True)
+  t_put = _seconds(ids, read, crop, augment, batch=True, put=True)
   stages = {
     'read': t_read,
-    'decode of the whole image, for comparison': t_full - t_read,
-    'decode of the crop, resize, flip': t_crop - t_read,
+    'decode the whole image (for comparison)': t_whole - t_read,
+    'decode the crop': t_window - t_read,
+    'resize, flip': t_crop - t_window,
     'AutoAugment v0': t_aug - t_crop,
     'batch': t_batch - t_aug,
     'transfer to the device': t_put - t_batch,
-    'whole pipeline, clean+aa, own crops': t_all,
+    'all of clean': 1 / _rate(_batches(root, ('clean',), num_images)),
+    'all of clean+aa': 1 / _rate(_batches(root, ('clean', 'aa'), num_images)),
   }
   return [
     {'name': f'stage: {name}', 'value': 1e3 * value, 'unit': 'ms/image'}
     for name, value in stages.items()
   ]
+
+
+def _stages(source) -> tuple[Callable, ...]:
+  """Maps of (data, id): read, decode all, decode a crop, crop, augment."""
+  import numpy as np
+  import tensorflow as tf
+
+  from conadv_jax.data import autoaugment, views
+
+  make_views = views.make_train_views(_settings(), ['clean'])
+  exact = {'channels': 3, 'dct_method': 'INTEGER_ACCURATE'}
+
+  def read(_, example_id):
+    record = tf.numpy_function(
+      lambda i: source.fetch(np.array([i]))[0], [example_id], tf.string
+    )
+    return source.parse(tf.ensure_shape(record, []), example_id)[0], example_id
+
+  def whole(data, example_id):
+    return tf.io.decode_jpeg(data, **exact), example_id
+
+  def window(data, example_id):
+    begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
+      tf.image.extract_jpeg_shape(data),
+      tf.zeros([1, 0, 4]),
+      tf.stack([example_id, example_id]),
+      min_object_covered=0.0,
+      aspect_ratio_range=(3 / 4, 4 / 3),
+      area_range=(0.08, 1.0),
+      max_attempts=100,
+      use_image_if_no_bounding_boxes=True,
+    )
+    box = tf.concat([begin[:2], size[:2]], 0)
+    return tf.io.decode_and_crop_jpeg(data, box, **exact), example_id
+
+  def crop(data, example_id):
+    seed = tf.stack([example_id, example_id])
+    return make_views(data, seed)['clean'], example_id
+
+  def augment(image, example_id):
+    seed = tf.stack([example_id, example_id])
+    return autoaugment.augment('v0', image, seed), example_id
+
+  return read, whole, window, crop, augment
+
+
+def _seconds(ids, *stages, batch: bool = False, put: bool = False) -> float:
+  """Processor time per image of a pipeline of `stages` on one thread."""
+  import jax
+  import tensorflow as tf
+
+  def image_only(image, _):
+    return image
+
+  def first_byte(data, _):
+    if data.dtype == tf.string:
+      return tf.cast(tf.strings.length(data), tf.uint8)
+    return tf.reshape(data, [-1])[0]
+
+  dataset = tf.data.Dataset.from_tensor_slices((ids, ids))
+  for stage in stages:
+    dataset = dataset.map(stage)
+  # Handing over each element would cost more than some stages.
+  dataset = dataset.map(image_only if batch else first_byte).batch(BATCH)
+  options = tf.data.Options()
+  options.threading.private_threadpool_size = 1
+  options.experimental_optimization.map_parallelization = False
+  elements = dataset.with_options(options).as_numpy_iterator()
+  next(elements)
+  start = time.process_time()
+  for element in elements:
+    if put:
+      jax.device_put(element).block_until_ready()
+  return (time.process_time() - start) / (len(ids) - BATCH)
 
 
 def memory(root: pathlib.Path, num_batches: int) -> list[dict]:
@@ -405,8 +445,8 @@ def host_cores(rows: list[dict]) -> list[dict]:
   needed = []
   for slice_name, (hosts, devices, bandwidth) in SLICES.items():
     for views, name in (
-      ('clean', 'clean'),
-      ('clean+aa', 'clean+aa, own crops'),
+      ('clean', 'clean, no antialias'),
+      ('clean+aa', 'clean+aa, own crops, no antialias'),
       ('clean+aa', 'clean+aa, shared crop'),
     ):
       images = bandwidth / STEP_BYTES[views] * devices / hosts
@@ -453,7 +493,7 @@ def main() -> None:
   if args.task:
     _worker(args.task, args.root, args.count)
     return
-  count, rounds = (6 * BATCH, 1) if args.quick else (24 * BATCH, 5)
+  count, rounds = (6 * BATCH, 1) if args.quick else (24 * BATCH, 3)
   with tempfile.TemporaryDirectory() as folder:
     root = args.data_dir or _make_images(folder)
     rows = _timed_rows(root, count, rounds)
