@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -60,9 +61,9 @@ def export(argv: Sequence[str]) -> epath.Path:
 
   card = model_card.make(run, directory, step, weights)
   card |= {'format': kind, 'file': output.name}
-  card['usage'] = _USAGES[kind](card)
+  card['usage'] = USAGES[kind](card)
   with _writing(output):
-    _WRITERS[kind](output, run, weights, card)
+    WRITERS[kind](output, run, weights, card)
     workdir.write_json(card_path, card)
     card_path.with_suffix('.md').write_text(model_card.markdown(card))
   top1 = 'not evaluated' if card['top1'] is None else f'{card["top1"]:.2f} %'
@@ -147,7 +148,7 @@ def load_stablehlo(path: str) -> Callable[[Any], jax.Array]:
     return jax.export.deserialize(bytearray(content)).call
   except OSError as error:
     raise ConfigError(f'{path!r}: cannot be read: {error}') from error
-  except (ValueError, TypeError, AttributeError) as error:
+  except (struct.error, ValueError) as error:
     raise ConfigError(f'{path!r}: not of jax.export: {error}') from error
 
 
@@ -204,7 +205,7 @@ def _write_saved_model(
   save_tf(str(output), run, weights)
 
 
-_WRITERS = {
+WRITERS = {
   'safetensors': _write_safetensors,
   'stablehlo': _write_stablehlo,
   'saved_model': _write_saved_model,
@@ -264,7 +265,7 @@ def _batch_shape(card: Mapping[str, Any]) -> tuple[int, ...]:
   return (2, height, width, channels)
 
 
-_USAGES = {
+USAGES = {
   'safetensors': _timm_usage,
   'stablehlo': _stablehlo_usage,
   'saved_model': _saved_model_usage,

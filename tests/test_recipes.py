@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from conadv_jax import config, experiment, models, schedules, train
+from conadv_jax import config, experiment, metrics, models, schedules, train
 from conadv_jax.data import datasets
 from conadv_jax.models import efficientnet, resnet
 from configs import imagenet_efficientnet, imagenet_resnet50
@@ -193,7 +193,7 @@ def test_rmsprop_is_that_of_tensorflow_tpu(batch, recipe):
   per_epoch = NUM_TRAIN / BATCHES[batch]
   np.testing.assert_allclose(rate(cfg, round(5 * per_epoch)), peak, rtol=1e-6)
   half = round(2.5 * per_epoch)
-  np.testing.assert_allclose(rate(cfg, half), peak / 2, rtol=2e-3)
+  np.testing.assert_allclose(rate(cfg, half), peak / 2, rtol=1 / half)
   # Two decays, a little more than 4.8 epochs after the warm-up.
   later = round(9.9 * per_epoch)
   np.testing.assert_allclose(rate(cfg, later), peak * 0.97**2, rtol=1e-6)
@@ -253,13 +253,13 @@ def test_the_efficientnet_recipe_is_for_efficientnets(model):
 
 # ---- Whole runs -------------------------------------------------------------
 
-# Of each family: as many kinds of blocks as there are, but few and thin ones.
+# The first blocks of each network, thin: compiling takes most of the time.
 SHORT = {
-  'resnet18': functools.partial(resnet.resnet18, width=8, blocks=(1, 1, 1, 1)),
+  'resnet18': functools.partial(resnet.resnet18, width=8, blocks=(1, 1)),
   'efficientnet_b0': functools.partial(
     efficientnet.efficientnet_b0,
     width_factor=0.25,
-    stages=tuple(s._replace(repeats=1) for s in efficientnet.STAGES[:4]),
+    stages=efficientnet.STAGES[:2],
   ),
 }
 SMALL = {
@@ -288,11 +288,12 @@ def data_dir(tmp_path_factory):
 def test_a_recipe_trains_with_every_method(
   model, method, data_dir, tmp_path, monkeypatch
 ):
-  """A few blocks of each network on one device; the commands below run all."""
+  """On one device; the commands below run the whole networks."""
   entry = dataclasses.replace(models.get(model), build=SHORT[model])
   monkeypatch.setitem(models.MODELS, model, entry)
   build = functools.partial(experiment.build, devices=jax.devices()[:1])
   monkeypatch.setattr(experiment, 'build', build)
+  monkeypatch.setattr(train, '_draw', lambda *_: None)  # compiles an attack
   values = recipe_of(model).get_config(
     f'model={model},method={method},batch_size=8'
   )
@@ -303,7 +304,7 @@ def test_a_recipe_trains_with_every_method(
   assert cfg.dtype == 'bfloat16'
   summary = train.train(cfg, str(tmp_path))
   assert summary['steps'] == 3 and summary['nonfinite_steps'] == 0
-  rows = [json.loads(r) for r in (tmp_path / 'metrics.jsonl').open()]
+  rows = metrics.read_metrics(tmp_path)
   losses = [row['loss'] for row in rows if row['split'] == 'train']
   assert len(losses) == 3
   # Chance on 1,000 classes is a loss of 6.9.
@@ -326,8 +327,6 @@ def test_the_command_of_a_recipe_trains_the_whole_network(
   overrides = SMALL | {
     'dataset.image_size_px': 64,
     'dataset.data_dir': data_dir,
-    'eval.attack': 'none',
-    'attack_stats_every_steps': 0,
     'dtype': 'float32',
   }
   command = [
