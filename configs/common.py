@@ -138,11 +138,11 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def set_imagenet(c: ml_collections.ConfigDict, image_size_px: int) -> None:
-  """ImageNet with the input of the paper's code, evaluated now and then."""
+  """ImageNet, resized without antialiasing as in the paper's code."""
   c.dataset.name = 'imagenet2012'
   c.dataset.image_size_px = image_size_px
-  c.dataset.antialias = False  # as in the paper's code
   c.dataset.random_flip = True
+  c.dataset.antialias = False
   c.eval.batch_size = 1024
   c.eval.every_steps = max(1, round(4 * 1_281_167 / c.batch_size))
   c.checkpoint.every_steps = max(1, round(1_281_167 / c.batch_size))
