@@ -15,7 +15,8 @@ import pytest
 
 from conadv_jax import cli, config, evaluate, experiment, metrics, models, train
 from conadv_jax.checkpoint import Checkpoints
-from conadv_jax.data import sampler
+from conadv_jax.data import datasets, sampler
+from conadv_jax.data.quarantine import Quarantine
 from configs import digits
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -115,10 +116,11 @@ def test_the_pending_perturbation_is_made_again_after_a_restore(tau, tmp_path):
   cfg = settings(staleness_steps=tau, attack__preset='paper', max_steps=6)
   run = experiment.build(cfg)
   step_fn = run.compile_step()
-  source = train.datasets.load(run.spec, 'train', '')
+  source = datasets.load(run.spec, 'train', '')
 
   def feed(start, count):
-    return iter(train._batches(run, source, start, count))
+    ids = train.ExampleIds(start, keep=9)
+    return train._batches(run, source, Quarantine(), ids, start, count)
 
   batches = list(feed(0, 6))
   state = train.pending_perturbation(cfg, step_fn, run.init_state(), batches[0])
@@ -357,9 +359,10 @@ def test_evaluation_does_not_depend_on_the_batch_size(unbroken):
   for size in (8, 104, 512):
     run = experiment.build(settings(eval__batch_size=size))
     state = final_state(run, unbroken, 20)
-    source = train.datasets.load(run.spec, 'eval', '')
+    source = datasets.load(run.spec, 'eval', '')
     weights = evaluate.weights_of(run.config, state)
-    results.append(evaluate.Evaluator(run, source)(weights, 'fgsm'))
+    evaluator = evaluate.Evaluator(run, source, Quarantine())
+    results.append(evaluator(weights, 'fgsm'))
   assert results[0]['top1'] == results[1]['top1'] == results[2]['top1']
   np.testing.assert_allclose(
     [r['loss'] for r in results], results[0]['loss'], rtol=1e-5
