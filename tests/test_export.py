@@ -25,7 +25,7 @@ from conadv_jax import (
 )
 from conadv_jax.checkpoint import Checkpoints
 from conadv_jax.data import datasets
-from conadv_jax.models import resnet, weights
+from conadv_jax.models import efficientnet, resnet, weights
 from conadv_jax.state import Snapshot
 from configs import digits, imagenet_efficientnet, imagenet_resnet50
 
@@ -200,6 +200,34 @@ def test_a_route_has_a_function_of_its_own(directory, tmp_path):
   expected = logits_of(directory, images[:7], row=1)
   np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
   assert not np.allclose(logits, logits_of(directory, images[:7]), rtol=1e-3)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_depthwise_convolutions_are_exported_for_any_batch(
+  dtype, tmp_path, monkeypatch
+):
+  """They have code of their own on a CPU, where sizes are known."""
+  thin = functools.partial(
+    efficientnet.efficientnet_b0,
+    width_factor=0.25,
+    stages=efficientnet.STAGES[:2],
+  )
+  entry = models.Entry(thin, 32)
+  monkeypatch.setitem(models.MODELS, 'efficientnet_b0', entry)
+  values = imagenet_efficientnet.get_config('model=efficientnet_b0')
+  values.dtype = dtype
+  run = experiment.build(config.from_config_dict(values), jax.devices()[:1])
+  variables = networks.random_variables(run.model)
+  chosen = Snapshot(variables['params'], variables['batch_stats'])
+  path = tmp_path / 'm.stablehlo'
+  path.write_bytes(export.to_stablehlo(run, chosen).serialize())
+  predict = export.load_stablehlo(str(path))
+  images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+  expected = jax.jit(export.make_predict_fn(run, chosen))(images)
+  tolerance = {'float32': 1e-5, 'bfloat16': 0.03}[dtype]  # bfloat16: 2**-8
+  for count in (1, 5):
+    logits = predict(images[:count])
+    assert networks.relative_error(logits, expected[:count]) < tolerance
 
 
 def test_stablehlo_is_for_all_platforms(directory, tmp_path):

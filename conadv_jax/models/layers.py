@@ -84,7 +84,8 @@ def conv_general_dilated(
   Takes a faster way on a CPU where the convolution is of NHWC images with a
   HWIO kernel in a floating type, has no dilation, and either has feature
   groups, or is 1x1 without padding. Only the order of sums differs; those of
-  bfloat16 are in float32. Under `jax.vmap` the way is that of `jax.lax`.
+  bfloat16 are in float32. Under `jax.vmap`, and for sizes that are not known
+  yet (`jax.export.symbolic_shape`), the way is that of `jax.lax`.
   """
   precision = kwargs.pop('precision', None)
   dilations = {*(lhs_dilation or ()), *(rhs_dilation or ())}
@@ -125,6 +126,7 @@ def _spec(x, w, strides, padding, numbers, groups, precision) -> _Spec | None:
   )
   if (
     x.ndim != 4
+    or any(map(jax.export.is_symbolic_dim, x.shape))
     or numbers_of(numbers) != numbers_of(_NHWC)
     or not jnp.issubdtype(x.dtype, jnp.floating)
   ):
