@@ -394,8 +394,8 @@ def fuzz(count, megabytes):
 @pytest.mark.slow
 def test_mutated_files_give_an_image_or_an_error_in_bounded_memory():
   # An image of MAX_PIXELS, a copy, and a progressive JPEG's coefficients, two
-  # bytes for each sample, are 770 MB. The rest is for the code that oneDNN makes
-  # for each shape: without room for it, it ends the process.
+  # bytes for each sample, are 770 MB. The rest is for the code that oneDNN
+  # makes for each shape: without room for it, it ends the process.
   done = subprocess.run(
     [sys.executable, '-c', 'import test_decode; test_decode.fuzz(500, 1200)'],
     cwd=pathlib.Path(__file__).parent,
