@@ -197,6 +197,16 @@ def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
     assert error <= tolerance, f'{jax.tree_util.keystr(path)}: off by {error}'
 
 
+def assert_batches_equal(got: list[dict], expected: list[dict]) -> None:
+  """The same arrays, of the same types, in each batch."""
+  assert len(got) == len(expected)
+  for one, other in zip(got, expected, strict=True):
+    assert one.keys() == other.keys()
+    for key in one:
+      assert one[key].dtype == other[key].dtype
+      np.testing.assert_array_equal(one[key], other[key])
+
+
 def bits(tree: Any) -> list[bytes]:
   """The bytes of every leaf: equal only where nan equals nan, too."""
   return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 
+import helpers
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -96,15 +97,6 @@ def train(source, *, crop_padding_px=2, random_flip=True, **kwargs):
 def evaluation(source, **kwargs):
   batches = pipeline.eval_batches(source, SETTINGS, num_classes=10, **kwargs)
   return list(batches)
-
-
-def assert_batches_equal(got, expected):
-  assert len(got) == len(expected)
-  for one, other in zip(got, expected, strict=True):
-    assert one.keys() == other.keys()
-    for key in one:
-      assert one[key].dtype == other[key].dtype
-      np.testing.assert_array_equal(one[key], other[key])
 
 
 # ---- Data sets --------------------------------------------------------------
@@ -531,7 +523,9 @@ def test_each_op_has_a_stream_of_its_own(monkeypatch):
 def test_two_runs_are_equal_and_two_seeds_are_not():
   source = make_source(50)
   first = train(source, batch_size=16, num_steps=12)
-  assert_batches_equal(train(source, batch_size=16, num_steps=12), first)
+  helpers.assert_batches_equal(
+    train(source, batch_size=16, num_steps=12), first
+  )
   other = train(source, batch_size=16, num_steps=12, seed=6)
   assert (other[0]['clean'] != first[0]['clean']).any()
 
@@ -541,7 +535,7 @@ def test_resumed_batches_are_the_tail():
   whole = train(source)
   for start in range(8):
     tail = train(source, start_step=start, num_steps=8 - start)
-    assert_batches_equal(tail, whole[start:])
+    helpers.assert_batches_equal(tail, whole[start:])
 
 
 def test_a_late_step_starts_at_once():

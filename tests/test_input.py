@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 
+import helpers
 import hypothesis
 import numpy as np
 import odd_images
@@ -83,15 +84,6 @@ def evaluation(source, **kwargs):
   return list(
     pipeline.eval_batches(source, settings_of(), **(defaults | kwargs))
   )
-
-
-def assert_batches_equal(got, expected):
-  assert len(got) == len(expected)
-  for one, other in zip(got, expected, strict=True):
-    assert one.keys() == other.keys()
-    for key in one:
-      assert one[key].dtype == other[key].dtype
-      np.testing.assert_array_equal(one[key], other[key])
 
 
 def by_id(batches):
@@ -254,7 +246,7 @@ def test_hosts_share_one_order_in_many_cases(**case):
 
 
 def test_two_runs_give_the_same_bytes(fake_dirs, batches):
-  assert_batches_equal(train(load(fake_dirs / 'array_record')), batches)
+  helpers.assert_batches_equal(train(load(fake_dirs / 'array_record')), batches)
 
 
 @pytest.mark.parametrize('name', FORMATS)
@@ -264,7 +256,7 @@ def test_a_fresh_pipeline_from_any_step_gives_the_tail(fake_dirs, name):
   for start in range(1, 4):
     source = load(fake_dirs / name)
     tail = train(source, start_step=start, num_steps=4 - start, **steps)
-    assert_batches_equal(tail, whole[start:])
+    helpers.assert_batches_equal(tail, whole[start:])
 
 
 @pytest.mark.parametrize('name', FORMATS)
@@ -463,9 +455,13 @@ class Flaky(Folder):
 def test_an_example_that_can_be_read_later_is_used():
   files = [plain(grey) for grey in GREYS]
   expected = train(Folder(files), ('clean',), num_steps=3)
-  assert_batches_equal(train(Flaky(files), ('clean',), num_steps=3), expected)
+  helpers.assert_batches_equal(
+    train(Flaky(files), ('clean',), num_steps=3), expected
+  )
   expected = evaluation(Folder(files), batch_size=12)
-  assert_batches_equal(evaluation(Flaky(files), batch_size=12), expected)
+  helpers.assert_batches_equal(
+    evaluation(Flaky(files), batch_size=12), expected
+  )
 
 
 def test_evaluation_leaves_bad_examples_out_and_names_them():
@@ -511,7 +507,7 @@ def test_a_slow_file_does_not_change_the_order(fake_dirs, batches):
     return fetch(ids)
 
   source.fetch = slow
-  assert_batches_equal(train(source), batches)
+  helpers.assert_batches_equal(train(source), batches)
 
 
 # ---- Cache ------------------------------------------------------------------
@@ -520,18 +516,18 @@ def test_a_slow_file_does_not_change_the_order(fake_dirs, batches):
 @pytest.mark.parametrize('kind', ['raw', 'decoded'])
 def test_a_cache_changes_no_pixel(fake_dirs, batches, kind):
   cached = load(fake_dirs / 'array_record', cache=kind)
-  assert_batches_equal(train(cached), batches)
+  helpers.assert_batches_equal(train(cached), batches)
 
 
 def test_a_cache_changes_no_pixel_of_the_evaluation(fake_dirs):
   root = fake_dirs / 'array_record'
   cached = evaluation(load(root, 'eval', cache='decoded'))
-  assert_batches_equal(cached, evaluation(load(root, 'eval')))
+  helpers.assert_batches_equal(cached, evaluation(load(root, 'eval')))
 
 
 def test_a_cache_gives_tfrecords_the_order_of_random_access(fake_dirs, batches):
   cached = load(fake_dirs / 'tfrecord', cache='raw')
-  assert_batches_equal(train(cached), batches)
+  helpers.assert_batches_equal(train(cached), batches)
 
 
 def test_a_cache_that_does_not_fit_is_refused(fake_dirs, monkeypatch):
@@ -547,7 +543,7 @@ def test_a_bad_example_stays_bad_in_a_cache(tmp_path):
     quarantine = Quarantine(max_share=0.5)
     cached = cache.Cached(source, kind)
     batches = train(cached, ('clean',), quarantine=quarantine)
-    assert_batches_equal(
+    helpers.assert_batches_equal(
       batches, train(source, ('clean',), quarantine=quarantine)
     )
     assert len(quarantine) == 1

@@ -49,7 +49,6 @@ class Cached:
 
   Attributes:
     num_examples: N.
-    nbytes: of what is held.
   """
 
   def __init__(self, source: Any, kind: Literal['raw', 'decoded']):
@@ -64,7 +63,6 @@ class Cached:
     self._decode = _decoder(source) if kind == 'decoded' else None
     _check_memory(kind, self._estimate())
     self._records = self._read()
-    self.nbytes = sum(map(len, self._records))
 
   def fetch(self, ids: np.ndarray) -> list[bytes]:
     return [self._records[i] for i in ids]
@@ -81,7 +79,7 @@ class Cached:
     height, width, label = tf.unstack(tf.ensure_shape(header, [3]))
     body = tf.strings.substr(record, _HEADER.size, -1)
     decodable = tf.debugging.Assert(height > 0, [body])
-    with tf.control_dependencies([decodable] if decodable is not None else []):
+    with tf.control_dependencies([decodable]):
       pixels = tf.io.decode_raw(body, tf.uint8)
     return tf.reshape(pixels, [height, width, 3]), label
 
