@@ -6,6 +6,7 @@ that any weights, of any age, can be attacked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from conadv_jax.config import Attack
+from conadv_jax.mesh import Places
 
 # image [G, b, H, W, C] in [0, 255], labels [G, b] -> (summed loss, auxiliary)
 LossFn = Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -36,6 +38,7 @@ def sample_start(
   image: jax.Array,
   labels: jax.Array,
   num_classes: int,
+  places: Places | None = None,
 ) -> Start:
   """Draws the start of the attack on `image` [G, b, H, W, C].
 
@@ -43,25 +46,47 @@ def sample_start(
   start is uniform in the epsilon-ball, else it is the clean image. A target is
   uniform over the other classes. (The paper's code draws the former once per
   core, whose images are its batch-norm group, and the latter alike.)
+
+  Every draw is addressed by `places`, where these groups and examples are in
+  the batch, so that it does not depend on how the batch is divided; None counts
+  them from 0.
   """
   use_key, noise_key, scale_key, target_key = jax.random.split(key, 4)
+  dtype = image.dtype
+  places = places or Places.of(*image.shape[:2])
+
+  def per_example(draw: Callable[[jax.Array], jax.Array], key: jax.Array):
+    each = jax.vmap(jax.vmap(lambda i: draw(jax.random.fold_in(key, i))))
+    return each(places.example)
+
   if attack.targeted:
-    offset = jax.random.randint(target_key, labels.shape, 1, num_classes)
+    offset = per_example(
+      lambda key: jax.random.randint(key, (), 1, num_classes), target_key
+    )
     labels = (labels + offset) % num_classes
   if not attack.random_start_prob:
     return Start(jnp.zeros_like(image), labels)
 
-  shape, dtype = image.shape, image.dtype
+  shape = image.shape[2:]
   if attack.norm == 'linf':
-    noise = jax.random.uniform(noise_key, shape, dtype, -1, 1)
+    noise = per_example(
+      lambda key: jax.random.uniform(key, shape, dtype, -1, 1), noise_key
+    )
   else:
-    gauss = jax.random.normal(noise_key, shape, dtype)
-    pixels = image[0, 0].size
-    radius = jax.random.uniform(scale_key, labels.shape, dtype) ** (1 / pixels)
+    gauss = per_example(
+      lambda key: jax.random.normal(key, shape, dtype), noise_key
+    )
+    share = per_example(
+      lambda key: jax.random.uniform(key, (), dtype), scale_key
+    )
+    radius = share ** (1 / math.prod(shape))
     noise = gauss / _l2_norm(gauss) * radius[..., None, None, None]
-  use = jax.random.bernoulli(
-    use_key, attack.random_start_prob, (image.shape[0], 1, 1, 1, 1)
-  )
+
+  def uses_noise(group: jax.Array) -> jax.Array:
+    key = jax.random.fold_in(use_key, group)
+    return jax.random.bernoulli(key, attack.random_start_prob)
+
+  use = jax.vmap(uses_noise)(places.group)[:, None, None, None, None]
   return Start(jnp.where(use, attack.epsilon_px * noise, 0), labels)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import orbax.checkpoint as ocp
 from etils import epath
 
+from conadv_jax import hosts
 from conadv_jax.state import TrainState
 
 
@@ -13,6 +14,8 @@ class Checkpoints:
 
   The pending perturbation is left out: it is as large as a batch of float
   images, and `train_step.pending_perturbation` makes it again bit for bit.
+
+  All hosts make the same calls. Which steps there are is what host 0 sees.
   """
 
   def __init__(
@@ -33,11 +36,11 @@ class Checkpoints:
 
   def latest_step(self) -> int | None:
     """Newest saved step, or None."""
-    return self._manager.latest_step()
+    return hosts.on_writer('the newest checkpoint', self._manager.latest_step)
 
   def save(self, step: int, state: TrainState) -> None:
     """Starts saving `state`; a step that is already there is kept."""
-    if step not in self._manager.all_steps():
+    if not self._has(step):
       content = ocp.args.StandardSave(state.replace(perturbation=None))
       self._manager.save(step, args=content)
 
@@ -57,10 +60,15 @@ class Checkpoints:
     """
     self._manager.wait_until_finished()
     self._manager.reload()
-    if step not in self._manager.all_steps():
+    if not self._has(step):
       raise RuntimeError(
         f'checkpoint of step {step} did not reach {self._manager.directory}'
       )
 
   def close(self) -> None:
     self._manager.close()
+
+  def _has(self, step: int) -> bool:
+    return hosts.on_writer(
+      'the list of checkpoints', lambda: step in self._manager.all_steps()
+    )

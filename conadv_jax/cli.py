@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,17 +13,24 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from conadv_jax import hosts
 from conadv_jax.config import ConfigError, flatten, unknown
 from conadv_jax.data.quarantine import DataError
 
 EXIT_USAGE = 2
+EXIT_MEMORY = 3
 EXIT_NONFINITE = 4
 EXIT_DATA = 5
 EXIT_PREEMPTED = 42
+_EXIT_INTERRUPTED = 130
 
 
 class Preempted(Exception):
   """The run was asked to stop, and has saved its state."""
+
+
+class OutOfMemoryError(Exception):
+  """The audited step needs more memory than its devices have."""
 
 
 class NonFiniteError(Exception):
@@ -38,12 +46,47 @@ def run(main: Callable[[Sequence[str]], Any], usage: str) -> None:
     main(sys.argv)
   except (ConfigError, flags.Error) as error:
     _fail(f'error: {error}', EXIT_USAGE)
+  except OutOfMemoryError as error:
+    _fail(f'error: {error}', EXIT_MEMORY)
   except NonFiniteError as error:
     _fail(f'error: {error}', EXIT_NONFINITE)
   except DataError as error:
     _fail(f'error: {error}', EXIT_DATA)
+  except hosts.HostError as error:
+    _fail(f'error: {error}', error.exit_code)
   except Preempted as error:
     _fail(str(error), EXIT_PREEMPTED)
+  except KeyboardInterrupt:
+    if hosts.count() == 1:
+      raise
+    # At once: at its end, JAX would wait for hosts that wait for this one.
+    os._exit(_EXIT_INTERRUPTED)
+  except Exception as error:
+    hosts.abandon(f'{type(error).__name__}: {error}', 1)
+    raise
+
+
+def start_hosts(argv: Sequence[str]) -> list[str]:
+  """Starts this host as `argv` says; returns the other arguments.
+
+  `--coordinator=HOST:PORT --num_hosts=N --host_index=I`, none of which is
+  needed where JAX finds the hosts by itself, or with one host; and
+  `--start_timeout_seconds=300`. `hosts.start` has their meaning.
+
+  Raises:
+    ConfigError: if hosts cannot be started so.
+  """
+  values = flags.FlagValues()
+  options = dict(flag_values=values)
+  coordinator = flags.DEFINE_string('coordinator', None, '', **options)
+  num_hosts = flags.DEFINE_integer('num_hosts', None, '', **options)
+  host_index = flags.DEFINE_integer('host_index', None, '', **options)
+  timeout = flags.DEFINE_integer('start_timeout_seconds', 300, '', **options)
+  rest = values(argv, known_only=True)
+  hosts.start(
+    coordinator.value, num_hosts.value, host_index.value, timeout.value
+  )
+  return rest
 
 
 def parse_config_file(
@@ -55,6 +98,29 @@ def parse_config_file(
     ConfigError: for a missing flag, a file that does not load, or an override
       of an unknown field.
   """
+  config, workdir = _parse(argv)
+  if not workdir:
+    raise ConfigError('missing --workdir=DIR, where the run is written')
+  return config, workdir
+
+
+def parse_config(argv: Sequence[str]) -> ml_collections.ConfigDict:
+  """`--config=FILE[:args] [--config.field=value ...]`, of no run.
+
+  Raises:
+    ConfigError: as `parse_config_file` does.
+  """
+  config, workdir = _parse(argv)
+  if workdir:
+    raise ConfigError(
+      f'unexpected --workdir={workdir}: nothing is trained here'
+    )
+  return config
+
+
+def _parse(
+  argv: Sequence[str],
+) -> tuple[ml_collections.ConfigDict, str | None]:
   values = flags.FlagValues()
   try:
     with _command_line(argv):
@@ -73,8 +139,6 @@ def parse_config_file(
     raise (ConfigError(message.strip()) if wrapped else error) from error
   if config.value is None:
     raise ConfigError('missing --config=configs/NAME.py')
-  if not workdir.value:
-    raise ConfigError('missing --workdir=DIR, where the run is written')
   return config.value, workdir.value
 
 
@@ -110,7 +174,8 @@ def parse_workdir(argv: Sequence[str]) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-  print(message, file=sys.stderr, flush=True)
+  print(f'{hosts.label()}{message}', file=sys.stderr, flush=True)
+  hosts.abandon(message, code)
   sys.exit(code)
 
 

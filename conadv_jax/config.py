@@ -292,7 +292,12 @@ class Config(_Group):
   bn_momentum: float = _number('in [0, 1)', 'the share of the old statistic')
   bn_epsilon: float = _number('> 0')
   dtype: str = _choice('float32', 'bfloat16', 'float64')
+  microbatches: int = _number('>= 1')
   remat: str = _choice('none', 'blocks')
+  shard_optimizer: bool
+  grad_allreduce_dtype: str = _choice('float32', 'bfloat16')
+  grad_buckets: int = _number('>= 0', '0 = as the compiler sees fit')
+  xla_flags: str = _choice('none', 'overlap', 'multislice')
   loss: Loss
   attack: Attack
   optimizer: Optimizer
@@ -315,6 +320,14 @@ class Config(_Group):
         f'bn_group_size={self.bn_group_size}: set that too, or the nearest: '
         f'batch_size={groups * self.bn_group_size}'
       )
+    groups = self.batch_size // self.bn_group_size
+    _check(
+      groups % self.microbatches == 0,
+      'microbatches',
+      self.microbatches,
+      f'must divide the {groups} batch-norm groups (batch_size='
+      f'{self.batch_size}, bn_group_size={self.bn_group_size})',
+    )
     _check(
       self.schedule.warmup_epochs <= self.epochs,
       'schedule.warmup_epochs',
@@ -410,7 +423,7 @@ def from_config_dict(values: Mapping[str, Any]) -> Config:
 
   Fields that are None take the value of their preset: `staleness_steps` the
   method's, the fields of `attack` those of `attack.preset`, `optimizer.eps` the
-  optimizer's.
+  optimizer's, `grad_buckets` that of `xla_flags`.
 
   Raises:
     ConfigError: for an unknown, missing or mistyped field, or a value out of
@@ -440,6 +453,8 @@ def _fill_presets(values: dict[str, Any]) -> None:
     epsilon = attack.get('epsilon_px')
     if attack.get('step_size_px', 0) is None and isinstance(epsilon, float):
       attack['step_size_px'] = epsilon if attack['steps'] == 1 else epsilon / 4
+  if values.get('grad_buckets', 0) is None:
+    values['grad_buckets'] = int(values.get('xla_flags') == 'overlap')
   optimizer = values.get('optimizer')
   if isinstance(optimizer, dict) and 'name' in optimizer:
     _check_choice('optimizer.name', optimizer['name'], OPTIMIZER_EPS)

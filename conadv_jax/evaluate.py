@@ -30,8 +30,8 @@ from conadv_jax.config import Attack, Config, ConfigError
 from conadv_jax.data import cache
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.experiment import Experiment
+from conadv_jax.passes import normalize, wide_dtype
 from conadv_jax.state import Snapshot, Stream, TrainState, stream_key
-from conadv_jax.train_step import normalize, wide_dtype
 
 Sums = dict[str, jax.Array]
 EvalFn = Callable[[Snapshot, Mapping[str, jax.Array], jax.Array], Sums]
@@ -92,7 +92,7 @@ def attacked(
   """Perturbations of a few images, and logits without and with them.
 
   Args:
-    images: uint8 [N, H, W, C]; N a multiple of the devices of a group.
+    images: uint8 [N, H, W, C].
     labels: int [N].
 
   Returns:
@@ -151,10 +151,9 @@ class Evaluator:
     self._source = source
     self._quarantine = quarantine
     self._fns: dict[tuple[str, str], EvalFn] = {}
-    devices = experiment.mesh.size
-    per_device = -(-experiment.config.eval.batch_size // devices)
-    self._groups = experiment.mesh.shape['data']
-    self._group_size = per_device * devices // self._groups
+    self._sharding = mesh_lib.example_sharding(experiment.mesh)
+    self._groups = experiment.mesh.size  # nothing here asks for groups
+    self._group_size = -(-experiment.config.eval.batch_size // self._groups)
 
   def __call__(
     self, weights: Snapshot, attack: str = 'none', route: str | None = None
@@ -198,12 +197,12 @@ class Evaluator:
     return batch['clean'], batch['label']
 
   def _batches(self) -> Iterable[Mapping[str, jax.Array]]:
-    mesh = self._experiment.mesh
-    positions = mesh_lib.local_positions(mesh, self._groups, self._group_size)
+    layout = (self._sharding, self._groups, self._group_size)
+    positions = mesh_lib.local_positions(*layout)
     size = self._groups * self._group_size
     for local in self._host_batches(size, positions.reshape(-1)):
       local['is_example'] = local.pop('id') >= 0
-      yield mesh_lib.put_batch(mesh, self._groups, self._group_size, local)
+      yield mesh_lib.put_batch(*layout, local)
 
   def _host_batches(
     self, batch_size: int, positions: np.ndarray | None = None

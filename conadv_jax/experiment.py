@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from conadv_jax import mesh as mesh_lib
-from conadv_jax import models, optim, schedules
+from conadv_jax import models, optim, schedules, xla_flags
 from conadv_jax.config import Config, ConfigError, Steps
 from conadv_jax.data import datasets
 from conadv_jax.state import Snapshot, Stream, TrainState, stream_key
@@ -63,7 +63,11 @@ class Experiment:
   def _abstract_state(self) -> TrainState:
     # Kept: a start needs it four times, and tracing a large network is slow.
     shapes = jax.eval_shape(self._init)
-    shardings = mesh_lib.state_shardings(self.mesh, shapes)
+    shardings = mesh_lib.state_shardings(
+      self.mesh,
+      shapes,
+      lambda x: self.config.shard_optimizer and optim.is_large(x),
+    )
     return jax.tree.map(
       lambda s, sharding: jax.ShapeDtypeStruct(
         s.shape, s.dtype, sharding=sharding
@@ -100,32 +104,42 @@ class Experiment:
 
   def compile_step(self) -> jax.stages.Compiled:
     """The compiled training step: the one program of a run."""
+    return self.lower_step().compile(compiler_options=self.compiler_options)
+
+  def lower_step(self) -> jax.stages.Lowered:
+    """The training step, traced for the shapes of the run."""
     batch = self.abstract_batch()
-    return self.jit_step().lower(self.abstract_state(), batch, batch).compile()
+    return self.jit_step().lower(self.abstract_state(), batch, batch)
+
+  @property
+  def compiler_options(self) -> dict[str, bool]:
+    """What `xla_flags` stands for on these devices."""
+    kind = self.mesh.devices.flat[0].device_kind
+    return xla_flags.compiler_options(self.config.xla_flags, kind)
 
   def local_positions(self) -> np.ndarray:
     """Places in the global batch that this host feeds, flat."""
     positions = mesh_lib.local_positions(
-      self.mesh, self.groups, self.config.bn_group_size
+      mesh_lib.batch_sharding(self.mesh),
+      self.groups,
+      self.config.bn_group_size,
     )
     return positions.reshape(-1)
 
   def put_batch(self, local: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """This host's share of a training batch -> global arrays [G, b, ...]."""
     return mesh_lib.put_batch(
-      self.mesh, self.groups, self.config.bn_group_size, local
+      mesh_lib.batch_sharding(self.mesh),
+      self.groups,
+      self.config.bn_group_size,
+      local,
     )
 
   def _init(self) -> TrainState:
     config = self.config
     key = stream_key(config.seed, Stream.INIT, 0)
     routes = tuple(range(len(config.routes)))
-    image = (
-      1,
-      len(routes),
-      mesh_lib.bn_span(self.mesh),
-      *self.spec.image_shape,
-    )
+    image = (1, len(routes), 1, *self.spec.image_shape)
     variables = self.model.init(key, jnp.zeros(image), routes, True)
     now = Snapshot(variables['params'], variables['batch_stats'])
     zero = jnp.zeros((), jnp.int32)
@@ -137,7 +151,7 @@ class Experiment:
       step=zero,
       params=now.params,
       batch_stats=now.batch_stats,
-      opt_state=self.optimizer.init(now.params),
+      opt_state=self.optimizer.init(optim.pack(config, now.params)),
       snapshots=(now,) * config.staleness_steps,
       ema=now if config.ema.decay else None,
       perturbation=perturbation,
@@ -169,14 +183,17 @@ def build(
   if config.dtype == 'float64' and not jax.config.jax_enable_x64:
     raise ConfigError("dtype='float64': set JAX_ENABLE_X64=1")
   steps = Steps.of(config, spec.num_train)
-  mesh = mesh_lib.make_mesh(config.batch_size, config.bn_group_size, devices)
+  mesh = mesh_lib.make_mesh(
+    config.batch_size, config.bn_group_size, devices, config.microbatches
+  )
+  optim.check_shards(config, mesh)
   options = {f'network.{k}': v for k, v in vars(config.network).items()}
   model = models.create(
     config.model,
     {'remat': config.remat} | options,
     num_classes=spec.num_classes,
     num_routes=len(config.routes),
-    span=mesh_lib.bn_span(mesh),
+    bn_axis=mesh_lib.bn_axis(mesh),
     bn_momentum=config.bn_momentum,
     bn_epsilon=config.bn_epsilon,
     dtype=jnp.dtype(config.dtype),
@@ -196,6 +213,6 @@ def build(
     apply_fn=apply_fn,
     optimizer=optimizer,
     schedule=schedule,
-    step_fn=make_train_step(config, spec, apply_fn, optimizer, schedule),
+    step_fn=make_train_step(config, spec, apply_fn, optimizer, schedule, mesh),
     model=model,
   )

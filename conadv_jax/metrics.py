@@ -11,30 +11,36 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from conadv_jax import hosts
+
+# In a bucket nothing is appended: every change writes the whole file.
+_BUCKET_SECONDS = 60
+
 # Values that two runs of the same configuration do not share.
 TIMINGS = ('images_per_sec', 'input_wait_percent', 'seconds')
 
 
 class MetricWriter:
-  """Appends to `metrics.jsonl` and writes the same values to TensorBoard.
+  """Adds to `metrics.jsonl` and writes the same values to TensorBoard.
 
   A line is a JSON object: `step`, `split`, then the values in order. Lines of
   later steps than `start_step` are dropped when a run resumes there, so that
   every step is in the file once.
+
+  On a file system, a line is in the file when `write` returns. In a bucket, it
+  is there a minute later, or after `flush`.
   """
 
   def __init__(self, workdir: epath.Path, start_step: int):
     # clu imports tensorflow, which the training step must not need.
     from clu import metric_writers
 
-    self.workdir = epath.Path(workdir)
-    path = self.workdir / 'metrics.jsonl'
+    self._path = path = epath.Path(workdir) / 'metrics.jsonl'
     kept = [r for r in read_metrics(workdir) if r['step'] <= start_step]
-    rewritten = self.workdir / 'metrics.jsonl.tmp'
-    rewritten.write_text(''.join(json.dumps(row) + '\n' for row in kept))
-    rewritten.replace(path)
     self.seconds_before = max((r.get('seconds', 0) for r in kept), default=0)
-    self._file = path.open('a')
+    self._lines = [json.dumps(row) + '\n' for row in kept]
+    self._rewrite()
+    self._file = None if _is_bucket(path) else path.open('a')
     self._tensorboard = metric_writers.SummaryWriter(str(workdir))
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
@@ -44,8 +50,7 @@ class MetricWriter:
     """
     values = {name: _plain(value) for name, value in values.items()}
     row = {'step': step, 'split': split, **values}
-    self._file.write(json.dumps(row) + '\n')
-    self._file.flush()
+    self._append(json.dumps(row) + '\n')
     scalars = {
       f'{split}/{name}': value
       for name, value in values.items()
@@ -53,9 +58,55 @@ class MetricWriter:
     }
     self._tensorboard.write_scalars(step, scalars)
 
+  def flush(self) -> None:
+    """Puts all lines into the file, before a checkpoint that needs them."""
+    if self._file is None and self._pending:
+      self._rewrite()
+
   def close(self) -> None:
-    self._file.close()
+    self.flush()
+    if self._file is not None:
+      self._file.close()
     self._tensorboard.close()
+
+  def _append(self, line: str) -> None:
+    if self._file is not None:
+      self._file.write(line)
+      self._file.flush()
+      return
+    self._lines.append(line)
+    self._pending = True
+    if time.monotonic() - self._written > _BUCKET_SECONDS:
+      self._rewrite()
+
+  def _rewrite(self) -> None:
+    temporary = self._path.parent / 'metrics.jsonl.tmp'
+    temporary.write_text(''.join(self._lines))
+    temporary.replace(self._path)
+    self._pending, self._written = False, time.monotonic()
+
+
+class NoWriter:
+  """The `MetricWriter` of a host that writes nothing."""
+
+  seconds_before = 0.0
+
+  def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+    """Leaves the values to host 0, which has the same."""
+
+  def flush(self) -> None:
+    """Nothing is pending."""
+
+  def close(self) -> None:
+    """Nothing is open."""
+
+
+Writer = MetricWriter | NoWriter
+
+
+def make_writer(workdir: epath.Path, start_step: int) -> Writer:
+  """What `write` needs on this host: host 0 writes, the others do not."""
+  return MetricWriter(workdir, start_step) if hosts.is_writer() else NoWriter()
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
@@ -128,6 +179,10 @@ def clock(seconds: float) -> str:
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f'{hours}:{minutes:02}:{seconds:02}'
+
+
+def _is_bucket(path: epath.Path) -> bool:
+  return '://' in str(path)
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,10 @@
   python -m conadv_jax.train --config=configs/NAME.py[:k=v,...] --workdir=DIR
                              [--config.FIELD=VALUE ...]
 
+Of several hosts, each runs this command. JAX finds them on Cloud TPU VMs, GKE,
+Slurm and Open MPI; elsewhere add --coordinator=HOST:PORT of host 0,
+--num_hosts=N and --host_index=I, from 0. The work directory must be shared.
+
 The work directory gets config.json, metrics.jsonl, TensorBoard events,
 checkpoints/, plots/ and, at the end, summary.json. The same command again
 resumes where the run stopped. Ctrl-C or SIGTERM saves and exits with 42;
@@ -12,8 +16,6 @@ resumes where the run stopped. Ctrl-C or SIGTERM saves and exits with 42;
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -27,12 +29,13 @@ from conadv_jax import (
   config,
   evaluate,
   experiment,
+  hosts,
   metrics,
   optim,
   plots,
+  preflight,
   workdir,
 )
-from conadv_jax import mesh as mesh_lib
 from conadv_jax.checkpoint import Checkpoints
 from conadv_jax.config import Config, ConfigError
 from conadv_jax.data import cache, pipeline
@@ -40,6 +43,7 @@ from conadv_jax.data.prefetch import Prefetcher
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.experiment import Experiment
 from conadv_jax.state import TrainState
+from conadv_jax.stop import Agreement, StopRequest
 from conadv_jax.train_step import (
   Metrics,
   make_attack_stats_fn,
@@ -51,7 +55,8 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
   """Trains `settings` in the work directory; returns the run's summary.
 
   Raises:
-    ConfigError: for a wrong setting, missing data, or another run's directory.
+    ConfigError: for a wrong setting, missing data, another run's directory, or
+      hosts that differ.
     cli.Preempted: when asked to stop; the state is saved.
     cli.NonFiniteError: after `max_nonfinite_steps` such steps in a row.
   """
@@ -59,13 +64,15 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
     stop_request = stack.enter_context(StopRequest())
 
     # ---- 1. Everything static ----------------------------------------------
+    preflight.check_program(settings)
     run = experiment.build(settings)
-    print(config.describe(settings))
-    print(_describe(run), flush=True)
+    hosts.say(config.describe(settings))
+    hosts.say(_describe(run))
 
     # ---- 2. Data -----------------------------------------------------------
     source = cache.load(run.spec, 'train', settings.dataset)
     eval_source = cache.load(run.spec, 'eval', settings.dataset)
+    preflight.check_input(run, source.num_examples, eval_source.num_examples)
     path = workdir.prepare(directory, run)
     quarantine = workdir.quarantine(path, settings)
     evaluator = evaluate.Evaluator(run, eval_source, quarantine)
@@ -81,14 +88,14 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
         f'{start}; use another --workdir, or more steps'
       )
     if start == stop and (summary := workdir.finished(path)):
-      print('nothing left to train', _describe_summary(summary, path), sep='\n')
+      hosts.say('nothing left to train\n' + _describe_summary(summary, path))
       return summary
     if start is None:
       start, state = 0, run.init_state()
     else:
       state = checkpoints.restore(start, run.abstract_state())
-      print(f'resumed at step {start}', flush=True)
-    writer = metrics.MetricWriter(path, start)
+      hosts.say(f'resumed at step {start}')
+    writer = metrics.make_writer(path, start)
     stack.callback(writer.close)
 
     # ---- 4. The step, compiled once, and the perturbation that it needs ----
@@ -98,7 +105,7 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
       run, source, quarantine, example_ids, start, stop - start + 1
     )
     batch = next(batches)
-    print(f'first batch of the input: {batches.wait_seconds:.1f} s', flush=True)
+    hosts.say(f'first batch of the input: {batches.wait_seconds:.1f} s')
     state = pending_perturbation(settings, step_fn, state, batch)
     attack_stats_fn = _attack_stats_fn(run)
     kernels = optim.kernel_names(state.params)
@@ -113,8 +120,9 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
       settings.eval.every_steps,
       settings.checkpoint.every_steps,
     )
+    agreed_signal = Agreement(stop_request, run.mesh)
     for step in range(start + 1, stop + 1):
-      if stop_request.signal is not None:
+      if stopped_by := agreed_signal():
         break
       next_batch = next(batches)
       state, values = step_fn(state, batch, next_batch)
@@ -125,9 +133,9 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
         rates = progress.report(step, batches.wait_seconds)
         rates['seconds'] = writer.seconds_before + progress.seconds
         row = _readable(values, kernels) | rates
-        row['bad_examples'] = len(quarantine)
+        row |= _over_hosts(rates['input_wait_percent'], len(quarantine))
         writer.write(step, 'train', row)
-        print(_progress_line(run, step, row, progress), flush=True)
+        hosts.say(_progress_line(run, step, row, progress))
       if not any(_due(step, every) for every in pauses):
         continue
       jax.block_until_ready(state)
@@ -139,54 +147,32 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
           row = evaluator(evaluate.weights_of(settings, state))
           writer.write(step, 'test', row)
         if _due(step, settings.checkpoint.every_steps) and step < stop:
+          writer.flush()
           checkpoints.save(step, state)
     watch.finish()
 
     # ---- 6. The end: save, evaluate, summarise, draw -----------------------
     step = int(jax.device_get(state.step))
+    writer.flush()
     checkpoints.save(step, state)
     checkpoints.wait(step)
     if step < stop:
       raise cli.Preempted(
-        f'{stop_request.signal.name}: saved step {step} of {stop}; run the '
+        f'{stopped_by.name}: saved step {step} of {stop}; run the '
         'same command again to go on'
       )
-    summary = _summarize(run, state, evaluator, writer, progress)
-    workdir.write_json(path / 'summary.json', summary)
-    _draw(run, state, evaluator, path)
-    print(_describe_summary(summary, path), flush=True)
+    top1 = _evaluate(run, state, evaluator, writer)
+    seconds = writer.seconds_before + progress.seconds
+
+    def finish() -> dict[str, Any]:
+      summary = _summarize(run, state, path, top1, seconds)
+      workdir.write_json(path / 'summary.json', summary)
+      _draw(run, state, evaluator, path)
+      return summary
+
+    summary = hosts.on_writer('the summary and the plots', finish)
+    hosts.say(_describe_summary(summary, path))
     return summary
-
-
-class StopRequest:
-  """Remembers SIGINT or SIGTERM, so that the loop can save and leave.
-
-  Ctrl-C after that interrupts at once; SIGTERM may come from several senders.
-  """
-
-  _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-  def __init__(self):
-    self.signal: signal.Signals | None = None
-
-  def __enter__(self) -> StopRequest:
-    self._before = {s: signal.signal(s, self._handle) for s in self._SIGNALS}
-    return self
-
-  def __exit__(self, *_) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-  def _handle(self, number: int, _) -> None:
-    if self.signal is not None:
-      if number == signal.SIGINT:
-        raise KeyboardInterrupt
-      return
-    self.signal = signal.Signals(number)
-    # Not print: the signal may have come in the middle of one.
-    os.write(
-      1, f'\n{self.signal.name}: will save; Ctrl-C quits at once\n'.encode()
-    )
 
 
 class ExampleIds:
@@ -202,8 +188,8 @@ class ExampleIds:
     self._next += 1
     self._ids.pop(self._next - 1 - self._keep, None)
 
-  def __getitem__(self, batch: int) -> list[int]:
-    return self._ids[batch].tolist()
+  def __getitem__(self, batch: int) -> np.ndarray:
+    return self._ids[batch]
 
 
 class NonFiniteWatch:
@@ -215,6 +201,7 @@ class NonFiniteWatch:
   def __init__(
     self, run: Experiment, path: epath.Path, example_ids: ExampleIds
   ):
+    self._run = run
     self._limit = run.config.max_nonfinite_steps
     self._path = path / 'nonfinite_steps.json'
     self._example_ids = example_ids
@@ -240,19 +227,17 @@ class NonFiniteWatch:
     if not streak:
       return
     loss, norm = jax.device_get((values['loss'], values['grad_norm']))
-    print(
+    hosts.say(
       f'step {step}: loss {loss}, gradient norm {norm}: not finite, update not '
-      f'applied ({streak} in a row)',
-      flush=True,
+      f'applied ({streak} in a row)'
     )
     if streak < self._limit:
       return
     first_step = step - streak + 1
-    # Steps count from 1, batches from 0.
-    examples = {
-      str(s): self._example_ids[s - 1] for s in range(first_step, step + 1)
-    }
-    workdir.write_json(self._path, examples)
+    examples = self._examples(range(first_step, step + 1))
+    hosts.on_writer(
+      self._path.name, lambda: workdir.write_json(self._path, examples)
+    )
     first = ', '.join(str(i) for i in examples[str(first_step)][:8])
     raise cli.NonFiniteError(
       f'{streak} steps in a row, {first_step} to {step}, were not finite '
@@ -260,6 +245,17 @@ class NonFiniteWatch:
       f'{first}, ...; all are in {self._path}. Lower optimizer.learning_rate '
       'or lengthen schedule.warmup_epochs, or look at these examples'
     )
+
+  def _examples(self, steps: range) -> dict[str, list[int]]:
+    """Ids of the whole batch of each of `steps`, in the order of its places."""
+    # Steps count from 1, batches from 0.
+    ids = np.array([self._example_ids[s - 1] for s in steps], np.int32)
+    places = self._run.local_positions().astype(np.int32)
+    whole = np.empty((len(steps), self._run.config.batch_size), np.int32)
+    gathered = (hosts.gather_arrays(ids), hosts.gather_arrays(places))
+    for ids_of_host, places_of_host in zip(*gathered, strict=True):
+      whole[:, places_of_host] = ids_of_host
+    return {str(s): row.tolist() for s, row in zip(steps, whole, strict=True)}
 
 
 def _due(step: int, every_steps: int) -> bool:
@@ -284,7 +280,7 @@ def _batches(
     seed=settings.seed,
     batch_size=settings.batch_size,
     positions=run.local_positions(),
-    host=(jax.process_index(), jax.process_count()),
+    host=(hosts.index(), hosts.count()),
     start_step=start,
     num_steps=count,
     quarantine=quarantine,
@@ -299,9 +295,9 @@ def _batches(
 
 def _compile(run: Experiment):
   start = time.monotonic()
-  print('compiling the training step ...', end=' ', flush=True)
+  hosts.say('compiling the training step ...', end=' ')
   step_fn = run.compile_step()
-  print(f'{time.monotonic() - start:.1f} s', flush=True)
+  hosts.say(f'{time.monotonic() - start:.1f} s')
   return step_fn
 
 
@@ -309,7 +305,9 @@ def _attack_stats_fn(run: Experiment):
   settings = run.config
   if not settings.staleness_steps or not settings.attack_stats_every_steps:
     return None
-  return jax.jit(make_attack_stats_fn(settings, run.spec, run.apply_fn))
+  return jax.jit(
+    make_attack_stats_fn(settings, run.spec, run.apply_fn, run.mesh)
+  )
 
 
 def _readable(values: Metrics, kernels: Sequence[str]) -> dict[str, Any]:
@@ -321,6 +319,16 @@ def _readable(values: Metrics, kernels: Sequence[str]) -> dict[str, Any]:
       values[f'trust_ratio_{name}'] = ratios[index]
       values[f'trust_ratio_{name}_layer'] = kernels[index]
   return values
+
+
+def _over_hosts(wait_percent: float, bad_examples: int) -> dict[str, Any]:
+  """The host that waits longest, and the bad examples of all hosts."""
+  of_hosts = np.array([wait_percent, bad_examples], np.float32)
+  waits, counts = hosts.gather_arrays(of_hosts).T
+  return {
+    'input_wait_percent': waits.max(),
+    'bad_examples': int(counts.sum()),
+  }
 
 
 def _progress_line(
@@ -351,25 +359,38 @@ def _describe(run: Experiment) -> str:
   )
 
 
-def _summarize(
+def _evaluate(
   run: Experiment,
   state: TrainState,
   evaluator: evaluate.Evaluator,
-  writer: metrics.MetricWriter,
-  progress: metrics.Progress,
-) -> dict[str, Any]:
-  """Evaluates the last weights and collects the numbers of the run."""
+  writer: metrics.Writer,
+) -> dict[str, float]:
+  """Top-1 of the last weights: `none` for clean images, and by attack."""
   settings = run.config
   weights = evaluate.weights_of(settings, state)
   clean = evaluator(weights)
   writer.write(run.steps.stop, 'test', clean)
-  robust = {}
+  top1 = {'none': clean['top1']}
   for name in evaluate.attack_names(settings.eval.attack):
-    robust[name] = evaluator(weights, name)['top1']
-    writer.write(run.steps.stop, f'test_{name}', {'top1': robust[name]})
+    top1[name] = evaluator(weights, name)['top1']
+    writer.write(run.steps.stop, f'test_{name}', {'top1': top1[name]})
+  writer.flush()
+  return top1
+
+
+def _summarize(
+  run: Experiment,
+  state: TrainState,
+  path: epath.Path,
+  top1: dict[str, float],
+  seconds: float,
+) -> dict[str, Any]:
+  """The numbers of the run, from `_evaluate` and metrics.jsonl."""
+  settings = run.config
+  robust = {name: value for name, value in top1.items() if name != 'none'}
   rates = [
     row['images_per_sec']
-    for row in metrics.read_metrics(writer.workdir)
+    for row in metrics.read_metrics(path)
     if row['split'] == 'train'
   ]
   return {
@@ -381,12 +402,12 @@ def _summarize(
     'seed': settings.seed,
     'steps': run.steps.stop,
     'epochs': run.steps.stop / run.steps.per_epoch,
-    'top1': clean['top1'],
+    'top1': top1['none'],
     'robust_top1': min(robust.values(), default=None),
     'robust_top1_by_attack': robust,
     'robust_epsilon_px': settings.eval.epsilon_px,
     'images_per_sec': float(np.median(rates)) if rates else None,
-    'seconds': writer.seconds_before + progress.seconds,
+    'seconds': seconds,
     'nonfinite_steps': int(jax.device_get(state.nonfinite_steps)),
   }
 
@@ -420,9 +441,7 @@ def _draw(
 
   attack = evaluate.eval_attack(settings, 'fgsm')
   weights = evaluate.weights_of(settings, state)
-  span = mesh_lib.bn_span(run.mesh)
-  count = -(-12 // span) * span
-  clean, labels = evaluator.first_examples(count)
+  clean, labels = evaluator.first_examples(12)
   delta, logits = evaluate.attacked(run, attack, weights, clean, labels)
   names = [[str(i) for i in row.argmax(-1)] for row in logits]
   plots.adversarial_grid(
@@ -436,7 +455,7 @@ def _draw(
 
 
 def main(argv: Sequence[str]) -> None:
-  values, directory = cli.parse_config_file(argv)
+  values, directory = cli.parse_config_file(cli.start_hosts(argv))
   train(config.from_config_dict(values), directory)
 
 

@@ -16,67 +16,33 @@ Batches are dicts of `clean` (and `aa`) uint8 [G, b, H, W, C] and `label` int32
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from conadv_jax import attack as attack_lib
 from conadv_jax import losses, optim
+from conadv_jax import mesh as mesh_lib
 from conadv_jax.config import Config
 from conadv_jax.data.datasets import DatasetSpec
 from conadv_jax.models import ApplyFn
-from conadv_jax.state import Snapshot, Stream, TrainState, stream_key
+from conadv_jax.passes import (
+  Batch,
+  Means,
+  batch_places,
+  make_attack_fn,
+  make_passes,
+  normalize,
+  over_microbatches,
+  weighted_loss,
+  wide_dtype,
+)
+from conadv_jax.state import Snapshot, TrainState
 
-Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 StepFn = Callable[[TrainState, Batch, Batch], tuple[TrainState, Metrics]]
-
-
-def normalize(spec: DatasetSpec, pixels: jax.Array) -> jax.Array:
-  """(pixels - mean) / std per channel; pixels in grey levels of 255."""
-  mean = jnp.array(spec.mean_px, pixels.dtype)
-  return (pixels - mean) / jnp.array(spec.std_px, pixels.dtype)
-
-
-def make_attack_fn(config: Config, spec: DatasetSpec, apply_fn: ApplyFn):
-  """(weights, batch, batch index) -> (delta, batch statistics).
-
-  The random start is addressed by the index of the batch in the run, so a
-  batch is attacked alike whenever, and with whatever weights, that is done.
-  The statistics are those after the last gradient of the attack, or None unless
-  `attack.update_batch_stats` asks for them.
-  """
-  route = (config.routes.index('adv'),)
-  moves_stats = config.attack.update_batch_stats
-
-  def attack_fn(weights: Snapshot, batch: Batch, index: jax.Array):
-    wide = wide_dtype(config)
-    image = batch['clean'].astype(wide)
-    key = stream_key(config.seed, Stream.ATTACK, index)
-    start = attack_lib.sample_start(
-      config.attack, key, image, batch['label'], spec.num_classes
-    )
-    variables = {'params': weights.params, 'batch_stats': weights.batch_stats}
-
-    def loss_fn(pixels, labels):
-      x = normalize(spec, pixels)[:, None]
-      logits, stats = apply_fn(variables, x, route, config.attack.train_mode)
-      loss = losses.cross_entropy(logits[:, 0], labels).sum()
-      return loss, stats if moves_stats else None
-
-    delta, stats = attack_lib.perturb(
-      config.attack,
-      loss_fn,
-      image,
-      start,
-      weights.batch_stats if moves_stats else None,
-    )
-    return delta.astype(config.dtype), stats
-
-  return attack_fn
 
 
 def make_train_step(
@@ -85,6 +51,7 @@ def make_train_step(
   apply_fn: ApplyFn,
   tx: optax.GradientTransformation,
   schedule: optax.Schedule,
+  mesh: mesh_lib.Mesh,
 ) -> StepFn:
   """The function (state_t, batch_t, batch_{t+1}) -> (state_{t+1}, metrics).
 
@@ -96,28 +63,21 @@ def make_train_step(
   the run goes on to the next batch.
   """
   tau = config.staleness_steps
-  attack_fn = (
-    make_attack_fn(config, spec, apply_fn) if config.is_adversarial else None
-  )
-  update = _make_update(config, spec, apply_fn, tx)
+  passes = make_passes(config, spec, apply_fn, mesh)
+  update = _make_update(config, tx, mesh)
 
   def train_step(state: TrainState, batch: Batch, next_batch: Batch):
     now = Snapshot(state.params, state.batch_stats)
-    if attack_fn is None:
-      delta, pending, attack_stats = None, None, None
-    elif tau == 0:
-      delta, attack_stats = attack_fn(now, batch, state.step)
-      pending = None
-    else:
-      delta = state.perturbation
-      # In train mode, where statistics can move, the attack does not read them:
-      # it moves those of now, whatever the age of its weights.
-      old = _attacker(config, state)
-      if config.attack.update_batch_stats:
-        old = old.replace(batch_stats=state.batch_stats)
-      pending, attack_stats = attack_fn(old, next_batch, state.step + 1)
-
-    new, metrics = update(state, batch, delta, attack_stats)
+    means, pending = passes(
+      state.step,
+      now,
+      _attacker(config, state),
+      batch,
+      state.perturbation,
+      next_batch if tau else {},
+    )
+    with jax.named_scope('optimizer'):
+      new, metrics = update(state, means)
     applied = state.step - state.nonfinite_steps
     metrics['learning_rate'] = jnp.asarray(schedule(applied))
     return new.replace(
@@ -130,58 +90,43 @@ def make_train_step(
 
 
 def _attacker(config: Config, state: TrainState) -> Snapshot:
-  """theta_{t + 1 - tau}: the weights that attack batch t + 1 in step t."""
-  if config.staleness_steps > 1:
-    return state.snapshots[1]
-  return Snapshot(state.params, state.batch_stats)
+  """theta_{t + 1 - tau}: the weights that attack batch t + 1 in step t.
 
-
-def _make_loss_fn(config: Config, spec: DatasetSpec, apply_fn: ApplyFn):
-  """(params, batch_stats, images by view, labels, key) -> mean loss over views.
-
-  With it: loss and top-1 (%) of each view [V], and the moved statistics. `key`
-  is for dropout and stochastic depth.
+  For tau = 0 theta_t, which attacks batch t.
   """
-  views = tuple(view for view, _ in config.views)
-  routes = tuple(config.routes.index(route) for _, route in config.views)
-  weights = config.loss.weights_of(views)
-  smoothing = config.loss.label_smoothing
-
-  def loss_fn(params, batch_stats, images, labels, key):
-    variables = {'params': params, 'batch_stats': batch_stats}
-    x_GVbHWC = jnp.stack([normalize(spec, images[v]) for v in views], 1)
-    logits, stats = apply_fn(variables, x_GVbHWC, routes, True, key)
-    labels_GVb = jnp.broadcast_to(labels[:, None], logits.shape[:-1])
-    loss_V = losses.cross_entropy(logits, labels_GVb, smoothing).mean((0, 2))
-    top1_V = 100 * losses.top1(logits, labels_GVb).mean((0, 2))
-    loss = jnp.dot(jnp.array(weights, loss_V.dtype), loss_V)
-    return loss, (loss_V, top1_V, stats)
-
-  return loss_fn
+  if config.staleness_steps <= 1:
+    return Snapshot(state.params, state.batch_stats)
+  old = state.snapshots[1]
+  if config.attack.update_batch_stats:
+    # In train mode, where statistics can move, the attack does not read them:
+    # it moves those of now, whatever the age of its weights.
+    old = old.replace(batch_stats=state.batch_stats)
+  return old
 
 
-def _make_update(config, spec, apply_fn, tx):
-  """The update sub-step, with the finite check."""
+def _make_update(
+  config: Config, tx: optax.GradientTransformation, mesh: mesh_lib.Mesh
+):
+  """(state, Means) -> (state, metrics): the optimizer, if all is finite."""
   views = [view for view, _ in config.views]
-  gradient = jax.value_and_grad(
-    _make_loss_fn(config, spec, apply_fn), has_aux=True
-  )
 
-  def update(state, batch, delta, attack_stats):
-    wide = wide_dtype(config)
-    images = {v: batch[v].astype(wide) for v in views if v != 'adv'}
-    if delta is not None:
-      images['adv'] = jnp.clip(images['clean'] + delta.astype(wide), 0, 255)
-    key = stream_key(config.seed, Stream.DROPOUT, state.step)
-    (loss, (loss_V, top1_V, stats)), grads = gradient(
-      state.params, state.batch_stats, images, batch['label'], key
-    )
-    if attack_stats is not None:
-      stats = _mean_on_route(stats, attack_stats, config.routes.index('adv'))
-
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+  def update(state: TrainState, means: Means):
+    stats = means.batch_stats
+    if means.attack_stats is not None:
+      adv = config.routes.index('adv')
+      stats = _mean_on_route(stats, means.attack_stats, adv)
+    grads = means.grads
+    packed = optim.pack(config, state.params)
+    specs = optim.packed_specs(config, packed)
+    if config.shard_optimizer:
+      packed = mesh_lib.split(mesh, packed, specs)
+    updates, opt_state = tx.update(grads, state.opt_state, packed)
+    new = optax.apply_updates(packed, updates)
+    if config.shard_optimizer:
+      new = mesh_lib.gather(mesh, new, specs)
+    params = optim.unpack(config, new, state.params)
     grad_norm = optax.tree.norm(grads)
+    loss = weighted_loss(config, means.loss_V)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     ema = _averaged(config, state.ema, Snapshot(params, stats))
     params, stats, opt_state, ema = jax.tree.map(
@@ -205,18 +150,20 @@ def _make_update(config, spec, apply_fn, tx):
       'nonfinite_streak': new.nonfinite_streak,
     }
     for i, view in enumerate(views):
-      metrics[f'loss_{view}'] = loss_V[i]
-      metrics[f'top1_{view}'] = top1_V[i]
+      metrics[f'loss_{view}'] = means.loss_V[i]
+      metrics[f'top1_{view}'] = means.top1_V[i]
     if config.optimizer.name == 'lars':
       metrics['trust_ratios'] = optim.kernel_trust_ratios(
-        config.optimizer, grads, state.params
+        config.optimizer, grads, packed
       )
     return new, metrics
 
   return update
 
 
-def make_attack_stats_fn(config: Config, spec: DatasetSpec, apply_fn: ApplyFn):
+def make_attack_stats_fn(
+  config: Config, spec: DatasetSpec, apply_fn: ApplyFn, mesh: mesh_lib.Mesh
+):
   """(state_t, batch_t) -> how the pending perturbation has aged.
 
   Compares delta_t, made with theta_{t - tau}, with a fresh one made with
@@ -231,9 +178,9 @@ def make_attack_stats_fn(config: Config, spec: DatasetSpec, apply_fn: ApplyFn):
   route = (config.routes.index('adv'),)
   wide = wide_dtype(config)
 
-  def attack_stats(state: TrainState, batch: Batch) -> Metrics:
-    now = Snapshot(state.params, state.batch_stats)
-    fresh, _ = attack_fn(now, batch, state.step)
+  def one_microbatch(step, now, part, _):
+    batch, stale, places = part
+    fresh, _ = attack_fn(now, batch, step, places)
     variables = {'params': now.params, 'batch_stats': now.batch_stats}
 
     def loss(delta):
@@ -242,12 +189,35 @@ def make_attack_stats_fn(config: Config, spec: DatasetSpec, apply_fn: ApplyFn):
       logits, _ = apply_fn(variables, x, route, config.attack.train_mode)
       return losses.cross_entropy(logits[:, 0], batch['label']).mean()
 
-    same = jnp.sign(state.perturbation) == jnp.sign(fresh)
+    same = jnp.sign(stale) == jnp.sign(fresh)
     return {
-      'delta_agreement': 100 * same.mean(),
-      'loss_stale': loss(state.perturbation),
+      'delta_agreement': 100 * same.mean(dtype=wide),
+      'loss_stale': loss(stale),
       'loss_fresh': loss(fresh),
-    }
+    }, None
+
+  def per_device(step, now, delta, batch):
+    means, _ = over_microbatches(
+      config.microbatches,
+      lambda *args: one_microbatch(step, now, *args),
+      (batch, delta, batch_places(config, mesh)),
+      None,
+      dict.fromkeys(
+        ('delta_agreement', 'loss_stale', 'loss_fresh'), jnp.zeros((), wide)
+      ),
+    )
+    return mesh_lib.mean_over_devices(means)
+
+  fn = mesh_lib.per_device(
+    mesh,
+    per_device,
+    (mesh_lib.REPLICATED,) * 2 + (mesh_lib.BATCH,) * 2,
+    mesh_lib.REPLICATED,
+  )
+
+  def attack_stats(state: TrainState, batch: Batch) -> Metrics:
+    now = Snapshot(state.params, state.batch_stats)
+    return fn(state.step, now, state.perturbation, batch)
 
   return attack_stats
 
@@ -278,11 +248,6 @@ def pending_perturbation(
     jnp.copy, past
   )  # the step donates: no buffer may be twice
   return state.replace(perturbation=step_fn(past, batch, batch)[0].perturbation)
-
-
-def wide_dtype(config: Config) -> Any:
-  """Type of pixels, loss and parameters: float32, or float64 if so set."""
-  return jnp.promote_types(config.dtype, jnp.float32)
 
 
 def _averaged(config: Config, ema: Snapshot | None, new: Snapshot):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import subprocess
+import time
+import uuid
 from typing import Any
 
 import jax
 from etils import epath
 
+from conadv_jax import hosts
 from conadv_jax.config import (
   Config,
   ConfigError,
@@ -21,7 +24,7 @@ from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.experiment import Experiment
 
 _PACKAGES = (
-  'conadv_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint',
+  'conadv_jax', 'jax', 'jaxlib', 'libtpu', 'flax', 'optax', 'orbax-checkpoint',
   'tensorflow', 'tensorflow-cpu', 'tensorflow-datasets', 'numpy',
 )  # fmt: skip
 
@@ -36,32 +39,28 @@ _FREE = (
 def prepare(workdir: str, experiment: Experiment) -> epath.Path:
   """Makes `workdir` and writes `config.json`, or checks the one there.
 
+  Host 0 does so; the others return when it is done.
+
   Raises:
     ConfigError: if the directory holds a run of another configuration, with
-      the fields that differ, or cannot be written.
+      the fields that differ, cannot be written, or is another directory on
+      another host.
   """
   path = epath.Path(workdir)
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise ConfigError(
-      f'workdir={workdir!r}: cannot be made: {error}'
-    ) from error
-  if (path / 'config.json').exists():
-    _check_same(path, experiment.config)
-  if jax.process_index() == 0:
-    content = {
-      'config': to_dict(experiment.config),
-      'steps': vars(experiment.steps),
-      'versions': _versions(),
-      'git_commit': git_commit(),
-      'devices': {
-        'kind': jax.devices()[0].device_kind,
-        'count': jax.device_count(),
-        'hosts': jax.process_count(),
-      },
-    }
-    write_json(path / 'config.json', content)
+
+  def make() -> None:
+    try:
+      path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise ConfigError(
+        f'workdir={workdir!r}: cannot be made: {error}'
+      ) from error
+    if (path / 'config.json').exists():
+      _check_same(path, experiment.config)
+
+  hosts.on_writer('the work directory', make)
+  _check_shared(path)
+  hosts.on_writer('config.json', lambda: _write_config(path, experiment))
   return path
 
 
@@ -85,7 +84,7 @@ def read_config(workdir: str) -> dict[str, Any]:
 
 def quarantine(path: epath.Path, config: Config) -> Quarantine:
   """The run's list of bad examples, of this host."""
-  host = f'_host{jax.process_index()}' if jax.process_count() > 1 else ''
+  host = f'_host{hosts.index()}' if hosts.count() > 1 else ''
   return Quarantine(
     path / f'quarantine{host}.jsonl', max_share=config.dataset.max_bad_share
   )
@@ -93,9 +92,13 @@ def quarantine(path: epath.Path, config: Config) -> Quarantine:
 
 def finished(path: epath.Path) -> dict[str, Any] | None:
   """summary.json of a run that reached its end, or None."""
-  file = path / 'summary.json'
-  summary = json.loads(file.read_text()) if file.exists() else {}
-  return summary if 'top1' in summary else None
+
+  def read() -> dict[str, Any] | None:
+    file = path / 'summary.json'
+    summary = json.loads(file.read_text()) if file.exists() else {}
+    return summary if 'top1' in summary else None
+
+  return hosts.on_writer('summary.json', read)
 
 
 def write_json(path: epath.Path, content: Any) -> None:
@@ -122,6 +125,71 @@ def git_commit() -> str:
     return ''
 
 
+def versions() -> dict[str, str]:
+  """{package: version} of what the results of a run may depend on."""
+  found = {}
+  for name in _PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue  # tensorflow and tensorflow-cpu: one of the two is installed
+  return found
+
+
+def _write_config(path: epath.Path, experiment: Experiment) -> None:
+  content = {
+    'config': to_dict(experiment.config),
+    'steps': vars(experiment.steps),
+    'versions': versions(),
+    'git_commit': git_commit(),
+    'devices': {
+      'kind': jax.devices()[0].device_kind,
+      'count': jax.device_count(),
+      'hosts': hosts.count(),
+    },
+  }
+  write_json(path / 'config.json', content)
+
+
+def _check_shared(path: epath.Path) -> None:
+  """Checks that all hosts see a file that host 0 writes."""
+  if hosts.count() == 1:
+    return
+  token = path / '.seen_by_all_hosts'
+
+  def write() -> str:
+    text = uuid.uuid4().hex
+    token.write_text(text)
+    return text
+
+  text = hosts.on_writer('a file in the work directory', write)
+  seen = hosts.gather('its readers', _comes_to_hold(token, text))
+
+  def judge() -> None:
+    token.unlink()
+    blind = [host for host, sees in enumerate(seen) if not sees]
+    if blind:
+      raise ConfigError(
+        f'workdir={str(path)!r}: what host 0 writes there is not seen by host'
+        f'{"s" * (len(blind) > 1)} {hosts.ranges(blind)}; use a directory that '
+        'all hosts share: a bucket (gs://...) or a network file system'
+      )
+
+  hosts.on_writer('the check of the work directory', judge)
+
+
+def _comes_to_hold(path: epath.Path, text: str) -> bool:
+  """Waits a little: network file systems show new files late."""
+  for wait_seconds in (0, 0.1, 0.5, 1, 2, 4):
+    time.sleep(wait_seconds)
+    try:
+      if path.read_text() == text:
+        return True
+    except OSError:
+      continue
+  return False
+
+
 def _check_same(path: epath.Path, config: Config) -> None:
   old = from_config_dict(read_config(str(path)))
   changed = [
@@ -134,13 +202,3 @@ def _check_same(path: epath.Path, config: Config) -> None:
       + '\n'.join(changed)
       + '\nuse another --workdir, or the configuration of that run'
     )
-
-
-def _versions() -> dict[str, str]:
-  versions = {}
-  for name in _PACKAGES:
-    try:
-      versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      continue  # tensorflow and tensorflow-cpu: one of the two is installed
-  return versions

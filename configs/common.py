@@ -2,7 +2,7 @@
 
 A field that is None is filled from its preset when the file is read
 (`staleness_steps` from `method`, the fields of `attack` from `attack.preset`,
-`optimizer.eps` from `optimizer.name`).
+`optimizer.eps` from `optimizer.name`, `grad_buckets` from `xla_flags`).
 """
 
 import ml_collections
@@ -68,9 +68,20 @@ def get_config() -> ml_collections.ConfigDict:
   c.bn_epsilon = 1e-5  # added to the variance
   c.dtype = 'float32'  # of activations; parameters and loss stay float32
   #   bfloat16 halves the activations; float64 is for tests (JAX_ENABLE_X64=1)
+  c.microbatches = 1  # parts of a batch that are computed one after the other:
+  #   same result, less memory for activations
   c.remat = 'none'  # or blocks: keep only the inputs of a network's blocks and
   #   compute the rest again for the gradients: a fifth more work, less memory
   #   (not on CPUs, whose compiler makes no use of it)
+
+  # Of several devices:
+  c.shard_optimizer = False  # its state split over devices, not copied to each
+  c.grad_allreduce_dtype = 'float32'  # or bfloat16: half the bytes, less exact
+  # Vectors that gradients are summed in; 0 = as the compiler sees fit. None =
+  # 1 for xla_flags=overlap: v5e can put nothing else behind other work.
+  c.grad_buckets = config_dict.placeholder(int)
+  c.xla_flags = 'none'  # of TPU compilers: none, overlap (sums of gradients
+  #   behind other work), multislice (those between slices)
 
   c.loss = ml_collections.ConfigDict()
   c.loss.label_smoothing = 0.1  # share spread evenly over all classes

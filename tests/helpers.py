@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from conadv_jax import config as config_lib
-from conadv_jax import models
+from conadv_jax import mesh, models
 from conadv_jax.data import datasets
 from conadv_jax.models.norm import Layout, RoutedBatchNorm
 from conadv_jax.state import Snapshot, TrainState
@@ -54,15 +54,15 @@ class TinyNet(nn.Module):
 
   num_classes: int
   num_routes: int
-  span: int = 1
+  bn_axis: str | None = None
   bn_momentum: float = 0.9
   bn_epsilon: float = 1e-5
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, routes, train):
+  def __call__(self, x, routes, train, examples=None):
     """x: [G, V, b, H, W, C] -> logits [G, V, b, K]."""
-    layout = Layout(x.shape[0], self.span, routes)
+    layout = Layout(x.shape[0], routes, self.bn_axis, examples)
     y = layout.fold(x)
     for i, features in enumerate((3, 4), start=1):
       y = nn.Conv(
@@ -148,6 +148,16 @@ def start_state(
       nonfinite_steps=zero,
       nonfinite_streak=zero,
     )
+  )
+
+
+def one_device(config: config_lib.Config) -> mesh.Mesh:
+  """The mesh of `config` on the first device."""
+  return mesh.make_mesh(
+    config.batch_size,
+    config.bn_group_size,
+    jax.devices()[:1],
+    config.microbatches,
   )
 
 

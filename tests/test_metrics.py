@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from etils import epath
 
 from conadv_jax import metrics
 
@@ -21,6 +22,47 @@ def test_lines_after_the_step_of_a_resume_are_dropped(tmp_path):
   writer.close()
   rows = metrics.read_metrics(tmp_path)
   assert [(r['step'], r['loss']) for r in rows] == [(1, 0.5), (2, 1.0), (3, 7)]
+
+
+def test_a_line_is_in_the_file_when_write_returns(tmp_path):
+  writer = metrics.MetricWriter(tmp_path, 0)
+  for step in (1, 2):
+    writer.write(step, 'train', {'loss': 0.5})
+    assert len(metrics.read_metrics(tmp_path)) == step
+  writer.close()
+
+
+def test_a_bucket_gets_the_file_on_flush_every_minute_and_at_the_end(
+  tmp_path, monkeypatch
+):
+  now = [100.0]
+  monkeypatch.setattr(metrics.time, 'monotonic', lambda: now[0])
+  monkeypatch.setattr(metrics, '_is_bucket', lambda path: True)
+
+  def steps():
+    return [row['step'] for row in metrics.read_metrics(tmp_path)]
+
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "split": "train"}\n')
+  writer = metrics.MetricWriter(tmp_path, 1)
+  writer.write(2, 'train', {'loss': 0.5})
+  assert steps() == [1]
+  writer.flush()  # before a checkpoint
+  assert steps() == [1, 2]
+  writer.write(3, 'train', {'loss': 0.5})
+  now[0] += 61
+  assert steps() == [1, 2]
+  writer.write(4, 'train', {'loss': 0.5})
+  assert steps() == [1, 2, 3, 4]
+  writer.write(5, 'train', {'loss': 0.5})
+  writer.close()
+  assert steps() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+  'path, expected', [('gs://bucket/run', True), ('/data/run', False)]
+)
+def test_buckets_are_known_by_their_address(path, expected):
+  assert metrics._is_bucket(epath.Path(path)) == expected
 
 
 def test_a_number_that_is_not_finite_is_null(tmp_path):

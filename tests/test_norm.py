@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from conadv_jax import mesh as mesh_lib
 from conadv_jax.models.norm import Layout, RoutedBatchNorm
 
 # Rounding only: both sides sum the same numbers, in another order.
@@ -35,11 +36,11 @@ def random_variables(num_routes, channels, dtype='float32'):
 
 
 @functools.partial(
-  jax.jit, static_argnames=('layer', 'routes', 'train', 'span')
+  jax.jit, static_argnames=('layer', 'routes', 'train', 'bn_axis')
 )
-def run(layer, variables, x_GVbHWC, routes, train=True, span=1):
+def run(layer, variables, x_GVbHWC, routes, train=True, bn_axis=None):
   """(output like x, batch statistics after the call)."""
-  layout = Layout(x_GVbHWC.shape[0], span, routes)
+  layout = Layout(x_GVbHWC.shape[0], routes, bn_axis)
   y, updates = layer.apply(
     variables, layout.fold(x_GVbHWC), layout, train, mutable=['batch_stats']
   )
@@ -144,14 +145,26 @@ def test_a_group_that_spans_devices_equals_one_that_does_not(train):
   x = normal(0, 2, 2, 4, 2, 2, 5)
   variables = random_variables(2, 5)
   layer = RoutedBatchNorm(2)
-  whole = run(layer, variables, x, (0, 1), train)
-  spread = run(layer, variables, x, (0, 1), train, span=2)
-  assert_close(whole, spread, 1e-6)
+  whole, whole_stats = run(layer, variables, x, (0, 1), train)
+  mesh = mesh_lib.make_mesh(8, 4, jax.devices()[:4])
+  assert mesh.shape == {'data': 2, 'bn': 2}
+
+  def local(variables, x_GbVHWC):
+    x = jnp.swapaxes(x_GbVHWC, 1, 2)
+    y, stats = run(layer, variables, x, (0, 1), train, bn_axis='bn')
+    return jnp.swapaxes(y, 1, 2), mesh_lib.mean_over_devices(stats)
+
+  specs = (mesh_lib.BATCH, mesh_lib.REPLICATED)
+  spread, spread_stats = jax.jit(
+    mesh_lib.per_device(mesh, local, specs[::-1], specs)
+  )(variables, jnp.swapaxes(x, 1, 2))
+  assert_close(whole, jnp.swapaxes(spread, 1, 2), 1e-6)
+  assert_close(whole_stats, spread_stats, 1e-6)
 
 
 def test_running_statistics_after_two_steps_by_hand():
   layer = RoutedBatchNorm(1, momentum=0.75)
-  layout = Layout(groups=2, span=1, routes=(0,))
+  layout = Layout(groups=2, routes=(0,))
   x1 = jnp.array([[1.0], [3.0], [5.0], [9.0]])  # means 2, 7; variances 1, 4
   x2 = jnp.array([[0.0], [0.0], [2.0], [6.0]])  # means 0, 4; variances 0, 4
   variables = layer.init(jax.random.key(0), x1, layout, True)
@@ -173,7 +186,7 @@ def test_running_statistics_after_two_steps_by_hand():
 def test_init_with_one_route_makes_every_route_at_rest(train):
   x = normal(0, 6, 2, 2, 5)
   layer = RoutedBatchNorm(3)
-  variables = layer.init(jax.random.key(0), x, Layout(2, 1, (1,)), train)
+  variables = layer.init(jax.random.key(0), x, Layout(2, (1,)), train)
   ones, zeros = np.ones((3, 5)), np.zeros((3, 5))
   expected = {
     'params': {'scale': ones, 'bias': zeros},
@@ -245,7 +258,7 @@ def test_bfloat16_images_have_float32_statistics():
   a = 133 / 128
   x = jnp.full((1, 1, 16, 4, 4, 3), a, jnp.bfloat16).at[:, :, :4].set(0)
   layer = RoutedBatchNorm(1, momentum=0.0, dtype=jnp.bfloat16)
-  layout = Layout(1, 1, (0,))
+  layout = Layout(1, (0,))
   x = layout.fold(x)
   variables = layer.init(jax.random.key(0), x, layout, True)
   assert {v.dtype for v in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
@@ -277,24 +290,17 @@ def test_large_mean_and_small_variance_stay_finite_and_not_negative():
 def test_statistics_do_not_need_pixels():
   x = normal(0, 8, 5)
   layer = RoutedBatchNorm(1)
-  layout = Layout(2, 1, (0,))
+  layout = Layout(2, (0,))
   variables = layer.init(jax.random.key(0), x, layout, True)
   y, _ = layer.apply(variables, x, layout, True, mutable=['batch_stats'])
   means = y.reshape(2, 4, 5).mean(1)
   np.testing.assert_allclose(means, np.zeros((2, 5)), atol=1e-6)
 
 
-@pytest.mark.parametrize('span', [1, 2, 4])
-def test_layout_folds_splits_and_unfolds(span):
+def test_layout_folds_and_unfolds():
   g, v, b = 3, 2, 8
-  layout = Layout(g, span, (0, 1))
+  layout = Layout(g, (0, 1))
   index = np.stack(np.meshgrid(*map(np.arange, (g, v, b)), indexing='ij'), -1)
   folded = layout.fold(jnp.asarray(index))
-  assert folded.shape == (g * v * b, 3)
-  split = np.asarray(layout.split(folded))
-  assert split.shape == (g, span, v, b // span, 3)
-  # [group, block, view, place] holds example block * (b / span) + place.
-  for group, block, view, place in np.ndindex(split.shape[:-1]):
-    example = block * (b // span) + place
-    assert tuple(split[group, block, view, place]) == (group, view, example)
+  np.testing.assert_array_equal(folded, index.reshape(g * v * b, 3))
   np.testing.assert_array_equal(layout.unfold(folded), index)

@@ -139,7 +139,9 @@ def library_records(config, weights, batches):
   tx = optim.make_optimizer(config.optimizer, schedule)
   _, apply_fn = helpers.tiny_net(config)
   step = jax.jit(
-    make_train_step(config, helpers.SPEC, apply_fn, tx, schedule),
+    make_train_step(
+      config, helpers.SPEC, apply_fn, tx, schedule, helpers.one_device(config)
+    ),
     donate_argnums=0,
   )
   state = helpers.start_state(config, weights, tx)

@@ -229,7 +229,7 @@ def test_the_rate_of_stochastic_depth_rises_from_block_to_block():
 
 
 def test_a_dropped_branch_leaves_the_shortcut():
-  layout = Layout(groups=1, span=1, routes=(0,))
+  layout = Layout(groups=1, routes=(0,))
   block = resnet.Block(
     width=4,
     stride=1,

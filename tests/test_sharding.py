@@ -14,7 +14,9 @@ numbers below; what may not change is that nothing but sums is exchanged.
 """
 
 import collections
+import dataclasses
 import functools
+import re
 import types
 
 import helpers
@@ -24,8 +26,8 @@ import numpy as np
 import pytest
 
 from conadv_jax import config as config_lib
-from conadv_jax import experiment, mesh, models
-from conadv_jax.models.norm import Layout
+from conadv_jax import experiment, mesh, models, optim
+from conadv_jax.data import datasets
 from conadv_jax.train_step import pending_perturbation
 
 BATCH = 16
@@ -36,6 +38,18 @@ TOLERANCE = 1e-12
 @pytest.fixture
 def tiny_model(monkeypatch):
   monkeypatch.setitem(models.MODELS, 'tiny', models.Entry(helpers.TinyNet, 4))
+
+
+@pytest.fixture
+def tiny_colour(monkeypatch):
+  spec = dataclasses.replace(
+    datasets.get_spec('digits'),
+    name='tiny_colour',
+    image_shape=(4, 4, 3),
+    mean_px=(100.0, 140.0, 120.0),
+    std_px=(60.0, 80.0, 70.0),
+  )
+  monkeypatch.setitem(datasets.DATASETS, 'tiny_colour', spec)
 
 
 def build(devices, group_size, **fields):
@@ -55,11 +69,11 @@ def build(devices, group_size, **fields):
 
 
 @functools.cache
-def trajectory(devices, group_size):
+def trajectory(devices, group_size, **fields):
   """A few steps in float64: [(state, metrics)] on the host, and whether the
   first step took over every buffer of the state it was given."""
-  fields = {'dtype': 'float64', 'staleness_steps': 2, 'ema.decay': 0.9}
-  run = build(devices, group_size, **fields)
+  always = {'dtype': 'float64', 'staleness_steps': 2, 'ema.decay': 0.9}
+  run = build(devices, group_size, **always | fields)
   step = run.compile_step()
   batches = [
     run.put_batch({k: x.reshape(-1, *x.shape[2:]) for k, x in batch.items()})
@@ -82,14 +96,167 @@ def trajectory(devices, group_size):
 def test_a_run_does_not_depend_on_the_devices(devices, group_size):
   expected, _ = trajectory(1, group_size)
   actual, _ = trajectory(devices, group_size)
+  assert_same_run(actual, expected)
+  first, last = (jax.tree.leaves(expected[t][0].params) for t in (0, -1))
+  for a, b in zip(first, last, strict=True):
+    assert np.abs(a - b).max() > 1e-4
+
+
+def assert_same_run(actual, expected):
   for (state, metrics), (e_state, e_metrics) in zip(
     actual, expected, strict=True
   ):
     helpers.assert_close(state, e_state, TOLERANCE)
     helpers.assert_close(metrics, e_metrics, TOLERANCE)
-  first, last = (jax.tree.leaves(expected[t][0].params) for t in (0, -1))
-  for a, b in zip(first, last, strict=True):
-    assert np.abs(a - b).max() > 1e-4
+
+
+# 1 device: 8 groups of 2, or 4 of 4, in turn. (2, 2): two groups of a device
+# at a time. (8, 4): four groups, two at a time, each over four devices.
+@pytest.mark.usefixtures('tiny_model', 'x64')
+@pytest.mark.parametrize(
+  ('devices', 'group_size', 'microbatches'),
+  ((1, 2, 8), (1, 4, 2), (2, 2, 2), (8, 4, 2)),
+)
+def test_microbatches_do_not_change_a_run(devices, group_size, microbatches):
+  expected, _ = trajectory(1, group_size)
+  actual, donated = trajectory(devices, group_size, microbatches=microbatches)
+  assert_same_run(actual, expected)
+  assert donated
+
+
+@pytest.mark.usefixtures('tiny_model', 'tiny_colour', 'x64')
+@pytest.mark.parametrize(
+  'fields',
+  (
+    {'staleness_steps': 0, 'method': 'disadv'},
+    {'staleness_steps': 1, 'attack.update_batch_stats': True},
+    {'staleness_steps': 1, 'attack.preset': 'pgd'},
+    {'method': 'conadv_aa', 'staleness_steps': 1},
+    {'method': 'baseline', 'staleness_steps': 0},
+  ),
+  ids=lambda fields: '-'.join(map(str, fields.values())),
+)
+def test_microbatches_do_not_change_any_method(fields):
+  fields = fields | {'dataset.name': 'tiny_colour'}
+  expected, _ = trajectory(1, 2, **fields)
+  actual, _ = trajectory(2, 2, microbatches=4, **fields)
+  assert_same_run(actual, expected)
+
+
+@pytest.mark.usefixtures('tiny_model', 'x64')
+@pytest.mark.parametrize('buckets', (1, 3, 1000))
+def test_buckets_of_gradients_do_not_change_a_run(buckets):
+  expected, _ = trajectory(8, 2)
+  actual, _ = trajectory(8, 2, grad_buckets=buckets)
+  assert_same_run(actual, expected)
+
+
+@pytest.mark.usefixtures('tiny_model', 'x64')
+def test_microbatches_that_are_not_finite_are_not_applied():
+  """One bad microbatch of one device stops the update of the whole batch."""
+  run = build(2, 2, microbatches=4, dtype='float64', staleness_steps=1)
+  step = run.compile_step()
+  batches = [
+    run.put_batch({k: x.reshape(-1, *x.shape[2:]) for k, x in batch.items()})
+    for batch in helpers.random_batches(run.config, 2, spec=run.spec)
+  ]
+  state = pending_perturbation(run.config, step, run.init_state(), batches[0])
+  bad = state.perturbation.at[5, 1, 0, 0, 0].set(jnp.nan)
+  before = jax.device_get(helpers.copy(state))
+  after, metrics = step(state.replace(perturbation=bad), *batches)
+  assert metrics['nonfinite_streak'] == 1
+  assert helpers.bits(after.params) == helpers.bits(before.params)
+  assert helpers.bits(after.opt_state) == helpers.bits(before.opt_state)
+
+
+@pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))
+@pytest.mark.parametrize('shard_optimizer', (False, True))
+def test_gradients_are_summed_in_the_type_that_the_configuration_says(
+  dtype, shard_optimizer
+):
+  """Activations are bfloat16, of which a partitioner would make both alike."""
+  run = build(
+    8,
+    2,
+    model='resnet8',
+    dtype='bfloat16',
+    grad_allreduce_dtype=dtype,
+    shard_optimizer=shard_optimizer,
+  )
+  text = run.lower_step().as_text()
+  summed = re.findall(
+    r'"stablehlo\.(?:all_reduce|reduce_scatter)".*?\}\) : \((tensor<[^>]*>)',
+    text,
+    re.DOTALL,
+  )
+  types = collections.Counter(
+    t.removeprefix('tensor<').rpartition('x')[2][:-1] for t in summed
+  )
+  state = run.abstract_state()
+  sizes = [leaf.size for leaf in jax.tree.leaves(state.params)]
+  gradients = len(sizes)
+  if shard_optimizer:  # all large ones at once, over either axis of the mesh
+    gradients = sum(n < optim.SHARD_MULTIPLE for n in sizes) + 2
+  others = len(jax.tree.leaves(state.batch_stats)) + 2  # loss, accuracy
+  expected = collections.Counter({'f32': others})
+  expected[{'float32': 'f32', 'bfloat16': 'bf16'}[dtype]] += gradients
+  assert types == expected
+
+
+# ---- The sharded optimizer -------------------------------------------------
+
+
+@pytest.mark.usefixtures('tiny_model', 'x64')
+@pytest.mark.parametrize(
+  ('name', 'group_size'),
+  (('lars', 2), ('lars', 8), ('sgd', 2), ('lamb', 2), ('rmsprop', 2)),
+)
+def test_a_sharded_optimizer_does_not_change_a_run(
+  monkeypatch, name, group_size
+):
+  # The kernels of the tiny network are large then, and need padding.
+  monkeypatch.setattr(optim, 'SHARD_MULTIPLE', 16)
+  fields = {'optimizer.name': name, 'optimizer.learning_rate': 0.01}
+  expected, _ = trajectory(1, group_size, **fields)
+  actual, donated = trajectory(8, group_size, shard_optimizer=True, **fields)
+  assert donated
+  like = expected[0][0].params
+  for (state, metrics), (e_state, e_metrics) in zip(
+    actual, expected, strict=True
+  ):
+    helpers.assert_close(metrics, e_metrics, TOLERANCE)
+    helpers.assert_close(
+      state.replace(opt_state=()), e_state.replace(opt_state=()), TOLERANCE
+    )
+    sizes = {leaf.size for leaf in jax.tree.leaves(like)}
+    assert any(size % 16 for size in sizes if size >= 16)
+    for leaf, e_leaf in zip(
+      jax.tree.leaves(state.opt_state),
+      jax.tree.leaves(e_state.opt_state),
+      strict=True,
+    ):
+      flat = leaf.reshape(-1)
+      helpers.assert_close(flat[: e_leaf.size], e_leaf.reshape(-1), TOLERANCE)
+
+
+@pytest.mark.usefixtures('tiny_model')
+def test_a_sharded_optimizer_takes_a_share_of_the_memory(monkeypatch):
+  monkeypatch.setattr(optim, 'SHARD_MULTIPLE', 16)
+  run = build(8, 2, shard_optimizer=True)
+  state, _ = run.compile_step().output_shardings
+  leaves = jax.tree.leaves(run.abstract_state().opt_state)
+  large = [leaf for leaf in leaves if leaf.size >= 16]
+  assert len(large) == 3  # momentum of two convolutions and the dense layer
+  for leaf in large:
+    assert leaf.sharding.shard_shape(leaf.shape) == (leaf.size // 8,)
+  assert state == jax.tree.map(lambda s: s.sharding, run.abstract_state())
+
+
+def test_an_optimizer_is_sharded_over_a_power_of_two():
+  with pytest.raises(
+    config_lib.ConfigError, match='shard_optimizer=True: 6 shards .* False'
+  ):
+    build(6, 1, shard_optimizer=True, batch_size=24)
 
 
 @pytest.mark.usefixtures('tiny_model', 'x64')
@@ -142,9 +309,8 @@ def test_groups_over_devices_exchange_statistics_and_nothing_else():
   run, step = compiled(8)
   found = helpers.collectives(step.as_text())
   # 2 layers x (update, attack) x (forward, backward) = 8 of batch norm, of
-  # which XLA merges one pair; 1 of kernel gradients, over all devices; 1 of the
-  # other gradients, statistics and metrics, over groups only.
-  assert collections.Counter(i.kind for i in found) == {'all-reduce': 9}
+  # which XLA merges one pair; 1 of gradients, statistics and metrics.
+  assert collections.Counter(i.kind for i in found) == {'all-reduce': 8}
   # No image, no activation: nothing is as large as one but kernels.
   params = jax.tree.leaves(run.abstract_state().params)
   kernels = unordered(x.shape for x in params)
@@ -188,43 +354,6 @@ def test_the_state_stays_where_it_belongs():
   assert all(s.is_fully_replicated for s in jax.tree.leaves(state.params))
 
 
-# ---- Layout ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize('span', (1, 2, 4))
-def test_unfold_undoes_fold(span):
-  layout = Layout(groups=3, span=span, routes=(0, 1))
-  x = jnp.arange(3 * 2 * 8 * 5).reshape(3, 2, 8, 5)
-  folded = layout.fold(x)
-  assert folded.shape == (3 * 2 * 8, 5)
-  np.testing.assert_array_equal(layout.unfold(folded), x)
-
-
-@pytest.mark.parametrize('span', (1, 2, 4))
-def test_each_device_folds_its_own_examples_into_its_own_rows(span):
-  """So that the folded axis is sharded as it lies, and nothing moves."""
-  groups, views, size = 3, 2, 8
-  layout = Layout(groups, span, routes=(0, 1))
-  # The device of each example: groups over `data`, their parts over `bn`.
-  part = np.arange(size) // (size // span)
-  device = np.arange(groups)[:, None] * span + part
-  device = np.broadcast_to(device[:, None], (groups, views, size))
-  rows = np.asarray(layout.fold(jnp.asarray(device)[..., None]))[:, 0]
-  share = rows.size // (groups * span)
-  np.testing.assert_array_equal(rows, np.arange(rows.size) // share)
-
-
-@pytest.mark.parametrize('span', (1, 2, 4))
-def test_split_puts_views_and_blocks_on_axes_of_their_own(span):
-  layout = Layout(groups=3, span=span, routes=(0, 1))
-  x = jnp.arange(3 * 2 * 8).reshape(3, 2, 8, 1)
-  split = layout.split(layout.fold(x))
-  assert split.shape == (3, span, 2, 8 // span, 1)
-  for g, s, v in np.ndindex(3, span, 2):
-    expected = x[g, v].reshape(span, -1)[s]
-    np.testing.assert_array_equal(split[g, s, v, :, 0], expected)
-
-
 # ---- Mesh ------------------------------------------------------------------
 
 
@@ -244,7 +373,7 @@ def test_groups_go_to_devices_and_large_groups_span_them(
 ):
   made = mesh.make_mesh(batch_size, group_size, jax.devices()[:count])
   assert (made.shape['data'], made.shape['bn']) == shape
-  assert mesh.bn_span(made) == shape[1]
+  assert mesh.bn_axis(made) == ('bn' if shape[1] > 1 else None)
 
 
 @pytest.mark.parametrize(
@@ -271,19 +400,21 @@ def test_groups_that_do_not_divide_name_the_examples_per_device():
     match=r'bn_group_size=4: 6 groups .* 8 devices; .* divides 3 examples',
   ):
     mesh.make_mesh(24, 4, jax.devices())
-  assert mesh.bn_span(mesh.make_mesh(24, 3, jax.devices())) == 1
+  assert mesh.bn_axis(mesh.make_mesh(24, 3, jax.devices())) is None
 
 
 @pytest.mark.parametrize('group_size', (2, 4, 8, 16))
 def test_one_host_feeds_every_position_in_order(group_size):
   made = mesh.make_mesh(BATCH, group_size, jax.devices())
-  positions = mesh.local_positions(made, BATCH // group_size, group_size)
+  positions = mesh.local_positions(
+    mesh.batch_sharding(made), BATCH // group_size, group_size
+  )
   np.testing.assert_array_equal(
     positions, np.arange(BATCH).reshape(-1, group_size)
   )
 
 
-def positions_of_host(monkeypatch, made, devices, group_size):
+def positions_of_host(made, devices, group_size):
   """`local_positions` of a host that has only `devices` of the mesh."""
   sharding = mesh.batch_sharding(made)
 
@@ -291,22 +422,16 @@ def positions_of_host(monkeypatch, made, devices, group_size):
     every = sharding.devices_indices_map(shape)
     return {device: every[device] for device in devices}
 
-  monkeypatch.setattr(
-    mesh,
-    'batch_sharding',
-    lambda _: types.SimpleNamespace(addressable_devices_indices_map=indices),
-  )
-  positions = mesh.local_positions(made, BATCH // group_size, group_size)
-  monkeypatch.undo()
-  return positions
+  host = types.SimpleNamespace(addressable_devices_indices_map=indices)
+  return mesh.local_positions(host, BATCH // group_size, group_size)
 
 
 @pytest.mark.parametrize('group_size', (2, 4, 8, 16))
 @pytest.mark.parametrize('hosts', (2, 4))
-def test_hosts_share_the_positions_among_them(monkeypatch, group_size, hosts):
+def test_hosts_share_the_positions_among_them(group_size, hosts):
   made = mesh.make_mesh(BATCH, group_size, jax.devices())
   shares = [
-    positions_of_host(monkeypatch, made, devices, group_size)
+    positions_of_host(made, devices, group_size)
     for devices in np.split(made.devices.reshape(-1), hosts)
   ]
   assert {share.size for share in shares} == {BATCH // hosts}
@@ -318,10 +443,8 @@ def test_hosts_share_the_positions_among_them(monkeypatch, group_size, hosts):
     assert share.shape[1] == min(group_size, BATCH // hosts)
 
 
-def test_a_host_must_have_a_rectangle_of_the_batch(monkeypatch):
+def test_a_host_must_have_a_rectangle_of_the_batch():
   made = mesh.make_mesh(BATCH, 8, jax.devices())  # 2 groups x 4 devices
   grid = made.devices
   with pytest.raises(ValueError, match='whole rows of groups'):
-    positions_of_host(
-      monkeypatch, made, [grid[0, 0], grid[0, 1], grid[1, 2], grid[1, 3]], 8
-    )
+    positions_of_host(made, [grid[0, 0], grid[0, 1], grid[1, 2], grid[1, 3]], 8)

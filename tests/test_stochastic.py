@@ -18,7 +18,7 @@ from conadv_jax.state import Stream, stream_key
 from conadv_jax.train_step import make_train_step
 
 KEY = stream_key(0, Stream.DROPOUT, 5)
-LAYOUT = Layout(groups=4, span=1, routes=(0, 1))
+LAYOUT = Layout(groups=4, routes=(0, 1))
 EXAMPLES = 64  # of a view of a group
 
 
@@ -87,13 +87,6 @@ def test_views_of_an_example_draw_independently(cls):
   assert 0.3 < agree < 0.7
 
 
-@pytest.mark.parametrize('cls', [DropPath, Dropout])
-@pytest.mark.parametrize('span', [2, 4])
-def test_a_mask_does_not_depend_on_how_views_are_folded(cls, span):
-  spread = Layout(LAYOUT.groups, span, LAYOUT.routes)
-  np.testing.assert_array_equal(factors(cls(0.5), spread), factors(cls(0.5)))
-
-
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('cls', [DropPath, Dropout])
 def test_a_mask_does_not_depend_on_the_type(cls):
@@ -124,19 +117,22 @@ def test_layers_steps_and_seeds_draw_differently():
 def on_devices(cls, devices, group_size):
   """(factors of a batch that lies on `devices`, the compiled program)."""
   mesh = mesh_lib.make_mesh(16, group_size, jax.devices()[:devices])
-  layout = Layout(16 // group_size, mesh_lib.bn_span(mesh), (0, 1))
+  groups = 16 // group_size
   module = cls(0.5)
-  shape = (layout.groups, 2, group_size, 5)
 
   def apply(x, key):
     x = jnp.stack([x, x], 1)
+    places = mesh_lib.local_places(mesh, groups, group_size)
+    layout = Layout(x.shape[0], (0, 1), examples=places.example)
     y = module.apply({}, layout.fold(x), layout, rngs=rngs(key))
-    return layout.unfold(y)
+    return jnp.swapaxes(layout.unfold(y), 1, 2)
 
+  specs = (mesh_lib.BATCH, mesh_lib.REPLICATED)
+  fn = mesh_lib.per_device(mesh, apply, specs, mesh_lib.BATCH)
   x = jax.device_put(
-    np.ones((shape[0], *shape[2:])), mesh_lib.batch_sharding(mesh)
+    np.ones((groups, group_size, 5)), mesh_lib.batch_sharding(mesh)
   )
-  program = jax.jit(apply).lower(x, KEY).compile()
+  program = jax.jit(fn).lower(x, KEY).compile()
   return np.asarray(program(x, KEY)), program.as_text()
 
 
@@ -171,8 +167,8 @@ class DropNet(nn.Module):
   rate: float
 
   @nn.compact
-  def __call__(self, x, routes, train):
-    layout = Layout(x.shape[0], 1, routes)
+  def __call__(self, x, routes, train, examples=None):
+    layout = Layout(x.shape[0], routes, examples=examples)
     y = RoutedBatchNorm(self.num_routes, name='norm')(
       layout.fold(x), layout, train
     )
@@ -187,7 +183,12 @@ def stepper(apply_fn, weights):
   tx = optax.sgd(0.1)
   train_step = jax.jit(
     make_train_step(
-      config, helpers.SPEC, apply_fn, tx, optax.constant_schedule(0.1)
+      config,
+      helpers.SPEC,
+      apply_fn,
+      tx,
+      optax.constant_schedule(0.1),
+      helpers.one_device(config),
     )
   )
   state = helpers.start_state(config, weights, tx)
@@ -202,21 +203,22 @@ def stepper(apply_fn, weights):
 def test_the_update_has_the_key_of_its_step_and_the_attack_none():
   calls = []
 
-  def apply_fn(variables, x, routes, train, key=None):
-    calls.append((routes, key is None))
-    stats = {'key': 0 if key is None else jax.random.key_data(key)}
+  def as_stats(key):  # batch statistics are numbers, of which means are taken
+    return jax.random.key_data(key).astype(jnp.float32)
+
+  def apply_fn(variables, x, routes, train, key=None, examples=None):
+    calls.append((routes, key is None, examples is None))
+    stats = {'key': 0 if key is None else as_stats(key)}
     return x.mean((3, 4)) @ variables['params']['kernel'], stats
 
   weights = helpers.Snapshot(
     {'kernel': jnp.ones((2, helpers.SPEC.num_classes))},
-    {'key': jnp.zeros(2, jnp.uint32)},
+    {'key': jnp.zeros(2)},
   )
   state, _ = stepper(apply_fn, weights)(7)
-  assert calls == [((1,), True), ((0, 1), False)]
+  assert calls == [((1,), True, True), ((0, 1), False, False)]
   key = stream_key(helpers.make_config().seed, Stream.DROPOUT, 7)
-  np.testing.assert_array_equal(
-    state.batch_stats['key'], jax.random.key_data(key)
-  )
+  np.testing.assert_array_equal(state.batch_stats['key'], as_stats(key))
 
 
 def test_dropping_changes_the_update_and_not_the_perturbation():

@@ -58,7 +58,11 @@ class Run:
 def jit_step(config):
   _, apply_fn = helpers.tiny_net(config)
   tx = optim.make_optimizer(config.optimizer, schedule)
-  return jax.jit(make_train_step(config, helpers.SPEC, apply_fn, tx, schedule))
+  return jax.jit(
+    make_train_step(
+      config, helpers.SPEC, apply_fn, tx, schedule, helpers.one_device(config)
+    )
+  )
 
 
 def start(config):
@@ -296,7 +300,11 @@ def test_staleness_0_equals_the_sequential_loop(x64):
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), moved, opt_state, value
 
-  step = jax.jit(make_train_step(config, helpers.SPEC, apply_fn, tx, schedule))
+  step = jax.jit(
+    make_train_step(
+      config, helpers.SPEC, apply_fn, tx, schedule, helpers.one_device(config)
+    )
+  )
   state = helpers.start_state(config, weights, tx)
   expected = weights.params, weights.batch_stats, tx.init(weights.params)
   for t, batch in enumerate(helpers.random_batches(config, 4)):
@@ -359,7 +367,9 @@ def test_the_clean_statistics_are_those_of_a_run_without_attack(x64):
     _, apply_fn = helpers.tiny_net(config)
     tx = optim.make_optimizer(config.optimizer, schedule)
     step = jax.jit(
-      make_train_step(config, helpers.SPEC, apply_fn, tx, schedule)
+      make_train_step(
+        config, helpers.SPEC, apply_fn, tx, schedule, helpers.one_device(config)
+      )
     )
     state = helpers.start_state(config, start_weights, tx)
     stats[config.method] = step(state, *batches)[0].batch_stats
@@ -378,7 +388,9 @@ def test_adversarial_images_move_adversarial_statistics_only(moves_stats):
     _, apply_fn = helpers.tiny_net(config)
     tx = optim.make_optimizer(config.optimizer, schedule)
     step = jax.jit(
-      make_train_step(config, helpers.SPEC, apply_fn, tx, schedule)
+      make_train_step(
+        config, helpers.SPEC, apply_fn, tx, schedule, helpers.one_device(config)
+      )
     )
     state, batches = start(config), helpers.random_batches(config, 3)
   else:

@@ -25,6 +25,7 @@ class ApplyFn(Protocol):
     routes: tuple[int, ...],
     train: bool,
     key: jax.Array | None = None,
+    examples: jax.Array | None = None,
   ) -> tuple[jax.Array, Any]:
     """Images [G, V, b, H, W, C] -> (logits [G, V, b, K], batch_stats).
 
@@ -34,6 +35,8 @@ class ApplyFn(Protocol):
       routes: row of the batch norms that each view uses, length V.
       train: normalise by the statistics of the batch; move the running ones.
       key: of dropout and stochastic depth; None, or not `train`: neither.
+      examples: places of the examples in the batch, int [G, b], by which those
+        are drawn; None counts them from 0.
     """
 
 
@@ -186,12 +189,12 @@ def make_apply_fn(model: nn.Module) -> ApplyFn:
   drops them. Evaluation mode returns them as they came.
   """
 
-  def apply_fn(variables, x, routes, train, key=None):
+  def apply_fn(variables, x, routes, train, key=None, examples=None):
     if not train:
       return model.apply(variables, x, routes, False), variables['batch_stats']
     rngs = {} if key is None else {stochastic.STREAM: key}
     logits, updates = model.apply(
-      variables, x, routes, True, mutable=['batch_stats'], rngs=rngs
+      variables, x, routes, True, examples, mutable=['batch_stats'], rngs=rngs
     )
     return logits, updates['batch_stats']
 

@@ -151,7 +151,7 @@ class EfficientNet(nn.Module):
   Attributes:
     num_classes: K.
     num_routes: R, batch-norm rows.
-    span: devices that share one batch-norm group.
+    bn_axis: mesh axis over whose devices a batch-norm group lies, or None.
     width_factor: of all channels; see `scaled_features`.
     depth_factor: of the blocks of each stage; see `scaled_repeats`.
     dropout_rate: before the last layer.
@@ -163,7 +163,7 @@ class EfficientNet(nn.Module):
 
   num_classes: int
   num_routes: int
-  span: int = 1
+  bn_axis: str | None = None
   width_factor: float = 1.0
   depth_factor: float = 1.0
   dropout_rate: float = 0.2
@@ -176,10 +176,14 @@ class EfficientNet(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, routes: tuple[int, ...], train: bool
+    self,
+    x: jax.Array,
+    routes: tuple[int, ...],
+    train: bool,
+    examples: jax.Array | None = None,
   ) -> jax.Array:
     """x: normalised images [G, V, b, H, W, 3] -> logits [G, V, b, K]."""
-    layout = Layout(x.shape[0], self.span, routes)
+    layout = Layout(x.shape[0], routes, self.bn_axis, examples)
     wide = jnp.promote_types(self.dtype, jnp.float32)
     new_conv = functools.partial(
       conv, use_bias=False, dtype=self.dtype, param_dtype=wide
@@ -212,7 +216,7 @@ class EfficientNet(nn.Module):
   def _blocks(self, y, new_conv, norm, layout, train):
     new_block = MBConv
     if self.remat == 'blocks':
-      new_block = nn.remat(MBConv, static_argnums=(2, 3))
+      new_block = nn.remat(MBConv, static_argnums=(3,))
     counts = [scaled_repeats(s.repeats, self.depth_factor) for s in self.stages]
     index = 0
     for number, (stage, count) in enumerate(

@@ -2,51 +2,42 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Layout:
   """How views `[G, V, b, ...]` are folded to one axis for convolutions.
 
-  A group that spans `span` devices is split into as many blocks, which go
-  before the views: `[G, span, V, b / span, ...]`. So the folded axis is sharded
-  as it lies, and folding moves no data between devices.
+  Everything is what one device has of a batch: G of its groups, and of a group
+  that spans several devices the b examples that are here.
 
   Attributes:
     groups: G, batch-norm groups.
-    span: devices that share a group.
     routes: row of the batch norm that each view uses, length V.
+    bn_axis: mesh axis over whose devices a group lies, under `jax.shard_map`;
+      None where groups are whole.
+    examples: places of the examples in the batch of the step, int [G, b], by
+      which dropout is drawn; None counts them from 0.
   """
 
-  groups: int
-  span: int
-  routes: tuple[int, ...]
+  groups: int = flax.struct.field(pytree_node=False)
+  routes: tuple[int, ...] = flax.struct.field(pytree_node=False)
+  bn_axis: str | None = flax.struct.field(pytree_node=False, default=None)
+  examples: jax.Array | None = None
 
   def fold(self, x: jax.Array) -> jax.Array:
     """[G, V, b, ...] -> [G * V * b, ...]."""
-    if self.span > 1:
-      g, v, b, *rest = x.shape
-      x = x.reshape(g, v, self.span, b // self.span, *rest)
-      x = jnp.swapaxes(x, 1, 2)
-      return x.reshape(-1, *rest)
     return x.reshape(-1, *x.shape[3:])
-
-  def split(self, x: jax.Array) -> jax.Array:
-    """[G * V * b, ...] -> [G, span, V, b / span, ...]."""
-    shape = (self.groups, self.span, len(self.routes), -1)
-    return x.reshape(shape + x.shape[1:])
 
   def unfold(self, x: jax.Array) -> jax.Array:
     """[G * V * b, ...] -> [G, V, b, ...]."""
-    x = jnp.swapaxes(self.split(x), 1, 2)
-    g, v, m, b, *rest = x.shape
-    return x.reshape(g, v, m * b, *rest)
+    return x.reshape(self.groups, len(self.routes), -1, *x.shape[1:])
 
 
 class RoutedBatchNorm(nn.Module):
@@ -84,13 +75,17 @@ class RoutedBatchNorm(nn.Module):
     mean = self.variable('batch_stats', 'mean', jnp.zeros, rows, wide)
     var = self.variable('batch_stats', 'var', jnp.ones, rows, wide)
 
-    split = layout.split(x)  # [G, span, V, b / span, ..., C]
+    split = layout.unfold(x)  # [G, V, b, ..., C]
     routes = jnp.array(layout.routes)
     if train:
-      axes = (1, *range(3, split.ndim - 1))
+      axes = tuple(range(2, split.ndim - 1))
       mean_GVC = split.mean(axes, dtype=wide)
-      var_GVC = jnp.square(split.astype(wide)).mean(axes)
-      var_GVC = jnp.maximum(var_GVC - jnp.square(mean_GVC), 0)
+      square_GVC = jnp.square(split.astype(wide)).mean(axes)
+      if layout.bn_axis and not self.is_initializing():
+        mean_GVC, square_GVC = jax.lax.pmean(
+          (mean_GVC, square_GVC), layout.bn_axis
+        )
+      var_GVC = jnp.maximum(square_GVC - jnp.square(mean_GVC), 0)
       if not self.is_initializing():
         mean.value = self._moved(mean.value, mean_GVC, layout.routes)
         var.value = self._moved(var.value, var_GVC, layout.routes)
@@ -102,9 +97,8 @@ class RoutedBatchNorm(nn.Module):
     offset_GVC = bias[routes] - mean_GVC * factor_GVC
 
     def spread(v_GVC: jax.Array) -> jax.Array:  # over examples and pixels
-      g, v, c = v_GVC.shape
-      ones = (1,) * (split.ndim - 4)
-      return v_GVC.reshape(g, 1, v, *ones, c)
+      *gv, c = v_GVC.shape
+      return v_GVC.reshape(*gv, *(1,) * (split.ndim - 3), c)
 
     y = split.astype(wide) * spread(factor_GVC) + spread(offset_GVC)
     return y.reshape(x.shape).astype(self.dtype)

@@ -163,7 +163,7 @@ class ResNet(nn.Module):
     bottleneck: blocks of three convolutions, not two.
     num_classes: K.
     num_routes: R, batch-norm rows.
-    span: devices that share one batch-norm group.
+    bn_axis: mesh axis over whose devices a batch-norm group lies, or None.
     width: channels of the 3x3 convolutions of the first stage; doubled in each
       later one.
     stem: 'conv7', or 'deep' for three 3x3 convolutions (ResNet-D).
@@ -179,7 +179,7 @@ class ResNet(nn.Module):
   bottleneck: bool
   num_classes: int
   num_routes: int
-  span: int = 1
+  bn_axis: str | None = None
   width: int = 64
   stem: str = 'conv7'
   shortcut: str = 'conv'
@@ -193,10 +193,14 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, routes: tuple[int, ...], train: bool
+    self,
+    x: jax.Array,
+    routes: tuple[int, ...],
+    train: bool,
+    examples: jax.Array | None = None,
   ) -> jax.Array:
     """x: normalised images [G, V, b, H, W, 3] -> logits [G, V, b, K]."""
-    layout = Layout(x.shape[0], self.span, routes)
+    layout = Layout(x.shape[0], routes, self.bn_axis, examples)
     wide = jnp.promote_types(self.dtype, jnp.float32)
     new_conv = functools.partial(
       conv, use_bias=False, dtype=self.dtype, param_dtype=wide
@@ -211,7 +215,7 @@ class ResNet(nn.Module):
     y = self._stem(layout.fold(x), new_conv, norm, layout, train)
     new_block = Block
     if self.remat == 'blocks':
-      new_block = nn.remat(Block, static_argnums=(2, 3))
+      new_block = nn.remat(Block, static_argnums=(3,))
     index, last = 0, sum(self.blocks) - 1
     for stage, count in enumerate(self.blocks):
       for i in range(count):

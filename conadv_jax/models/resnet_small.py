@@ -47,7 +47,7 @@ class SmallResNet(nn.Module):
     blocks_per_stage: n.
     num_classes: K.
     num_routes: R, batch-norm rows.
-    span: devices that share one batch-norm group.
+    bn_axis: mesh axis over whose devices a batch-norm group lies, or None.
     width: channels of the first stage; doubled in each later one.
     dtype: of activations; parameters and logits are float32 or wider.
   """
@@ -55,7 +55,7 @@ class SmallResNet(nn.Module):
   blocks_per_stage: int
   num_classes: int
   num_routes: int
-  span: int = 1
+  bn_axis: str | None = None
   width: int = 16
   bn_momentum: float = 0.9
   bn_epsilon: float = 1e-5
@@ -63,10 +63,14 @@ class SmallResNet(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, routes: tuple[int, ...], train: bool
+    self,
+    x: jax.Array,
+    routes: tuple[int, ...],
+    train: bool,
+    examples: jax.Array | None = None,
   ) -> jax.Array:
     """x: normalised images [G, V, b, H, W, C] -> logits [G, V, b, K]."""
-    layout = Layout(x.shape[0], self.span, routes)
+    layout = Layout(x.shape[0], routes, self.bn_axis, examples)
     wide = jnp.promote_types(self.dtype, jnp.float32)
     conv = functools.partial(
       nn.Conv,

@@ -1,10 +1,10 @@
 """Dropout and stochastic depth, addressed by step and place in the batch.
 
-Both draw their masks over `[G, V, b]`, before the views are folded, from the
-'dropout' stream of Linen, which `apply_fn` seeds with the key of the step. So a
-mask depends on the step, the layer and the example's place, and not on the
-number of devices; every view of an example draws its own. A call without that
-stream, an attack's or an evaluation's, drops nothing.
+Both draw from the 'dropout' stream of Linen, which `apply_fn` seeds with the
+key of the step, folded with the example's place in the batch. So a mask depends
+on the step, the layer and that place, and neither on the number of devices nor
+on that of microbatches; every view of an example draws its own. A call without
+that stream, an attack's or an evaluation's, drops nothing.
 """
 
 from __future__ import annotations
@@ -63,12 +63,20 @@ def _drop(
   if not module.rate or not module.has_rng(STREAM):
     return x
   keep = 1 - module.rate
+  key = module.make_rng(STREAM)
   views = len(layout.routes)
-  lead = (layout.groups, views, x.shape[0] // (layout.groups * views))
-  # In float32 whatever the types of the run: the same mask with 64-bit types.
-  kept = jax.random.bernoulli(
-    module.make_rng(STREAM), jnp.float32(keep), lead + features
-  )
-  kept = layout.fold(kept)
+  shape = (layout.groups, x.shape[0] // (layout.groups * views))
+  examples = layout.examples
+  if examples is None:
+    examples = jnp.arange(shape[0] * shape[1]).reshape(shape)
+
+  def draw(example: jax.Array) -> jax.Array:  # [V, *features]
+    # In float32 whatever the types of the run: the same mask with 64-bit types.
+    return jax.random.bernoulli(
+      jax.random.fold_in(key, example), jnp.float32(keep), (views, *features)
+    )
+
+  kept_GbV = jax.vmap(jax.vmap(draw))(examples)
+  kept = layout.fold(jnp.swapaxes(kept_GbV, 1, 2))
   kept = kept.reshape(kept.shape + (1,) * (x.ndim - kept.ndim))
   return jnp.where(kept, x / keep, 0)

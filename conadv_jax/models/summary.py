@@ -28,19 +28,32 @@ class Size(NamedTuple):
 
 def size(model: nn.Module, side_px: int) -> Size:
   """The size of `model`, for a square image of 3 channels."""
-  multiply_adds = 0
+  image = (side_px, side_px, 3)
+  leaves = jax.tree.leaves(_init_shapes(model, image)['params'])
+  return Size(
+    sum(leaf.size for leaf in leaves), sum(multiply_adds(model, image))
+  )
+
+
+def multiply_adds(
+  model: nn.Module, image_shape: tuple[int, int, int]
+) -> list[int]:
+  """Of each convolution and dense layer of `model`, in order; see `Size`."""
+  counts = []
 
   def count(call, args, kwargs, context):
-    nonlocal multiply_adds
     y = call(*args, **kwargs)
     if isinstance(context.module, nn.Conv | nn.Dense):
       kernel = context.module.get_variable('params', 'kernel')
-      multiply_adds += y.size * math.prod(kernel.shape[:-1])
+      counts.append(y.size * math.prod(kernel.shape[:-1]))
     return y
 
-  x = jax.ShapeDtypeStruct((1, 1, 1, side_px, side_px, 3), jnp.float32)
-  init = functools.partial(model.init, routes=(0,), train=False)
   with nn.intercept_methods(count):
-    variables = jax.eval_shape(init, jax.random.key(0), x)
-  leaves = jax.tree.leaves(variables['params'])
-  return Size(sum(leaf.size for leaf in leaves), multiply_adds)
+    _init_shapes(model, image_shape)
+  return counts
+
+
+def _init_shapes(model: nn.Module, image_shape: tuple[int, int, int]):
+  x = jax.ShapeDtypeStruct((1, 1, 1, *image_shape), jnp.float32)
+  init = functools.partial(model.init, routes=(0,), train=False)
+  return jax.eval_shape(init, jax.random.key(0), x)

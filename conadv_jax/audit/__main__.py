@@ -1,0 +1,218 @@
+"""Compile a configuration's training step for a TPU slice, without one.
+
+  python -m conadv_jax.audit --config=configs/NAME.py[:k=v,...]
+    --topology=v3-1024 [--config.FIELD=VALUE ...]
+
+  --topology=T[,T...]  v3:16x32 (chips), or a type such as v3-1024, v5e-256
+  --slices=N           of that topology each, joined by the data centre network
+  --json=FILE          the report as JSON; --output=DIR: Markdown, HTML, plots,
+                       and the compiled programs, so that a rerun goes on
+  --compare            cost of staleness, views, accumulation and remat too
+  --sweep              least accumulation that fits, for every slice in
+                       --topology and batch in --batch_sizes=B[,B...]
+  --scaling            step time on 8 to 4,096 devices, predicted
+
+Needs libtpu: pip install -e '.[tpu]'. Exits with 3 if the step does not fit,
+2 for a wrong setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from conadv_jax import cli, experiment, optim
+from conadv_jax.audit import (
+  report,
+  report_html,
+  scaling,
+  scaling_report,
+  sweep,
+  topology,
+)
+from conadv_jax.audit.cache import Auditor
+from conadv_jax.config import Config, ConfigError, from_config_dict
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  """The command: returns the report that it prints.
+
+  Raises:
+    ConfigError: for a wrong flag or configuration.
+    cli.OutOfMemoryError: if the step does not fit a slice.
+  """
+  options, rest = _parser().parse_known_args(argv[1:])
+  config = from_config_dict(cli.parse_config([argv[0], *rest]))
+  topologies = [
+    topology.parse(text, options.slices) for text in options.topology.split(',')
+  ]
+  # An audit computes nothing: it leaves a TPU to whoever trains on it.
+  jax.config.update('jax_platforms', 'cpu')
+  topology.prepare_process()
+  output = epath.Path(options.output) if options.output else None
+  auditor = Auditor(
+    output / 'programs' if output else None, _programs(options, config)
+  )
+  if options.sweep:
+    sizes = options.batch_sizes or str(config.batch_size)
+    sizes = [_batch_size(text) for text in sizes.split(',')]
+    result = {'sweep': sweep.sweep(config, topologies, sizes, auditor)}
+    fits = True
+  else:
+    if len(topologies) > 1:
+      raise ConfigError(
+        f'topology={options.topology!r}: several need --sweep; name one'
+      )
+    result = _audit(config, topologies[0], options, auditor, output)
+    fits = result['fits']
+  print('\n' + report.text(result))
+  _write(result, options.json, output)
+  if not fits:
+    raise cli.OutOfMemoryError(report.verdict(result))
+  return result
+
+
+def _audit(
+  config: Config,
+  where: topology.Topology,
+  options: argparse.Namespace,
+  auditor: Auditor,
+  output: epath.Path | None,
+) -> dict[str, Any]:
+  result = auditor(config, where)
+  if options.compare:
+    result['comparison'] = sweep.compare(config, where, auditor)
+  if options.scaling and result['fits']:
+    study = _scaling(config, where, auditor)
+    print('\n' + scaling_report.text(study))
+    result['scaling'] = scaling_report.as_json(study)
+    if output:
+      title = f'{config.model}, {config.method}, {where.generation.name}'
+      output.mkdir(parents=True, exist_ok=True)
+      scaling_report.plot(study, title, output / 'scaling.png')
+  return result
+
+
+def _scaling(
+  config: Config, where: topology.Topology, auditor: Auditor
+) -> scaling_report.Study:
+  """Predicted from this step and a smaller one; see `scaling`."""
+  run = experiment.build(config, topology.load_devices(where))
+  each = config.batch_size // where.devices // config.microbatches
+  cost = _cost(config, where, each, auditor)
+  baseline = sweep.with_fields(config, method='baseline', staleness_steps=None)
+  v3 = topology.parse('v3:4x4')
+  return scaling_report.study(
+    cost,
+    where.generation,
+    examples_per_device=each * config.microbatches,
+    batch_size=config.batch_size,
+    examples_to_train=round(config.epochs * run.spec.num_train),
+    max_examples_per_device=each,
+    anchor_cost=_cost(baseline, v3, 96, auditor),
+  )
+
+
+def _cost(
+  config: Config, where: topology.Topology, each: int, auditor: Auditor
+) -> scaling.StepCost:
+  """From programs for `each` and for a few examples per device."""
+  programs = []
+  for examples in sorted({each, max(1, min(8, each // 2))}):
+    small = topology.Topology(
+      where.generation, where.generation.shapes[0], slices=1
+    )
+    trial = sweep.with_fields(
+      config,
+      batch_size=examples * small.devices,
+      bn_group_size=examples,
+      microbatches=1,
+    )
+    found = auditor(trial, small)
+    programs.append(
+      scaling.Compiled(
+        examples, found['flops_per_device'], found['bytes_accessed_per_device']
+      )
+    )
+  run = experiment.build(config, topology.load_devices(where))
+  params = run.abstract_state().params
+  return scaling.StepCost.of_two(
+    *programs,
+    gradient_bytes=4 * sum(leaf.size for leaf in jax.tree.leaves(params)),
+    batch_norm=_batch_norm(config, params),
+  )
+
+
+def _batch_norm(config: Config, params: Any) -> scaling.BatchNormCost:
+  """What groups that span devices exchange.
+
+  Mean and mean square of each channel and view forward, their gradients
+  backward, in the update and in every step of the attack.
+  """
+  rows = [
+    leaf.shape[1]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    if optim.path_name(path).endswith('/scale')
+  ]
+  attacks = config.attack.steps if config.is_adversarial else 0
+  return scaling.BatchNormCost(
+    group_size=config.bn_group_size,
+    all_reduces=2 * len(rows) * (1 + attacks),
+    bytes=2 * 2 * 4 * sum(rows) * (len(config.views) + attacks),
+  )
+
+
+def _programs(options: argparse.Namespace, config: Config) -> int:
+  """How many programs will be compiled, at most; for the time left."""
+  if options.sweep:
+    return len(options.topology.split(',')) * len(
+      (options.batch_sizes or '1').split(',')
+    )
+  compared = len(list(sweep.variants(config))) if options.compare else 0
+  return 1 + compared + (4 if options.scaling else 0)
+
+
+def _batch_size(text: str) -> int:
+  if not text.isdecimal() or not int(text):
+    raise ConfigError(
+      f'batch_sizes={text!r}: must be numbers, e.g. 32768,98304'
+    )
+  return int(text)
+
+
+def _write(
+  result: dict[str, Any], file: str | None, output: epath.Path | None
+) -> None:
+  content = json.dumps(result, indent=2) + '\n'
+  if file:
+    path = epath.Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    print(f'wrote {path}')
+  if output:
+    output.mkdir(parents=True, exist_ok=True)
+    (output / 'audit.json').write_text(content)
+    (output / 'audit.md').write_text(report.markdown(result))
+    (output / 'audit.html').write_text(report_html.html(result))
+    print(f'wrote audit.json, audit.md and audit.html to {output}')
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  parser.add_argument('--topology', required=True)
+  parser.add_argument('--slices', type=int, default=1)
+  parser.add_argument('--batch_sizes', default='')
+  for name in ('--json', '--output'):
+    parser.add_argument(name)
+  for name in ('--compare', '--sweep', '--scaling'):
+    parser.add_argument(name, action='store_true')
+  return parser
+
+
+if __name__ == '__main__':
+  cli.run(main, __doc__)

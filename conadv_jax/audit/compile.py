@@ -1,0 +1,311 @@
+"""One training step, compiled for one slice -> all that the audit reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+
+from conadv_jax import models
+from conadv_jax.audit import hlo, hlo_cost, schedule
+from conadv_jax.audit.topology import Topology
+from conadv_jax.config import flatten, to_dict
+from conadv_jax.experiment import Experiment
+from conadv_jax.models.summary import multiply_adds
+
+# What a compiler says when a program needs more memory than there is.
+_OUT_OF_MEMORY = re.compile(
+  r'RESOURCE_EXHAUSTED|exceeds available HBM|hbm', re.I
+)
+_REQUIRED = re.compile(
+  r'(?:total memory required|used|Used) ?(?:for HLO temporaries )?\(?'
+  r'(\d+(?:\.\d+)?)([KMGT])'
+)
+_MEMORY = (
+  'peak_memory_in_bytes', 'argument_size_in_bytes',
+  'generated_code_size_in_bytes',
+)  # fmt: skip
+_UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What XLA says of a step, in plain types; made by `compile_step`.
+
+  Attributes:
+    lower_seconds: of tracing.
+    compile_seconds: of XLA.
+    text: the scheduled program; '' where it needs more memory than there is.
+    memory: fields of `memory_analysis()`, bytes of one device.
+    costs: `flops` and `bytes accessed` of `cost_analysis()`, of one device.
+    error: what XLA said where there is no program.
+  """
+
+  lower_seconds: float
+  compile_seconds: float
+  text: str = ''
+  memory: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  costs: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  error: str = ''
+
+
+class Lowered(NamedTuple):
+  """The traced step, and what that took."""
+
+  step: jax.stages.Lowered
+  seconds: float
+
+
+def lower_step(run: Experiment) -> Lowered:
+  """Traces the very step that `train` runs."""
+  start = time.monotonic()
+  step = run.lower_step()
+  return Lowered(step, time.monotonic() - start)
+
+
+def compile_step(run: Experiment, lowered: Lowered) -> Compiled:
+  """Compiles it for the devices of the run.
+
+  Raises:
+    jax.errors.JaxRuntimeError: if XLA fails otherwise than for lack of memory.
+  """
+  start = time.monotonic()
+  try:
+    program = lowered.step.compile(compiler_options=run.compiler_options)
+  except jax.errors.JaxRuntimeError as error:
+    if not _OUT_OF_MEMORY.search(str(error)):
+      raise
+    seconds = time.monotonic() - start
+    return Compiled(lowered.seconds, seconds, error=str(error))
+  seconds = time.monotonic() - start
+  memory, costs = program.memory_analysis(), program.cost_analysis()
+  return Compiled(
+    lowered.seconds,
+    seconds,
+    program.as_text(),
+    {name: getattr(memory, name) for name in _MEMORY},
+    {name: costs[name] for name in ('flops', 'bytes accessed')},
+  )
+
+
+def report(
+  run: Experiment, topology: Topology, compiled: Compiled
+) -> dict[str, Any]:
+  """What the audit says of one program; keys are those of its JSON."""
+  config = run.config
+  limit = topology.generation.hbm_limit_bytes
+  result = {
+    'method': config.method,
+    'model': config.model,
+    'batch_size': config.batch_size,
+    'examples_per_device': config.batch_size // topology.devices,
+    'image_size_px': run.spec.image_shape[0],
+    'bn_group_size': config.bn_group_size,
+    'staleness_steps': config.staleness_steps,
+    'microbatches': config.microbatches,
+    'remat': config.remat,
+    'shard_optimizer': config.shard_optimizer,
+    'grad_allreduce_dtype': config.grad_allreduce_dtype,
+    'xla_flags': config.xla_flags,
+    'compiler_options': run.compiler_options,
+    'topology': topology.label,
+    'alias': topology.alias,
+    'devices': topology.devices,
+    'hosts': topology.hosts,
+    'host_cores': topology.generation.host_vcpus,
+    'mesh': dict(run.mesh.shape),
+    'hbm_limit_bytes': limit,
+    'flops_analytic': analytic_flops(run),
+    'lower_seconds': compiled.lower_seconds,
+    'compile_seconds': compiled.compile_seconds,
+    'versions': versions(),
+  }
+  if compiled.error:
+    hbm = state_bytes(run)
+    hbm['activations'] = _required_bytes(compiled.error)
+    result['error'] = compiled.error.splitlines()[0]
+  else:
+    hbm = hbm_parts(state_bytes(run), compiled.memory)
+    result |= _measured(run, topology, compiled)
+  peak = sum(hbm.values())
+  result |= {
+    'fits': not compiled.error and peak <= limit,
+    'peak_hbm_bytes': peak,
+    'hbm': hbm,
+  }
+  if not result['fits']:
+    result['remedies'] = remedies(run, hbm, limit)
+  return result | {'config': flatten(to_dict(config))}
+
+
+def _measured(
+  run: Experiment, topology: Topology, compiled: Compiled
+) -> dict[str, Any]:
+  """What only a compiled program tells."""
+  generation = topology.generation
+  rates = generation.peak_flops_per_sec, generation.hbm_bytes_per_sec
+  program = hlo.parse(compiled.text)
+  by_scope = hlo_cost.by_scope(program, *rates)
+  seconds = sum(scope['seconds'] for scope in by_scope.values())
+  images_per_sec = run.config.batch_size / seconds
+  return {
+    'flops_per_device': compiled.costs['flops'],
+    'flops_ratio': compiled.costs['flops'] / analytic_flops(run),
+    'bytes_accessed_per_device': compiled.costs['bytes accessed'],
+    'roofline_seconds': seconds,
+    'by_scope': by_scope,
+    'images_per_sec_bound': images_per_sec,
+    'images_per_sec_per_host': images_per_sec / topology.hosts,
+    'collectives': schedule.inventory(schedule.collectives(program, *rates)),
+    'overlap': schedule.overlap(program, *rates),
+  }
+
+
+# ---- Memory ------------------------------------------------------------------
+
+
+def state_bytes(run: Experiment) -> dict[str, int]:
+  """Bytes per device of what outlives a step, without padding of layouts."""
+  state, batch = run.abstract_state(), run.abstract_batch()
+  batches = 2 if run.config.staleness_steps else 1
+  return {
+    'parameters': _bytes((state.params, state.batch_stats)),
+    'optimizer': _bytes(state.opt_state),
+    'snapshots': _bytes(state.snapshots),
+    'average': _bytes(state.ema),
+    'images': batches * _bytes(batch),
+    'perturbation': _bytes(state.perturbation),
+  }
+
+
+def hbm_parts(
+  parts: Mapping[str, int], memory: Mapping[str, int]
+) -> dict[str, int]:
+  """Bytes of `state_bytes`, and of what else is there at the peak.
+
+  `padding` is what the layout of the arguments adds; `activations` is the rest:
+  temporaries, outputs that are not in place, gradients.
+  """
+  code = memory['generated_code_size_in_bytes']
+  padding = max(0, memory['argument_size_in_bytes'] - sum(parts.values()))
+  known = sum(parts.values()) + padding
+  return dict(parts) | {
+    'padding': padding,
+    'code': code,
+    'activations': max(0, memory['peak_memory_in_bytes'] - known - code),
+  }
+
+
+def remedies(
+  run: Experiment, parts: Mapping[str, int], limit_bytes: int
+) -> list[dict[str, Any]]:
+  """Options that lower the peak, the least costly that fits first.
+
+  `saves_bytes` are estimates: activations shrink with the number of parts of a
+  batch; kept inputs of blocks are taken for a quarter of them.
+  """
+  config = run.config
+  total = sum(parts.values())
+  activations = parts['activations']
+  per_device = config.batch_size // run.mesh.size
+  found = []
+
+  def add(option: str, saves: float, cost: str) -> None:
+    found.append(
+      {
+        'option': option,
+        'saves_bytes': int(saves),
+        'peak_hbm_bytes': int(total - saves),
+        'fits': total - saves <= limit_bytes,
+        'cost': cost,
+      }
+    )
+
+  groups = config.batch_size // config.bn_group_size
+  for count in range(config.microbatches + 1, groups + 1):
+    whole_groups = groups % count == 0 and (
+      groups // count % run.mesh.shape['data'] == 0
+    )
+    if not whole_groups:
+      continue
+    saves = activations * (1 - config.microbatches / count)
+    add(f'microbatches={count}', saves, 'no arithmetic; smaller kernels')
+    if found[-1]['fits']:
+      break
+  if config.remat == 'none' and 'remat' in models.get(config.model).options:
+    add('remat=blocks', 0.75 * activations, 'one more forward pass per view')
+  if not config.shard_optimizer and run.mesh.shape['data'] > 1:
+    share = 1 - 1 / run.mesh.shape['data']
+    add(
+      'shard_optimizer=True',
+      share * parts['optimizer'],
+      'one all-gather a step',
+    )
+  if config.dtype == 'float32':
+    add('dtype=bfloat16', activations / 2, 'rounding of activations')
+  if per_device > 1:
+    share = 1 / 2
+    add(
+      'twice the devices',
+      share * (activations + parts['images'] + parts['perturbation']),
+      'a larger slice',
+    )
+  return sorted(found, key=lambda r: not r['fits'])
+
+
+def _bytes(tree: Any) -> int:
+  """Of what one device holds of the abstract arrays in `tree`."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def _required_bytes(error: str) -> int:
+  match = _REQUIRED.search(error)
+  return round(float(match[1]) * _UNITS[match[2]]) if match else 0
+
+
+# ---- FLOPs -------------------------------------------------------------------
+
+
+def analytic_flops(run: Experiment) -> float:
+  """FLOPs of convolutions and dense layers of a step, per device.
+
+  With F for a forward pass over the clean images, V trained views and an attack
+  of k steps,
+
+    V * (3 F - S) + k * 2 F
+
+  where S is the gradient of the pixels through the first layer, which training
+  does not need. `remat` adds a forward pass to each. A multiply-add counts as
+  two, also on the padding, as in papers; XLA leaves the padding out.
+  """
+  config = run.config
+  layers = [2 * n for n in multiply_adds(run.model, run.spec.image_shape)]
+  forward, stem = sum(layers), layers[0]
+  examples = config.batch_size / run.mesh.size
+  views = len(config.views)
+  again = forward if config.remat != 'none' else 0
+  attack = config.attack.steps if config.is_adversarial else 0
+  per_example = views * (3 * forward - stem + again) + attack * (
+    2 * forward + again
+  )
+  return examples * per_example
+
+
+def versions() -> dict[str, str]:
+  """Of what decides on the program and is installed."""
+  found = {}
+  for name in ('jax', 'jaxlib', 'libtpu', 'flax', 'optax'):
+    try:
+      found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+      continue  # libtpu, which TPU_LIBRARY_PATH may stand in for
+  return found

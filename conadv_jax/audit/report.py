@@ -1,0 +1,397 @@
+"""The audit's JSON -> sections, and these as text and Markdown.
+
+Every section is made of what the report has: one of a step that does not fit
+has no collectives, and one of a sweep nothing but its rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+Report = Mapping[str, Any]
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Bars:
+  """Bars of a section.
+
+  Attributes:
+    values: (name, value).
+    limit: value of a mark across the bars, which are stacked against it; None
+      for a bar each.
+    unit: of the values, which are printed with `number`.
+  """
+
+  values: Sequence[tuple[str, float]]
+  limit: float | None
+  unit: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """A title, some sentences, bars and a table; all but the title optional.
+
+  Attributes:
+    title: what it shows.
+    notes: sentences.
+    columns: of the table; empty for names and values.
+    rows: of the table, as printed.
+    bars: what the table says, to look at.
+    lines: to be shown as they are, such as instructions.
+  """
+
+  title: str
+  notes: Sequence[str] = ()
+  columns: Sequence[str] = ()
+  rows: Sequence[Sequence[str]] = ()
+  bars: Bars | None = None
+  lines: Sequence[str] = ()
+
+
+# ---- Pages -------------------------------------------------------------------
+
+
+def text(report: Report) -> str:
+  """The report for a terminal."""
+  parts = [title(report)]
+  for section in sections(report):
+    lines = [section.title, *('  ' + note for note in section.notes)]
+    table = [list(row) for row in section.rows]
+    if section.columns:
+      table.insert(0, list(section.columns))
+    lines += _aligned(table)
+    lines += ['    ' + line for line in section.lines]
+    parts.append('\n'.join(lines))
+  return '\n\n'.join(parts)
+
+
+def markdown(report: Report) -> str:
+  """The report as a Markdown page."""
+  parts = ['# ' + _escaped(title(report))]
+  for section in sections(report):
+    parts.append('## ' + _escaped(section.title))
+    parts += [_escaped(note) for note in section.notes]
+    if section.rows:
+      columns = section.columns or ('', '')
+      table = [columns, ['---'] * len(columns), *section.rows]
+      parts.append(
+        '\n'.join('| ' + ' | '.join(map(_escaped, row)) + ' |' for row in table)
+      )
+    if section.lines:
+      # An indented block: nothing within is read as Markdown.
+      parts.append('\n'.join('    ' + line for line in section.lines))
+  return '\n\n'.join(parts) + '\n'
+
+
+def title(report: Report) -> str:
+  """One line that says what was audited."""
+  if 'model' not in report:
+    return 'Audit of training steps'
+  where = report.get('alias') or report.get('topology')
+  size = f' at {report["batch_size"]:,}' if 'batch_size' in report else ''
+  return f'{report["model"]}, {report.get("method", "")}{size}, on {where}'
+
+
+def verdict(report: Report) -> str:
+  """Whether the step fits, and what would help if it does not."""
+  peak, limit = report.get('peak_hbm_bytes'), report.get('hbm_limit_bytes')
+  sizes = f'{bytes_text(peak)} of {bytes_text(limit)} per device'
+  if report.get('fits', True):
+    return f'fits: {sizes}'
+  helps = [r['option'] for r in report.get('remedies', ()) if r.get('fits')]
+  if helps:
+    remedy = f'; would fit with {" or ".join(helps)} (estimated)'
+  else:
+    tried = [r['option'] for r in report.get('remedies', ())]
+    remedy = f'; no one option is enough: combine {", ".join(tried)}'
+    remedy = remedy if tried else '; use more devices'
+  return f'does not fit: needs {sizes}{remedy}'
+
+
+def sections(report: Report) -> list[Section]:
+  """What the report has to say, in order."""
+  found = (make(report) for make in _SECTIONS)
+  return [section for section in found if section is not None]
+
+
+# ---- Sections ----------------------------------------------------------------
+
+
+def _step(report: Report) -> Section | None:
+  keys = (
+    'config_name', 'topology', 'alias', 'devices', 'hosts', 'mesh',
+    'batch_size', 'examples_per_device', 'image_size_px', 'bn_group_size',
+    'staleness_steps', 'microbatches', 'remat', 'shard_optimizer',
+    'grad_allreduce_dtype', 'xla_flags', 'compiler_options', 'overrides',
+    'lower_seconds', 'compile_seconds',
+  )  # fmt: skip
+  rows = [(_label(k), value_text(k, report[k])) for k in keys if k in report]
+  return Section('The step', rows=rows) if rows else None
+
+
+def _memory(report: Report) -> Section | None:
+  if 'hbm' not in report:
+    return None
+  limit = report.get('hbm_limit_bytes')
+  parts = [(k.replace('_', ' '), v) for k, v in report['hbm'].items() if v]
+  total = report.get('peak_hbm_bytes', sum(v for _, v in parts))
+  rows = [
+    (name, bytes_text(v), _percent(v / limit) if limit else '-')
+    for name, v in [*parts, ('total', total)]
+  ]
+  notes = [verdict(report)] if 'fits' in report else []
+  if report.get('error'):
+    notes.append(f'The compiler: {report["error"]}')
+  return Section(
+    'HBM of one device, at the peak',
+    notes,
+    ('part', 'size', 'of the limit'),
+    rows,
+    Bars([(n, v / _GIB) for n, v in parts], limit and limit / _GIB, 'GiB'),
+  )
+
+
+def _remedies(report: Report) -> Section | None:
+  rows = [
+    (
+      r['option'],
+      bytes_text(r.get('saves_bytes')),
+      bytes_text(r.get('peak_hbm_bytes')),
+      value_text('fits', r.get('fits')),
+      str(r.get('cost', '-')),
+    )
+    for r in report.get('remedies', ())
+  ]
+  columns = ('option', 'saves', 'peak', 'fits', 'costs')
+  notes = ('Each alone, estimated; an audit with the option tells.',)
+  return Section('What lowers it', notes, columns, rows) if rows else None
+
+
+def _costs(report: Report) -> Section | None:
+  keys = (
+    'flops_per_device', 'flops_analytic', 'flops_ratio',
+    'bytes_accessed_per_device', 'roofline_seconds', 'images_per_sec_bound',
+    'images_per_sec_per_host', 'host_cores',
+  )  # fmt: skip
+  rows = [(_label(k), value_text(k, report[k])) for k in keys if k in report]
+  if {'images_per_sec_per_host', 'host_cores'} <= report.keys():
+    rate = report['images_per_sec_per_host'] / report['host_cores']
+    rows.append(('images per sec per host core', number(rate)))
+  note = (
+    'The bound takes every instruction at its roofline, one after the other, '
+    'and collectives as memory traffic: a step takes longer.'
+  )
+  return Section('Work of one device', (note,), rows=rows) if rows else None
+
+
+def _scopes(report: Report) -> Section | None:
+  scopes = report.get('by_scope')
+  if not scopes:
+    return None
+  rows = [
+    (
+      name.replace('_', ' '),
+      _percent(spent['share']),
+      *(value_text(k, spent[k]) for k in ('seconds', 'flops', 'bytes')),
+    )
+    for name, spent in scopes.items()
+  ]
+  shares = [
+    (name.replace('_', ' '), 100 * spent['share'])
+    for name, spent in scopes.items()
+  ]
+  return Section(
+    'Sub-steps, at the roofline',
+    (),
+    ('sub-step', 'share', 'time', 'FLOPs', 'HBM traffic'),
+    rows,
+    Bars(shares, None, '%'),
+  )
+
+
+def _collectives(report: Report) -> Section | None:
+  if 'collectives' not in report:
+    return None
+  found = report['collectives']
+  rows = [
+    (
+      c['kind'],
+      str(c.get('dtype', '-')),
+      bytes_text(c['bytes']),
+      f'{c["group_size"]:,}',
+      f'{c["count"]:,}',
+    )
+    for c in found
+  ]
+  overlap = report.get('overlap') or {}
+  notes = [] if found else ['None: nothing is exchanged.']
+  if 'verdict' in overlap:
+    notes.append(f'Sum of gradients: {overlap["verdict"]}.')
+  sizes = [
+    (f'{c["count"]} {c["kind"]}', c['count'] * c['bytes'] / 1e6) for c in found
+  ]
+  return Section(
+    'Collectives of a step',
+    notes,
+    ('kind', 'type', 'payload of a device', 'group', 'times'),
+    rows,
+    Bars(sizes, None, 'MB') if found else None,
+    overlap.get('evidence', ()),
+  )
+
+
+def _comparison(report: Report) -> Section | None:
+  columns = (
+    'name', 'fits', 'peak_hbm_bytes', 'flops_per_device_ratio',
+    'bytes_accessed_per_device_ratio', 'roofline_seconds',
+    'roofline_seconds_ratio', 'compile_seconds_ratio', 'error',
+  )  # fmt: skip
+  notes = ('Ratios are to the first row.',)
+  return _of_rows('What it costs', notes, columns, report.get('comparison'))
+
+
+def _sweep(report: Report) -> Section | None:
+  columns = (
+    'topology', 'alias', 'devices', 'method', 'batch_size',
+    'examples_per_device', 'bn_group_size', 'mesh', 'microbatches', 'remat',
+    'fits', 'peak_hbm_bytes', 'hbm_limit_bytes', 'roofline_seconds',
+    'images_per_sec_bound', 'images_per_sec_per_host', 'error',
+  )  # fmt: skip
+  return _of_rows('What fits where', (), columns, report.get('sweep'))
+
+
+def _scaling(report: Report) -> Section | None:
+  columns = (
+    'mode', 'calibration', 'topology', 'slices', 'devices', 'batch_size',
+    'examples_per_device', 'microbatches', 'compute_seconds',
+    'collective_seconds', 'step_seconds', 'overlapped_step_seconds',
+    'efficiency', 'train_seconds',
+  )  # fmt: skip
+  scaling = report.get('scaling') or ()
+  if isinstance(scaling, Mapping):
+    scaling = [
+      {'mode': mode, 'calibration': s['calibration'].get('name', '')} | row
+      for mode in ('weak', 'strong')
+      for s in scaling.get(mode, ())
+      for row in s['rows']
+    ]
+  return _of_rows('Scaling, predicted', (), columns, scaling)
+
+
+def _versions(report: Report) -> Section | None:
+  rows = [(k, str(v)) for k, v in report.get('versions', {}).items()]
+  return Section('Versions', rows=rows) if rows else None
+
+
+_SECTIONS: Sequence[Callable[[Report], Section | None]] = (
+  _step, _memory, _remedies, _costs, _scopes, _collectives, _comparison, _sweep,
+  _scaling, _versions,
+)  # fmt: skip
+
+
+def _of_rows(
+  name: str,
+  notes: Sequence[str],
+  columns: Sequence[str],
+  rows: Iterable[Report] | None,
+) -> Section | None:
+  """A table of those `columns` that any of the rows has."""
+  rows = list(rows or ())
+  columns = [c for c in columns if any(c in row for row in rows)]
+  if not columns:
+    return None
+  cells = [
+    [value_text(c, row[c]) if c in row else '-' for c in columns]
+    for row in rows
+  ]
+  return Section(name, notes, [_label(c) for c in columns], cells)
+
+
+# ---- Numbers -----------------------------------------------------------------
+
+
+def value_text(key: str, value: Any) -> str:
+  """A value with the unit that its name ends in."""
+  if value is None:
+    return '-'
+  if isinstance(value, bool):
+    return 'yes' if value else 'no'
+  if isinstance(value, Mapping):
+    return ', '.join(f'{k}={v}' for k, v in value.items()) or 'none'
+  if isinstance(value, str):
+    return value or '-'
+  if isinstance(value, Sequence):
+    return ', '.join(map(str, value)) or 'none'
+  if 'ratio' in key:
+    return f'{value:.3f}'
+  if key in ('share', 'efficiency'):
+    return _percent(value)
+  if 'bytes' in key:
+    return bytes_text(value)
+  if 'flops' in key:
+    return f'{value / 1e12:.4g} TFLOP'
+  if 'seconds' in key:
+    return _duration(value)
+  return number(value)
+
+
+def number(value: float) -> str:
+  """Whole where it is whole or large, else with three digits."""
+  if value == int(value) or abs(value) >= 1000:
+    return f'{value:,.0f}'
+  return f'{value:.3g}'
+
+
+def bytes_text(value: float | None) -> str:
+  """In B, KiB, MiB or GiB."""
+  if value is None:
+    return '-'
+  for unit, size in (('GiB', _GIB), ('MiB', 2**20), ('KiB', 2**10)):
+    if value >= size:
+      return f'{value / size:.2f} {unit}'
+  return f'{value:.0f} B'
+
+
+def _duration(seconds: float) -> str:
+  if seconds >= 3600:
+    return f'{seconds / 3600:.2f} h'
+  if seconds >= 120:
+    return f'{seconds / 60:.1f} min'
+  if seconds >= 1:
+    return f'{seconds:.2f} s'
+  return f'{1e3 * seconds:.3g} ms'
+
+
+def _percent(share: float) -> str:
+  return f'{100 * share:.1f} %'
+
+
+def _label(key: str) -> str:
+  """Of a key of the report: without the unit that the value carries."""
+  for unit in ('_bytes', '_seconds'):
+    key = key.removesuffix(unit).replace(unit + '_', '_')
+  return key.replace('_px', '').replace('_', ' ').replace('flops', 'FLOPs')
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+  """Columns as wide as their cells; the first to the left, numbers right."""
+  widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+  lines = []
+  for row in table:
+    cells = [
+      cell.ljust(w) if i == 0 or len(row) == 2 else cell.rjust(w)
+      for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+    ]
+    lines.append(('  ' + '  '.join(cells)).rstrip())
+  return lines
+
+
+def _escaped(cell: str) -> str:
+  """Neither a column of a Markdown table, nor emphasis, nor HTML."""
+  for mark in '\\`*_|[]':
+    cell = cell.replace(mark, '\\' + mark)
+  return cell.replace('&', '&amp;').replace('<', '&lt;').replace('\n', ' ')

@@ -1,0 +1,145 @@
+"""Several programs side by side: what an option costs, and what fits where."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from conadv_jax.audit.topology import Topology
+from conadv_jax.config import Config, ConfigError, from_config_dict, to_dict
+
+Audit = Callable[[Config, Topology], dict[str, Any]]
+
+# Programs of one batch and slice that a sweep compiles before it gives up.
+_MAX_TRIALS = 5
+
+_COLUMNS = (
+  'topology', 'alias', 'devices', 'hosts', 'method', 'batch_size',
+  'examples_per_device', 'bn_group_size', 'mesh', 'microbatches', 'remat',
+  'fits', 'peak_hbm_bytes', 'hbm_limit_bytes', 'flops_per_device',
+  'flops_ratio', 'bytes_accessed_per_device', 'roofline_seconds',
+  'images_per_sec_bound', 'images_per_sec_per_host', 'compile_seconds',
+)  # fmt: skip
+
+
+def with_fields(config: Config, **fields: Any) -> Config:
+  """`config` with flat fields replaced; None takes the preset's value."""
+  return from_config_dict(to_dict(config) | fields)
+
+
+def variants(config: Config) -> Iterator[tuple[str, Config]]:
+  """What `compare` compiles: name and configuration, the baseline first."""
+  adversarial = config if config.is_adversarial else _method(config, 'conadv')
+  yield 'baseline', _method(config, 'baseline')
+  yield 'disadv: clean + adv, tau 0', _method(config, 'disadv')
+  conadv = _method(config, 'conadv')
+  yield 'conadv: clean + adv, tau 1', conadv
+  yield 'conadv, tau 2', with_fields(conadv, staleness_steps=2)
+  yield 'conadv_aa: clean + aa + adv, tau 1', _method(config, 'conadv_aa')
+  name = adversarial.method
+  groups = config.batch_size // config.bn_group_size
+  if config.microbatches == 1 and groups % 2 == 0:
+    yield f'{name}, microbatches 2', with_fields(adversarial, microbatches=2)
+  if config.remat == 'none':
+    yield f'{name}, remat blocks', with_fields(adversarial, remat='blocks')
+  if not config.shard_optimizer:
+    yield (
+      f'{name}, sharded optimizer',
+      with_fields(adversarial, shard_optimizer=True),
+    )
+
+
+def _method(config: Config, method: str) -> Config:
+  return with_fields(
+    config,
+    method=method,
+    staleness_steps=None,
+    eval=dataclasses.asdict(config.eval) | {'route': 'clean'},
+  )
+
+
+def compare(
+  config: Config, topology: Topology, audit: Audit
+) -> list[dict[str, Any]]:
+  """Cost of staleness, views, accumulation and remat, against the baseline.
+
+  Ratios are of FLOPs, bytes accessed, roofline and compile time. A variant that
+  the model or the slice cannot take has only a `name` and an `error`.
+  """
+  rows = []
+  for name, variant in variants(config):
+    try:
+      row = row_of(audit(variant, topology))
+    except ConfigError as error:
+      row = {'error': str(error)}
+    first = rows[0] if rows else row
+    for key in (
+      'flops_per_device',
+      'bytes_accessed_per_device',
+      'roofline_seconds',
+      'compile_seconds',
+    ):
+      if row.get(key) and first.get(key):
+        row[key + '_ratio'] = row[key] / first[key]
+    rows.append({'name': name} | row)
+  return rows
+
+
+def sweep(
+  config: Config,
+  topologies: Sequence[Topology],
+  batch_sizes: Sequence[int],
+  audit: Audit,
+) -> list[dict[str, Any]]:
+  """The accumulation with which each batch fits each slice.
+
+  One row for every program that was compiled, so that those that do not fit
+  are seen as well; where one does not, the next has as many microbatches as it
+  is estimated to need. All else stays the configuration's.
+  """
+  return [
+    row
+    for batch_size in batch_sizes
+    for topology in topologies
+    for row in _trials(
+      with_fields(config, batch_size=batch_size, microbatches=1),
+      topology,
+      audit,
+    )
+  ]
+
+
+def _trials(
+  config: Config, topology: Topology, audit: Audit
+) -> Iterator[dict[str, Any]]:
+  """Rows of one batch and slice; each trial goes where the last one points."""
+  for _ in range(_MAX_TRIALS):
+    try:
+      found = audit(config, topology)
+    except ConfigError as error:
+      yield {
+        'topology': topology.label,
+        'alias': topology.alias,
+        'batch_size': config.batch_size,
+        'microbatches': config.microbatches,
+        'error': str(error),
+      }
+      return
+    yield row_of(found)
+    if found['fits']:
+      return
+    more = [
+      int(r['option'].removeprefix('microbatches='))
+      for r in found['remedies']
+      if r['option'].startswith('microbatches=')
+    ]
+    if not more:
+      return
+    # The last is the one that is estimated to fit, or the most there can be.
+    config = with_fields(config, microbatches=max(more))
+
+
+def row_of(report: dict[str, Any]) -> dict[str, Any]:
+  """The columns of a report that a table of several shows."""
+  return {name: report[name] for name in _COLUMNS if name in report}
