@@ -6,7 +6,8 @@ Reads the newest checkpoint and evaluates every example of the eval split once:
 clean, under FGSM and under PGD (`eval.attack`: all, fgsm, pgd or none), in an
 L-infinity ball of `eval.epsilon_px` grey levels, through the batch-norm row
 `eval.route`. The attack is white-box: it sees the very network that it is
-measured on. Prints a table and adds it to summary.json.
+measured on. Prints a table and adds it to summary.json. Several hosts take the
+flags of `conadv_jax.train`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ import numpy as np
 from etils import epath
 
 from conadv_jax import attack as attack_lib
-from conadv_jax import cli, config, experiment, losses, workdir
+from conadv_jax import (
+  cli,
+  config,
+  experiment,
+  hosts,
+  losses,
+  preflight,
+  workdir,
+)
 from conadv_jax import mesh as mesh_lib
 from conadv_jax.checkpoint import Checkpoints
 from conadv_jax.config import Attack, Config, ConfigError
@@ -234,20 +243,24 @@ def attack_names(attack: str) -> tuple[str, ...]:
 
 def evaluate(argv: Sequence[str]) -> list[dict[str, Any]]:
   """The command: returns the rows that it prints."""
-  path, settings = parse_args(argv, attack='all')
+  path, settings = parse_args(cli.start_hosts(argv), attack='all')
+  preflight.check_program(settings)
   run = experiment.build(settings)
   step, state = restore_newest(path, run)
   source = cache.load(run.spec, 'eval', settings.dataset)
+  preflight.check_input(run, run.spec.num_train, source.num_examples)
   quarantine = workdir.quarantine(path, settings)
 
   evaluator = Evaluator(run, source, quarantine)
   weights = weights_of(settings, state)
   rows = []
-  print(
+  hosts.say(
     f'{settings.dataset.name}, {source.num_examples} examples, step {step}, '
     f'route {settings.eval.route}'
   )
-  print(f'{"attack":<10}{"epsilon_px":>11}{"steps":>7}{"top1 %":>9}{"loss":>9}')
+  hosts.say(
+    f'{"attack":<10}{"epsilon_px":>11}{"steps":>7}{"top1 %":>9}{"loss":>9}'
+  )
   for name in ('none', *attack_names(settings.eval.attack)):
     attack = eval_attack(settings, name) if name != 'none' else None
     row = {
@@ -260,12 +273,11 @@ def evaluate(argv: Sequence[str]) -> list[dict[str, Any]]:
       **evaluator(weights, name),
     }
     rows.append(row)
-    print(
+    hosts.say(
       f'{name:<10}{row["epsilon_px"]:>11g}{row["attack_steps"]:>7}'
-      f'{row["top1"]:>9.2f}{row["loss"]:>9.4f}',
-      flush=True,
+      f'{row["top1"]:>9.2f}{row["loss"]:>9.4f}'
     )
-  _add_to_summary(path, rows)
+  hosts.on_writer('summary.json', lambda: _add_to_summary(path, rows))
   return rows
 
 

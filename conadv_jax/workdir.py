@@ -28,10 +28,11 @@ _PACKAGES = (
   'tensorflow', 'tensorflow-cpu', 'tensorflow-datasets', 'numpy',
 )  # fmt: skip
 
-# Fields that a rerun may change: they do not alter the weights of any step.
+# Fields that a rerun may change: they do not alter the weights of any step, but
+# for rounding, as the number of devices does.
 _FREE = (
   'max_steps', 'log_every_steps', 'attack_stats_every_steps',
-  'max_nonfinite_steps', 'dataset.data_dir', 'dataset.cache',
+  'max_nonfinite_steps', 'microbatches', 'remat', 'xla_flags', 'grad_buckets', 'dataset.data_dir', 'dataset.cache',
   'dataset.max_bad_share', 'checkpoint.', 'eval.',
 )  # fmt: skip
 

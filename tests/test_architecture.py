@@ -15,7 +15,10 @@ PACKAGE = pathlib.Path(conadv_jax.__file__).parent
 # A module imports only from those above it.
 ORDER = (
   'config',
+  'xla_flags',
   'mesh',
+  'hosts',
+  'stop',
   'data',
   'models',
   'losses',
@@ -23,10 +26,12 @@ ORDER = (
   'optim',
   'attack',
   'state',
+  'passes',
   'train_step',
   'experiment',
   'cli',
   'workdir',
+  'preflight',
   'checkpoint',
   'metrics',
   'plots',
@@ -34,6 +39,7 @@ ORDER = (
   'train',
   'model_card',
   'export',
+  'audit',
 )
 # These are narrower than their place in the order allows.
 MAY_IMPORT = {'data': {'config'}, 'models': {'config'}}

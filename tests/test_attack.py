@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from conadv_jax import attack as attack_lib
 from conadv_jax.config import Attack
-from conadv_jax.state import Snapshot
 from conadv_jax.passes import make_attack_fn
+from conadv_jax.state import Snapshot
 
 FGSM = Attack(
   preset='fgsm',
