@@ -32,7 +32,8 @@ _PACKAGES = (
 # for rounding, as the number of devices does.
 _FREE = (
   'max_steps', 'log_every_steps', 'attack_stats_every_steps',
-  'max_nonfinite_steps', 'microbatches', 'remat', 'xla_flags', 'grad_buckets', 'dataset.data_dir', 'dataset.cache',
+  'max_nonfinite_steps', 'microbatches', 'remat', 'xla_flags', 'grad_buckets',
+  'dataset.data_dir', 'dataset.cache',
   'dataset.max_bad_share', 'checkpoint.', 'eval.',
 )  # fmt: skip
 

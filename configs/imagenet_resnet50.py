@@ -7,8 +7,9 @@ Run:     python -m conadv_jax.train \
          Arguments: model, method, batch_size (4k, 8k, 16k, 32k, 64k, 96k, or a
          number), recipe (paper, mlperf), seed.
 Slice:   the paper trains 96K on v3-1024, 96 images per core, 1,301 steps.
+         Others: docs/tpu.md.
 Time:    not measured. By XLA's count a step at 96 images per core moves 28 GB
-         (baseline), 75 GB (conadv) or 101 GB (conadv_aa) per core; at 450 GB/s
+         (baseline), 75 GB (conadv) or 102 GB (conadv_aa) per core; at 450 GB/s
          that is 1.3, 3.6 or 4.9 minutes for the run, or more.
 Expect:  not measured by us. The paper's top-1 (arXiv 2106.00221): at 96K 74.3
          (baseline, as cited by later work), 75.3 (conadv), 76.2 (conadv_aa).

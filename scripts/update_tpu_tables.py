@@ -1,0 +1,136 @@
+"""Writes the tables of docs/tpu.md from the audits in results/audit.
+
+  python scripts/update_tpu_tables.py [--check]
+
+A table stands between `<!-- NAME -->` and `<!-- end -->`; NAME is one of TABLES
+below. --check changes nothing and exits with 1 if the page is out of date.
+"""
+
+import json
+import pathlib
+import re
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGE = ROOT / 'docs' / 'tpu.md'
+AUDITS = ROOT / 'results' / 'audit'
+GIB = 2**30
+
+
+def main() -> int:
+  page = PAGE.read_text()
+  new = updated(page)
+  if '--check' in sys.argv:
+    return int(new != page)
+  PAGE.write_text(new)
+  return 0
+
+
+def updated(page: str) -> str:
+  """`page` with every table made again."""
+
+  def table(match: re.Match) -> str:
+    name = match[1]
+    return f'<!-- {name} -->\n{TABLES[name]()}<!-- end -->'
+
+  return re.sub(r'<!-- (\w+) -->\n.*?<!-- end -->', table, page, flags=re.S)
+
+
+def slices() -> str:
+  """What fits where: one row per slice, of its first program that fits."""
+  rows = []
+  for row in _read('slices')['sweep']:
+    if not row.get('fits'):
+      continue
+    groups = row['batch_size'] // row['bn_group_size']
+    per_device = groups / row['devices']
+    rows.append(
+      (
+        row['alias'],
+        f'{row["devices"]:,}',
+        f'{row["hosts"]:,}',
+        f'{row["examples_per_device"]:,}',
+        f'{per_device:g}',
+        str(row['microbatches']),
+        _of_limit(row),
+        f'{1e3 * row["roofline_seconds"]:.0f}',
+        f'{row["images_per_sec_bound"]:,.0f}',
+        f'{row["images_per_sec_per_host"]:,.0f}',
+      )
+    )
+  return _table(
+    (
+      'slice',
+      'devices',
+      'hosts',
+      'images per device',
+      'BN groups per device',
+      'microbatches',
+      'HBM peak, GiB',
+      'step ≥, ms',
+      'images/s ≤',
+      'per host ≤',
+    ),  # fmt: skip
+    rows,
+  )
+
+
+def steps() -> str:
+  """The audits of single programs, one row each."""
+  rows = []
+  for path in sorted(AUDITS.glob('*.json')):
+    found = json.loads(path.read_text())
+    if 'peak_hbm_bytes' not in found:
+      continue
+    rows.append(
+      (
+        f'[{found["model"]}, {found["method"]}]({path.stem}.md)',
+        f'{found["batch_size"]:,}',
+        found['alias'],
+        found['xla_flags'],
+        str(found['microbatches']),
+        _of_limit(found),
+        f'{found["flops_ratio"]:.3f}',
+        f'{found["bytes_accessed_per_device"] / 1e9:.1f}',
+        f'{1e3 * found["roofline_seconds"]:.0f}',
+        f'{100 * found["by_scope"]["adversarial"]["share"]:.0f}',
+        ', '.join(
+          f'{c["count"]} {c["kind"]}' for c in _by_kind(found['collectives'])
+        ),
+        f'{found["compile_seconds"]:.0f}',
+      )
+    )
+  columns = (
+    'step', 'batch', 'slice', 'flags', 'microbatches', 'HBM peak, GiB',
+    'FLOPs / analytic', 'GB accessed', 'step ≥, ms', 'attack, %',
+    'collectives', 'compile, s',
+  )  # fmt: skip
+  text = _table(columns, rows)
+  return text.replace('](', '](../results/audit/')
+
+
+def _by_kind(collectives: list[dict]) -> list[dict]:
+  counts = {}
+  for c in collectives:
+    counts[c['kind']] = counts.get(c['kind'], 0) + c['count']
+  return [{'kind': k, 'count': n} for k, n in sorted(counts.items())]
+
+
+def _of_limit(row: dict) -> str:
+  peak, limit = row['peak_hbm_bytes'] / GIB, row['hbm_limit_bytes'] / GIB
+  return f'{peak:.2f} of {limit:.2f}'
+
+
+def _read(name: str) -> dict:
+  return json.loads((AUDITS / f'{name}.json').read_text())
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+  lines = [columns, ('---',) * len(columns), *rows]
+  return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
+
+
+TABLES = {'slices': slices, 'steps': steps}
+
+if __name__ == '__main__':
+  sys.exit(main())
