@@ -221,10 +221,16 @@ def test_the_page_needs_nothing_else():
 def test_the_page_escapes():
   page = Page(
     report_html.html(
-      FULL | {'model': '<script>x</script>', 'error': '<img src=y>'}
+      FULL
+      | {
+        'model': '<script>x</script>',
+        'error': '<img src=y>',
+        'topology': '<iframe>',
+        'versions': {'<img>': '1'},
+      }
     )
   )
-  assert not {'script', 'img'} & {tag for tag, _ in page.tags}
+  assert not {'script', 'img', 'iframe'} & {tag for tag, _ in page.tags}
   assert '<script>x</script>' in ''.join(page.words)
 
 

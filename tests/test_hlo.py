@@ -377,13 +377,14 @@ def test_a_start_and_its_done_are_one_collective():
     '%s = f32[8]{0} all-reduce-start(%a), replica_groups={}, to_apply=%sum, '
     'metadata={op_name="gradient_sum/psum"}',
     f'%n = f32[8]{{0}} negate(%a), {meta}',
+    '%o = f32[8]{0} negate(%a), metadata={op_name="jit(f)/optimizer/neg"}',
     '%d = f32[8]{0} all-reduce-done(%s)',
     f'ROOT %m = f32[8]{{0}} negate(%n), {meta}',
   )
   (each,) = schedule.collectives(found, *RATES)
-  assert each.is_async and [name for name, _, _ in each.beside] == ['n']
+  assert each.is_async and [name for name, _, _ in each.beside] == ['n', 'o']
   seconds = 64 / RATES[1]
-  assert each.beside_seconds == {'adversarial': seconds}
+  assert each.beside_seconds == {'adversarial': seconds, 'optimizer': seconds}
   overlap = schedule.overlap(found, *RATES)
   assert overlap['hidden_seconds'] == seconds
   assert overlap['adversarial_seconds'] == 2 * seconds
@@ -431,6 +432,15 @@ def test_an_asynchronous_sum(name, group_size, start, all_hidden):
   assert all_hidden or all(
     'async_collective' in entry[n].called[0] for n in carriers
   )
+
+
+def test_what_a_fusion_carries_is_not_its_own_traffic():
+  found = read('v5e_continuation_fusion')
+  (each,) = schedule.collectives(found, *RATES)
+  for name, _, _ in each.beside:
+    # It reads the weights; the gradient passes through.
+    spent = cost_of(found, name)
+    assert KERNEL_BYTES < spent.accessed_bytes < 2 * KERNEL_BYTES
 
 
 def test_a_sum_that_the_compiler_joined_again_says_so():
