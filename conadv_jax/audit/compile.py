@@ -154,10 +154,14 @@ def _measured(
   by_scope = hlo_cost.by_scope(program, *rates)
   seconds = sum(scope['seconds'] for scope in by_scope.values())
   images_per_sec = run.config.batch_size / seconds
+  products = sum(scope['flops'] for scope in by_scope.values())
   return {
+    # XLA's count has everything elementwise, and bytes of memory on the chip.
     'flops_per_device': compiled.costs['flops'],
-    'flops_ratio': compiled.costs['flops'] / analytic_flops(run),
+    'flops_of_products': products,
+    'flops_ratio': products / analytic_flops(run),
     'bytes_accessed_per_device': compiled.costs['bytes accessed'],
+    'hbm_bytes_per_device': sum(s['bytes'] for s in by_scope.values()),
     'roofline_seconds': seconds,
     'by_scope': by_scope,
     'images_per_sec_bound': images_per_sec,

@@ -173,8 +173,9 @@ def _remedies(report: Report) -> Section | None:
 
 def _costs(report: Report) -> Section | None:
   keys = (
-    'flops_per_device', 'flops_analytic', 'flops_ratio',
-    'bytes_accessed_per_device', 'roofline_seconds', 'images_per_sec_bound',
+    'flops_per_device', 'flops_of_products', 'flops_analytic', 'flops_ratio',
+    'bytes_accessed_per_device', 'hbm_bytes_per_device', 'roofline_seconds',
+    'images_per_sec_bound',
     'images_per_sec_per_host', 'host_cores',
   )  # fmt: skip
   rows = [(_label(k), value_text(k, report[k])) for k in keys if k in report]

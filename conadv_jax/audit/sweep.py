@@ -18,7 +18,8 @@ _COLUMNS = (
   'topology', 'alias', 'devices', 'hosts', 'method', 'batch_size',
   'examples_per_device', 'bn_group_size', 'mesh', 'microbatches', 'remat',
   'fits', 'peak_hbm_bytes', 'hbm_limit_bytes', 'flops_per_device',
-  'flops_ratio', 'bytes_accessed_per_device', 'roofline_seconds',
+  'flops_ratio', 'bytes_accessed_per_device', 'hbm_bytes_per_device',
+  'roofline_seconds',
   'images_per_sec_bound', 'images_per_sec_per_host', 'compile_seconds',
 )  # fmt: skip
 
@@ -77,6 +78,7 @@ def compare(
     for key in (
       'flops_per_device',
       'bytes_accessed_per_device',
+      'hbm_bytes_per_device',
       'roofline_seconds',
       'compile_seconds',
     ):
