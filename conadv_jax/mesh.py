@@ -115,9 +115,13 @@ def _arrange(shape: tuple[int, int], devices: list[jax.Device]) -> np.ndarray:
     )
   if slices > 1:
     inner = (shape[0] // slices, shape[1])
-    near = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1), devices)
+    near = mesh_utils.create_hybrid_device_mesh(
+      inner, (slices, 1), devices, allow_split_physical_axes=True
+    )
   else:
-    near = mesh_utils.create_device_mesh(shape, devices)
+    near = mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
   return near if _is_fed_by_rows(near) else in_order
 
 

@@ -27,6 +27,7 @@ import pytest
 
 from conadv_jax import config as config_lib
 from conadv_jax import experiment, mesh, models, optim
+from conadv_jax.audit import topology
 from conadv_jax.data import datasets
 from conadv_jax.train_step import pending_perturbation
 
@@ -401,6 +402,46 @@ def test_groups_that_do_not_divide_name_the_examples_per_device():
   ):
     mesh.make_mesh(24, 4, jax.devices())
   assert mesh.bn_axis(mesh.make_mesh(24, 3, jax.devices())) is None
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize('span', (1, 2, 4, 8, 16))
+@pytest.mark.parametrize(
+  ('name', 'slices'),
+  (('v3:4x4', 1), ('v3:16x32', 1), ('v5e:8x8', 2), ('v5p:4x4x4', 1)),
+)
+def test_hosts_of_tpu_slices_feed_rows_of_whole_groups(
+  monkeypatch, name, slices, span
+):
+  for key, value in topology.AOT_ENVIRONMENT.items():
+    monkeypatch.setenv(key, value)
+  devices = topology.load_devices(topology.parse(name, slices))
+  made = mesh.make_mesh(2 * len(devices), 2 * span, devices)
+  assert made.devices.shape == (len(devices) // span, span)
+  assert set(made.devices.flat) == set(devices)
+  hosts = collections.defaultdict(list)
+  for place, device in np.ndenumerate(made.devices):
+    hosts[device.process_index].append(place)
+  for places in hosts.values():
+    rows, columns = map(set, zip(*places, strict=True))
+    assert len(rows) * len(columns) == len(places)
+  # A slice's devices are neighbours along `data`, and no group spans slices.
+  row_slices = [{mesh.slice_of(d) for d in row} for row in made.devices]
+  assert all(len(found) == 1 for found in row_slices)
+  in_order = [min(found) for found in row_slices]
+  assert in_order == sorted(in_order)
+
+
+@pytest.mark.tpu_aot
+def test_a_group_may_not_span_slices(monkeypatch):
+  for key, value in topology.AOT_ENVIRONMENT.items():
+    monkeypatch.setenv(key, value)
+  devices = topology.load_devices(topology.parse('v5e:2x2', 2))
+  with pytest.raises(
+    config_lib.ConfigError,
+    match='bn_group_size: 1 batch-norm groups .* smaller',
+  ):
+    mesh.make_mesh(64, 64, devices)
 
 
 @pytest.mark.parametrize('group_size', (2, 4, 8, 16))
