@@ -18,7 +18,7 @@ import pytest
 
 from conadv_jax import config as config_lib
 from conadv_jax import experiment, models
-from conadv_jax.audit import cache, compile, sweep, topology
+from conadv_jax.audit import cache, compile, forecast, sweep, topology
 from conadv_jax.audit.compile import Compiled
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -286,6 +286,44 @@ def test_a_comparison_is_with_the_baseline_and_has_every_option():
   }
 
 
+# ---- Scaling ---------------------------------------------------------------
+
+
+@pytest.mark.usefixtures('tiny_model')
+def test_what_batch_norm_over_devices_exchanges_by_hand():
+  run = build(method='conadv')
+  cost = forecast.batch_norm_cost(run.config, run.abstract_state().params)
+  # Layers of 3 and 4 channels, 2 views and 1 step of the attack; forward and
+  # backward, 2 numbers of 4 bytes per channel.
+  assert cost.group_size == 2
+  assert cost.all_reduces == 2 * 2 * 2
+  assert cost.bytes == (2 + 1) * (3 + 4) * 2 * 2 * 4
+
+
+@pytest.mark.usefixtures('tiny_model')
+def test_the_forecast_is_a_line_through_two_programs(monkeypatch):
+  monkeypatch.setattr(
+    forecast.topology, 'load_devices', lambda _: jax.devices()
+  )
+  asked = []
+
+  def audit(config, where):
+    each = config.batch_size // where.devices
+    asked.append((each, config.bn_group_size, config.microbatches))
+    return {
+      'flops_per_device': 10.0 * each,
+      'hbm_bytes_per_device': 7.0 * each + 100,
+    }
+
+  config = build(batch_size=512, microbatches=2, bn_group_size=4).config
+  cost = forecast.step_cost(config, topology.parse('v3:2x2'), 32, audit)
+  assert asked == [(8, 8, 1), (32, 32, 1)]
+  assert cost.flops_per_example == 10 and cost.fixed_flops == 0
+  assert cost.bytes_per_example == pytest.approx(7)
+  assert cost.fixed_bytes == pytest.approx(100)
+  assert cost.gradient_bytes == 4 * (27 + 108 + 40 + 10 + 2 * 2 * 7)
+
+
 # ---- For TPUs --------------------------------------------------------------
 
 
@@ -343,8 +381,9 @@ def test_the_command_reports_and_writes_and_a_rerun_goes_on(tmp_path):
   assert collective['group_size'] == 8 and collective['count'] == 1
   assert abs(sum(found['hbm'].values()) - found['peak_hbm_bytes']) < 1e6
   assert 0 <= found['by_scope']['adversarial']['share'] < 1
-  for name in ('audit.json', 'audit.md', 'audit.html'):
-    assert (tmp_path / 'out' / name).stat().st_size > 500
+  for kind in ('json', 'md', 'html'):
+    path = tmp_path / 'out' / f'resnet8_conadv_256_v3-8.{kind}'
+    assert path.stat().st_size > 500
   assert 'fits: ' in done.stdout
   again = run_audit(*args)
   assert 'compiled before' in again.stdout

@@ -5,8 +5,10 @@
 
   --topology=T[,T...]  v3:16x32 (chips), or a type such as v3-1024, v5e-256
   --slices=N           of that topology each, joined by the data centre network
-  --json=FILE          the report as JSON; --output=DIR: Markdown, HTML, plots,
-                       and the compiled programs, so that a rerun goes on
+  --json=FILE          the report as JSON
+  --output=DIR         as JSON, Markdown and HTML, and plots, in files named by
+                       what was audited; and the compiled programs, so that a
+                       rerun goes on
   --compare            cost of staleness, views, accumulation and remat too
   --sweep              least accumulation that fits, for every slice in
                        --topology and batch in --batch_sizes=B[,B...]
@@ -26,11 +28,11 @@ from typing import Any
 import jax
 from etils import epath
 
-from conadv_jax import cli, experiment, optim
+from conadv_jax import cli
 from conadv_jax.audit import (
+  forecast,
   report,
   report_html,
-  scaling,
   scaling_report,
   sweep,
   topology,
@@ -88,83 +90,14 @@ def _audit(
   if options.compare:
     result['comparison'] = sweep.compare(config, where, auditor)
   if options.scaling and result['fits']:
-    study = _scaling(config, where, auditor)
+    study = forecast.study(config, where, auditor)
     print('\n' + scaling_report.text(study))
     result['scaling'] = scaling_report.as_json(study)
     if output:
       title = f'{config.model}, {config.method}, {where.generation.name}'
       output.mkdir(parents=True, exist_ok=True)
-      scaling_report.plot(study, title, output / 'scaling.png')
+      scaling_report.plot(study, title, output / f'{_name(result)}_scaling.png')
   return result
-
-
-def _scaling(
-  config: Config, where: topology.Topology, auditor: Auditor
-) -> scaling_report.Study:
-  """Predicted from this step and a smaller one; see `scaling`."""
-  run = experiment.build(config, topology.load_devices(where))
-  each = config.batch_size // where.devices // config.microbatches
-  cost = _cost(config, where, each, auditor)
-  baseline = sweep.with_fields(config, method='baseline', staleness_steps=None)
-  v3 = topology.parse('v3:4x4')
-  return scaling_report.study(
-    cost,
-    where.generation,
-    examples_per_device=each * config.microbatches,
-    batch_size=config.batch_size,
-    examples_to_train=round(config.epochs * run.spec.num_train),
-    max_examples_per_device=each,
-    anchor_cost=_cost(baseline, v3, 96, auditor),
-  )
-
-
-def _cost(
-  config: Config, where: topology.Topology, each: int, auditor: Auditor
-) -> scaling.StepCost:
-  """From programs for `each` and for a few examples per device."""
-  programs = []
-  for examples in sorted({each, max(1, min(8, each // 2))}):
-    small = topology.Topology(
-      where.generation, where.generation.shapes[0], slices=1
-    )
-    trial = sweep.with_fields(
-      config,
-      batch_size=examples * small.devices,
-      bn_group_size=examples,
-      microbatches=1,
-    )
-    found = auditor(trial, small)
-    programs.append(
-      scaling.Compiled(
-        examples, found['flops_per_device'], found['bytes_accessed_per_device']
-      )
-    )
-  run = experiment.build(config, topology.load_devices(where))
-  params = run.abstract_state().params
-  return scaling.StepCost.of_two(
-    *programs,
-    gradient_bytes=4 * sum(leaf.size for leaf in jax.tree.leaves(params)),
-    batch_norm=_batch_norm(config, params),
-  )
-
-
-def _batch_norm(config: Config, params: Any) -> scaling.BatchNormCost:
-  """What groups that span devices exchange.
-
-  Mean and mean square of each channel and view forward, their gradients
-  backward, in the update and in every step of the attack.
-  """
-  rows = [
-    leaf.shape[1]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    if optim.path_name(path).endswith('/scale')
-  ]
-  attacks = config.attack.steps if config.is_adversarial else 0
-  return scaling.BatchNormCost(
-    group_size=config.bn_group_size,
-    all_reduces=2 * len(rows) * (1 + attacks),
-    bytes=2 * 2 * 4 * sum(rows) * (len(config.views) + attacks),
-  )
 
 
 def _programs(options: argparse.Namespace, config: Config) -> int:
@@ -196,10 +129,33 @@ def _write(
     print(f'wrote {path}')
   if output:
     output.mkdir(parents=True, exist_ok=True)
-    (output / 'audit.json').write_text(content)
-    (output / 'audit.md').write_text(report.markdown(result))
-    (output / 'audit.html').write_text(report_html.html(result))
-    print(f'wrote audit.json, audit.md and audit.html to {output}')
+    pages = {
+      'json': content,
+      'md': report.markdown(result),
+      'html': report_html.html(result),
+    }
+    for kind, page in pages.items():
+      path = output / f'{_name(result)}.{kind}'
+      path.write_text(page)
+      print(f'wrote {path}')
+
+
+def _name(result: dict[str, Any]) -> str:
+  """Of the files of a report: several can share a directory."""
+  if 'model' not in result:
+    return 'sweep'
+  names = ('model', 'method', 'batch_size', 'alias')
+  parts = [str(result[name]).replace(':', '-') for name in names]
+  if result['staleness_steps'] > 1:
+    parts.append(f'tau{result["staleness_steps"]}')
+  if result['microbatches'] > 1:
+    parts.append(f'microbatches{result["microbatches"]}')
+  for name in ('remat', 'xla_flags'):
+    if result[name] != 'none':
+      parts.append(result[name])
+  if result['shard_optimizer']:
+    parts.append('sharded')
+  return '_'.join(parts)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -31,13 +31,15 @@ def with_fields(config: Config, **fields: Any) -> Config:
 
 def variants(config: Config) -> Iterator[tuple[str, Config]]:
   """What `compare` compiles: name and configuration, the baseline first."""
-  adversarial = config if config.is_adversarial else _method(config, 'conadv')
-  yield 'baseline', _method(config, 'baseline')
-  yield 'disadv: clean + adv, tau 0', _method(config, 'disadv')
-  conadv = _method(config, 'conadv')
+  adversarial = (
+    config if config.is_adversarial else with_method(config, 'conadv')
+  )
+  yield 'baseline', with_method(config, 'baseline')
+  yield 'disadv: clean + adv, tau 0', with_method(config, 'disadv')
+  conadv = with_method(config, 'conadv')
   yield 'conadv: clean + adv, tau 1', conadv
   yield 'conadv, tau 2', with_fields(conadv, staleness_steps=2)
-  yield 'conadv_aa: clean + aa + adv, tau 1', _method(config, 'conadv_aa')
+  yield 'conadv_aa: clean + aa + adv, tau 1', with_method(config, 'conadv_aa')
   name = adversarial.method
   groups = config.batch_size // config.bn_group_size
   if config.microbatches == 1 and groups % 2 == 0:
@@ -51,7 +53,8 @@ def variants(config: Config) -> Iterator[tuple[str, Config]]:
     )
 
 
-def _method(config: Config, method: str) -> Config:
+def with_method(config: Config, method: str) -> Config:
+  """`config` with another method, at that one's staleness."""
   return with_fields(
     config,
     method=method,
