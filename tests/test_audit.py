@@ -286,6 +286,33 @@ def test_a_comparison_is_with_the_baseline_and_has_every_option():
   }
 
 
+# ---- Committed results -----------------------------------------------------
+
+
+def test_the_tables_of_the_guide_are_those_of_the_committed_audits():
+  script = ROOT / 'scripts' / 'update_tpu_tables.py'
+  done = subprocess.run([sys.executable, script, '--check'], check=False)
+  assert done.returncode == 0, f'run python {script}'
+
+
+@pytest.mark.parametrize(
+  'path',
+  sorted((ROOT / 'results' / 'audit').glob('*_v*.json')),
+  ids=lambda path: path.stem,
+)
+def test_committed_audits_keep_what_is_promised(path):
+  """Fits, FLOPs within 5 % of the count by hand, and no images exchanged."""
+  found = json.loads(path.read_text())
+  assert found['fits']
+  assert found['peak_hbm_bytes'] <= found['hbm_limit_bytes']
+  assert abs(found['flops_ratio'] - 1) < 0.05
+  sums = {c['kind'] for c in found['collectives']} <= {'all-reduce'}
+  assert sums or found['shard_optimizer']
+  groups_are_local = found['mesh']['bn'] == 1
+  if groups_are_local:
+    assert {c['group_size'] for c in found['collectives']} == {found['devices']}
+
+
 # ---- Scaling ---------------------------------------------------------------
 
 
