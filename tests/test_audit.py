@@ -155,7 +155,8 @@ def test_a_step_too_large_is_reported_with_its_size_and_remedies():
   found = compile.report(run, where, Compiled(1.0, 2.0, error=error))
   assert not found['fits']
   state = sum(compile.state_bytes(run).values())
-  assert found['peak_hbm_bytes'] == 48.25 * GIB + state
+  assert found['hbm']['prefetched'] == 2 * 32 * (64 + 4)
+  assert found['peak_hbm_bytes'] == 48.25 * GIB + state + 2 * 32 * (64 + 4)
   assert found['hbm_limit_bytes'] == round(15.48 * GIB)
   assert found['error'] == error.splitlines()[0]
   assert found['remedies'][0]['fits']

@@ -16,6 +16,7 @@ from conadv_jax import models
 from conadv_jax.audit import hlo, hlo_cost, schedule
 from conadv_jax.audit.topology import Topology
 from conadv_jax.config import flatten, to_dict
+from conadv_jax.data import prefetch
 from conadv_jax.experiment import Experiment
 from conadv_jax.models.summary import multiply_adds
 
@@ -133,6 +134,8 @@ def report(
   else:
     hbm = hbm_parts(state_bytes(run), compiled.memory)
     result |= _measured(run, topology, compiled)
+  # Not the program's, but there while it runs.
+  hbm['prefetched'] = prefetch.DEPTH * _bytes(run.abstract_batch())
   peak = sum(hbm.values())
   result |= {
     'fits': not compiled.error and peak <= limit,

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+DEPTH = 2
+
 
 class Prefetcher:
   """Hands batches to the device ahead of their use.
@@ -22,7 +24,7 @@ class Prefetcher:
     self,
     batches: Iterator[Any],
     put: Callable[[Any], Any],
-    depth: int = 2,
+    depth: int = DEPTH,
     *,
     expected: int | None = None,
     start_step: int = 0,
