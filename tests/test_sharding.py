@@ -29,7 +29,7 @@ from conadv_jax import config as config_lib
 from conadv_jax import experiment, mesh, models, optim
 from conadv_jax.audit import topology
 from conadv_jax.data import datasets
-from conadv_jax.train_step import pending_perturbation
+from conadv_jax.train_step import make_attack_stats_fn, pending_perturbation
 
 BATCH = 16
 STEPS = 3
@@ -69,6 +69,14 @@ def build(devices, group_size, **fields):
   return experiment.build(config, devices=jax.devices()[:devices])
 
 
+def random_batches(run, count):
+  """Batches of noise on the devices of `run`."""
+  return [
+    run.put_batch({k: x.reshape(-1, *x.shape[2:]) for k, x in batch.items()})
+    for batch in helpers.random_batches(run.config, count, spec=run.spec)
+  ]
+
+
 @functools.cache
 def trajectory(devices, group_size, **fields):
   """A few steps in float64: [(state, metrics)] on the host, and whether the
@@ -76,10 +84,7 @@ def trajectory(devices, group_size, **fields):
   always = {'dtype': 'float64', 'staleness_steps': 2, 'ema.decay': 0.9}
   run = build(devices, group_size, **always | fields)
   step = run.compile_step()
-  batches = [
-    run.put_batch({k: x.reshape(-1, *x.shape[2:]) for k, x in batch.items()})
-    for batch in helpers.random_batches(run.config, STEPS + 1, spec=run.spec)
-  ]
+  batches = random_batches(run, STEPS + 1)
   first = pending_perturbation(run.config, step, run.init_state(), batches[0])
   # A copy, as an array that is looked at from the host cannot be donated.
   state, history = first, [jax.device_get((helpers.copy(first), {}))]
@@ -153,14 +158,34 @@ def test_buckets_of_gradients_do_not_change_a_run(buckets):
 
 
 @pytest.mark.usefixtures('tiny_model', 'x64')
+@pytest.mark.parametrize(
+  ('devices', 'microbatches'), ((1, 4), (2, 1), (2, 4), (8, 1))
+)
+def test_how_a_perturbation_aged_does_not_depend_on_how_it_is_computed(
+  devices, microbatches
+):
+  def stats(devices, microbatches):
+    run = build(
+      devices, 2, dtype='float64', microbatches=microbatches, staleness_steps=1
+    )
+    batch, _ = random_batches(run, 2)
+    noise = np.random.default_rng(0).normal(0, 3, batch['clean'].shape)
+    delta = jax.device_put(noise, batch['clean'].sharding)
+    state = run.init_state().replace(perturbation=delta)
+    fn = make_attack_stats_fn(run.config, run.spec, run.apply_fn, run.mesh)
+    return jax.device_get(jax.jit(fn)(state, batch))
+
+  expected, actual = stats(1, 1), stats(devices, microbatches)
+  helpers.assert_close(actual, expected, TOLERANCE)
+  assert 0 < expected['delta_agreement'] < 100
+
+
+@pytest.mark.usefixtures('tiny_model', 'x64')
 def test_microbatches_that_are_not_finite_are_not_applied():
   """One bad microbatch of one device stops the update of the whole batch."""
   run = build(2, 2, microbatches=4, dtype='float64', staleness_steps=1)
   step = run.compile_step()
-  batches = [
-    run.put_batch({k: x.reshape(-1, *x.shape[2:]) for k, x in batch.items()})
-    for batch in helpers.random_batches(run.config, 2, spec=run.spec)
-  ]
+  batches = random_batches(run, 2)
   state = pending_perturbation(run.config, step, run.init_state(), batches[0])
   bad = state.perturbation.at[5, 1, 0, 0, 0].set(jnp.nan)
   before = jax.device_get(helpers.copy(state))
