@@ -334,15 +334,27 @@ def means_by_spec(tree: Any, specs: Any, buckets: int = 0) -> Any:
 
 
 def _means_in_buckets(leaves: list[jax.Array], count: int) -> list[jax.Array]:
-  """Means of `leaves`, summed as at most `count` vectors of similar size."""
-  ends = np.cumsum([x.size for x in leaves])
-  middles = ends - np.array([x.size for x in leaves]) / 2
-  means = []
-  for bucket in range(count):
-    shares = middles * count // ends[-1] == bucket
-    own = [x for x, here in zip(leaves, shares, strict=True) if here]
-    if own:
-      vector = mean_over_devices(jnp.concatenate([x.reshape(-1) for x in own]))
-      parts = jnp.split(vector, _ends(own))
-      means += [p.reshape(x.shape) for p, x in zip(parts, own, strict=True)]
-  return means
+  """Means of `leaves`, summed as `count` vectors of similar size, or fewer.
+
+  As many for each type.
+  """
+  means = dict.fromkeys(range(len(leaves)))
+  for dtype in dict.fromkeys(x.dtype for x in leaves):
+    places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
+    ends = np.cumsum([leaves[i].size for i in places])
+    middles = ends - np.array([leaves[i].size for i in places]) / 2
+    for bucket in range(count):
+      here = middles * count // ends[-1] == bucket
+      own = [i for i, is_here in zip(places, here, strict=True) if is_here]
+      if own:
+        means |= _means_in_one_vector({i: leaves[i] for i in own})
+  return list(means.values())
+
+
+def _means_in_one_vector(leaves: dict[int, jax.Array]) -> dict[int, jax.Array]:
+  vectors = [x.reshape(-1) for x in leaves.values()]
+  parts = jnp.split(mean_over_devices(jnp.concatenate(vectors)), _ends(vectors))
+  return {
+    i: part.reshape(x.shape)
+    for (i, x), part in zip(leaves.items(), parts, strict=True)
+  }

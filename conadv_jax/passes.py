@@ -84,9 +84,8 @@ def make_passes(
       _no_means(config, weights),
     )
     with jax.named_scope('gradient_sum'):
-      grads = _summed(config, means.grads)
-      means = mesh_lib.mean_over_devices(means.replace(grads=()))
-    return means.replace(grads=grads), pending
+      means = _summed(config, means)
+    return means, pending
 
   def over_devices(step, weights, *args):
     grads = optim.packed_specs(config, weights.params)
@@ -278,17 +277,27 @@ def _no_means(config: Config, weights: Snapshot) -> Means:
   )
 
 
-def _summed(config: Config, grads: Any) -> Any:
-  """Means of gradients over devices, of the optimizer's shapes.
+def _summed(config: Config, means: Means) -> Means:
+  """Means over devices, gradients of the optimizer's shapes.
 
-  In float32 whatever the type of activations, unless the configuration says
-  bfloat16: the partitioner of a global program would take the latter for every
-  kernel that is cast to it.
+  Gradients are summed in float32 whatever the type of activations, unless the
+  configuration says bfloat16: the partitioner of a global program would take
+  the latter for every kernel that is cast to it. Everything else shares their
+  vectors, if there are any: a compiler would join what it finds beside them,
+  and cannot put that behind other work.
   """
   wide = wide_dtype(config)
   dtype = jnp.bfloat16 if config.grad_allreduce_dtype == 'bfloat16' else wide
-  grads = optim.pack(config, jax.tree.map(lambda g: g.astype(dtype), grads))
-  means = mesh_lib.means_by_spec(
-    grads, optim.packed_specs(config, grads), config.grad_buckets
-  )
-  return jax.tree.map(lambda g: g.astype(wide), means)
+  grads = jax.tree.map(lambda g: g.astype(dtype), means.grads)
+  grads = optim.pack(config, grads)
+  specs = optim.packed_specs(config, grads)
+  others = means.replace(grads=())
+  if config.grad_buckets:
+    specs = specs, jax.tree.map(lambda _: mesh_lib.REPLICATED, others)
+    grads, others = mesh_lib.means_by_spec(
+      (grads, others), specs, config.grad_buckets
+    )
+  else:
+    grads = mesh_lib.means_by_spec(grads, specs)
+    others = mesh_lib.mean_over_devices(others)
+  return others.replace(grads=jax.tree.map(lambda g: g.astype(wide), grads))

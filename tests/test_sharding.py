@@ -331,6 +331,21 @@ def test_groups_within_a_device_need_one_all_reduce():
 
 
 @pytest.mark.usefixtures('tiny_model')
+def test_one_bucket_is_one_vector():
+  """Of everything that is summed, or a compiler joins it to what is not."""
+  run = build(8, 2, grad_buckets=1)
+  text = run.lower_step().as_text()
+  (summed,) = re.findall(
+    r'"stablehlo\.all_reduce".*?\}\) : \((tensor<[^>]*>)', text, re.DOTALL
+  )
+  state = run.abstract_state()
+  leaves = jax.tree.leaves((state.params, state.batch_stats))
+  per_view = 2 * len(run.config.views)  # loss, accuracy
+  size = sum(leaf.size for leaf in leaves) + per_view
+  assert summed == f'tensor<{size}xf32>'
+
+
+@pytest.mark.usefixtures('tiny_model')
 def test_groups_over_devices_exchange_statistics_and_nothing_else():
   run, step = compiled(8)
   found = helpers.collectives(step.as_text())
