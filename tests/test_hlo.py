@@ -42,6 +42,46 @@ def cost_of(found, name):
 # ---- The text --------------------------------------------------------------
 
 
+LOOP = """HloModule m, is_scheduled=true
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %bound = s32[] constant(5)
+  %p = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%i, %bound), direction=DIRECTION
+}
+
+%body (q: (s32[], f32[8])) -> (s32[], f32[8]) {
+  ROOT %q = (s32[], f32[8]) parameter(0)
+}
+
+ENTRY %main (x: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %x = (s32[], f32[8]) parameter(0)
+  ROOT %loop = (s32[], f32[8]) while(%x), condition=%condition, body=%body
+}
+"""
+
+
+KNOWN = ', backend_config={"known_trip_count":{"n":"7"}}'
+
+
+@pytest.mark.parametrize(
+  ('direction', 'noted', 'trips'),
+  (('LT', '', 5), ('NE', '', 1), ('NE', KNOWN, 7)),
+)
+def test_trips_of_a_loop(direction, noted, trips):
+  text = LOOP.replace('DIRECTION', direction)
+  program = hlo.parse(text.replace('body=%body', 'body=%body' + noted))
+  loop = program.entry.instructions['loop']
+  assert hlo.trip_count(program, loop) == trips
+
+  def times(**kwargs):
+    return {i.name: t for _, i, t in hlo.executed(program, **kwargs)}
+
+  assert times()['q'] == trips and times()['loop'] == 1
+  assert times(loops_once=True)['q'] == 1
+
+
 def test_an_instruction_is_taken_apart():
   found = instruction(
     'ROOT %a.1 = (bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/pred[]) '
@@ -52,7 +92,6 @@ def test_an_instruction_is_taken_apart():
   assert found.name == 'a.1' and found.is_root and found.opcode == 'fusion'
   assert found.operands == ('p.0', 'q') and found.called == ('c.2',)
   assert found.op_name == "jit(f)/g['(w)']/update"
-  assert found.trip_count == 7
   assert found.attribute('kind') == 'kLoop'
   array, flag = found.shapes
   assert array == hlo.Shape('bf16', (8, 128), (1, 0), (8, 128), 1)

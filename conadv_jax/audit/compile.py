@@ -157,13 +157,18 @@ def _measured(
   by_scope = hlo_cost.by_scope(program, *rates)
   seconds = sum(scope['seconds'] for scope in by_scope.values())
   images_per_sec = run.config.batch_size / seconds
-  products = sum(scope['flops'] for scope in by_scope.values())
+  total = hlo_cost.total(program, *rates)
+  # XLA's counts have everything elementwise, and bytes of memory on the chip,
+  # but the body of a loop only once.
+  once = hlo_cost.total(program, *rates, loops_once=True)
+  flops, accessed = compiled.costs['flops'], compiled.costs['bytes accessed']
   return {
-    # XLA's count has everything elementwise, and bytes of memory on the chip.
-    'flops_per_device': compiled.costs['flops'],
-    'flops_of_products': products,
-    'flops_ratio': products / analytic_flops(run),
-    'bytes_accessed_per_device': compiled.costs['bytes accessed'],
+    'flops_per_device': flops * total.flops / once.flops,
+    'flops_of_products': total.flops,
+    'flops_ratio': total.flops / analytic_flops(run),
+    'bytes_accessed_per_device': (
+      accessed * total.accessed_bytes / once.accessed_bytes
+    ),
     'hbm_bytes_per_device': sum(s['bytes'] for s in by_scope.values()),
     'roofline_seconds': seconds,
     'by_scope': by_scope,

@@ -105,13 +105,17 @@ def cost(
 
 
 def total(
-  program: Program, peak_flops_per_sec: float, hbm_bytes_per_sec: float
+  program: Program,
+  peak_flops_per_sec: float,
+  hbm_bytes_per_sec: float,
+  loops_once: bool = False,
 ) -> Cost:
-  """`Cost` of the whole program, loops times their trip counts."""
-  return sum(
-    (c for _, c in _costs(program, peak_flops_per_sec, hbm_bytes_per_sec)),
-    Cost(),
-  )
+  """`Cost` of the whole program, loops times their trip counts.
+
+  With `loops_once` as XLA counts: the body of a loop once.
+  """
+  rates = peak_flops_per_sec, hbm_bytes_per_sec
+  return sum((c for _, c in _costs(program, *rates, loops_once)), Cost())
 
 
 def by_scope(
@@ -219,9 +223,12 @@ def touched(
 
 
 def _costs(
-  program: Program, peak_flops_per_sec: float, hbm_bytes_per_sec: float
+  program: Program,
+  peak_flops_per_sec: float,
+  hbm_bytes_per_sec: float,
+  loops_once: bool = False,
 ) -> Iterator[tuple[str, Cost]]:
-  for computation, instruction, times in executed(program):
+  for computation, instruction, times in executed(program, loops_once):
     spent = cost(
       program, computation, instruction, peak_flops_per_sec, hbm_bytes_per_sec
     )
