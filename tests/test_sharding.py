@@ -34,6 +34,7 @@ from conadv_jax.train_step import make_attack_stats_fn, pending_perturbation
 BATCH = 16
 STEPS = 3
 TOLERANCE = 1e-12
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture
@@ -136,9 +137,9 @@ def test_microbatches_do_not_change_a_run(devices, group_size, microbatches):
   (
     {'staleness_steps': 0, 'method': 'disadv'},
     {'staleness_steps': 1, 'attack.update_batch_stats': True},
-    {'staleness_steps': 1, 'attack.preset': 'pgd'},
-    {'method': 'conadv_aa', 'staleness_steps': 1},
-    {'method': 'baseline', 'staleness_steps': 0},
+    pytest.param({'staleness_steps': 1, 'attack.preset': 'pgd'}, marks=SLOW),
+    pytest.param({'method': 'conadv_aa', 'staleness_steps': 1}, marks=SLOW),
+    pytest.param({'method': 'baseline', 'staleness_steps': 0}, marks=SLOW),
   ),
   ids=lambda fields: '-'.join(map(str, fields.values())),
 )
@@ -150,7 +151,9 @@ def test_microbatches_do_not_change_any_method(fields):
 
 
 @pytest.mark.usefixtures('tiny_model', 'x64')
-@pytest.mark.parametrize('buckets', (1, 3, 1000))
+@pytest.mark.parametrize(
+  'buckets', (3, pytest.param(1, marks=SLOW), pytest.param(1000, marks=SLOW))
+)
 def test_buckets_of_gradients_do_not_change_a_run(buckets):
   expected, _ = trajectory(8, 2)
   actual, _ = trajectory(8, 2, grad_buckets=buckets)
@@ -159,7 +162,8 @@ def test_buckets_of_gradients_do_not_change_a_run(buckets):
 
 @pytest.mark.usefixtures('tiny_model', 'x64')
 @pytest.mark.parametrize(
-  ('devices', 'microbatches'), ((1, 4), (2, 1), (2, 4), (8, 1))
+  ('devices', 'microbatches'),
+  ((2, 4), *(pytest.param(*p, marks=SLOW) for p in ((1, 4), (2, 1), (8, 1)))),
 )
 def test_how_a_perturbation_aged_does_not_depend_on_how_it_is_computed(
   devices, microbatches
@@ -235,7 +239,11 @@ def test_gradients_are_summed_in_the_type_that_the_configuration_says(
 @pytest.mark.usefixtures('tiny_model', 'x64')
 @pytest.mark.parametrize(
   ('name', 'group_size'),
-  (('lars', 2), ('lars', 8), ('sgd', 2), ('lamb', 2), ('rmsprop', 2)),
+  (
+    ('lars', 2),
+    ('lars', 8),
+    *(pytest.param(n, 2, marks=SLOW) for n in ('sgd', 'lamb', 'rmsprop')),
+  ),
 )
 def test_a_sharded_optimizer_does_not_change_a_run(
   monkeypatch, name, group_size
