@@ -393,6 +393,7 @@ def test_wrong_settings_exit_with_2_and_name_the_field(args, words):
 def test_the_command_reports_and_writes_and_a_rerun_goes_on(tmp_path):
   args = (
     '--config=configs/digits.py:batch_size=256',
+    '--config.bn_group_size=32',
     '--topology=v3-8',
     f'--json={tmp_path}/a.json',
     f'--output={tmp_path}/out',
@@ -404,9 +405,14 @@ def test_the_command_reports_and_writes_and_a_rerun_goes_on(tmp_path):
   assert found['topology'] == 'v3:2x2' and found['devices'] == 8
   assert 0 < found['peak_hbm_bytes'] < found['hbm_limit_bytes']
   assert found['compile_seconds'] > 0
-  (collective,) = found['collectives']
-  assert collective['kind'] == 'all-reduce'
-  assert collective['group_size'] == 8 and collective['count'] == 1
+  for collective in found['collectives']:
+    assert collective['kind'] == 'all-reduce'
+    assert collective['group_size'] == 8 and collective['count'] == 1
+  # Gradients and statistics, and loss and accuracy of two views; biases of the
+  # two norms that a block with a shortcut adds have one gradient.
+  summed = sum(collective['bytes'] for collective in found['collectives'])
+  shared = 2 * (32 + 64) * 4
+  assert summed == found['hbm']['parameters'] + 2 * 2 * 4 - shared
   assert abs(sum(found['hbm'].values()) - found['peak_hbm_bytes']) < 1e6
   assert 0 <= found['by_scope']['adversarial']['share'] < 1
   for kind in ('json', 'md', 'html'):
