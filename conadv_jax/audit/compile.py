@@ -225,7 +225,6 @@ def remedies(
   config = run.config
   total = sum(parts.values())
   activations = parts['activations']
-  per_device = config.batch_size // run.mesh.size
   found = []
 
   def add(option: str, saves: float, cost: str) -> None:
@@ -261,13 +260,9 @@ def remedies(
     )
   if config.dtype == 'float32':
     add('dtype=bfloat16', activations / 2, 'rounding of activations')
-  if per_device > 1:
-    share = 1 / 2
-    add(
-      'twice the devices',
-      share * (activations + parts['images'] + parts['perturbation']),
-      'a larger slice',
-    )
+  if config.batch_size > run.mesh.size:
+    halved = activations + parts['images'] + parts['perturbation']
+    add('twice the devices', halved / 2, 'a larger slice')
   return sorted(found, key=lambda r: not r['fits'])
 
 
