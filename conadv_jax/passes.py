@@ -241,7 +241,7 @@ def _trained_views(config: Config, batch: Batch, delta: jax.Array | None):
 
 
 def _make_loss_fn(config: Config, spec: DatasetSpec, apply_fn: ApplyFn):
-  """(params, batch_stats, images by view, labels, key, examples) -> mean loss.
+  """(params, batch_stats, images by view, labels, key, examples) -> loss.
 
   The mean is over examples and, weighted, over views. With it: loss and top-1
   (%) of each view [V], and the moved statistics. `key` and the places of examples are for
