@@ -244,8 +244,8 @@ def _make_loss_fn(config: Config, spec: DatasetSpec, apply_fn: ApplyFn):
   """(params, batch_stats, images by view, labels, key, examples) -> loss.
 
   The mean is over examples and, weighted, over views. With it: loss and top-1
-  (%) of each view [V], and the moved statistics. `key` and the places of examples are for
-  dropout and stochastic depth.
+  (%) of each view [V], and the moved statistics. `key` and the places of
+  examples are for dropout and stochastic depth.
   """
   views = tuple(view for view, _ in config.views)
   routes = tuple(config.routes.index(route) for _, route in config.views)
