@@ -91,6 +91,7 @@ _RULES = {
   '>= 0': lambda x: x >= 0,
   '> 0': lambda x: x > 0,
   '>= 1': lambda x: x >= 1,
+  '>= 2': lambda x: x >= 2,
   'in [0, 1)': lambda x: 0 <= x < 1,
   'in (0, 1]': lambda x: 0 < x <= 1,
   'in [0, 1]': lambda x: 0 <= x <= 1,
@@ -260,6 +261,18 @@ class Checkpoint(_Group):
 
   every_steps: int = _number('>= 0', '0 = at the end and when interrupted')
   keep: int = _number('>= 1')
+  strict: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Spike(_Group):
+  """Which losses are so high that their update is not applied."""
+
+  _prefix = 'spike.'
+
+  sigmas: float = _number('>= 0', '0 = off')
+  window_steps: int = _number('>= 2')
+  max_in_a_row: int = _number('>= 1')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,6 +321,8 @@ class Config(_Group):
   log_every_steps: int = _number('>= 1')
   attack_stats_every_steps: int = _number('>= 0', '0 = off')
   max_nonfinite_steps: int = _number('>= 1')
+  spike: Spike
+  hang_timeout_seconds: int = _number('>= 0', '0 = off')
 
   def __post_init__(self):
     super().__post_init__()

@@ -25,10 +25,12 @@ import numpy as np
 from etils import epath
 
 from conadv_jax import (
+  bad_steps,
   cli,
   config,
   evaluate,
   experiment,
+  feed,
   hosts,
   metrics,
   optim,
@@ -38,9 +40,7 @@ from conadv_jax import (
 )
 from conadv_jax.checkpoint import Checkpoints
 from conadv_jax.config import Config, ConfigError
-from conadv_jax.data import cache, pipeline
-from conadv_jax.data.prefetch import Prefetcher
-from conadv_jax.data.quarantine import Quarantine
+from conadv_jax.data import cache
 from conadv_jax.experiment import Experiment
 from conadv_jax.state import TrainState
 from conadv_jax.stop import Agreement, StopRequest
@@ -100,8 +100,8 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
 
     # ---- 4. The step, compiled once, and the perturbation that it needs ----
     step_fn = _compile(run)
-    example_ids = ExampleIds(start, keep=settings.max_nonfinite_steps + 8)
-    batches = _batches(
+    example_ids = feed.ExampleIds(start, keep=settings.max_nonfinite_steps + 8)
+    batches = feed.batches(
       run, source, quarantine, example_ids, start, stop - start + 1
     )
     batch = next(batches)
@@ -114,7 +114,7 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
     progress = metrics.Progress(
       start, stop, settings.batch_size, batches.wait_seconds
     )
-    watch = NonFiniteWatch(run, path, example_ids)
+    watch = bad_steps.NonFiniteWatch(run, path, example_ids)
     pauses = (
       settings.attack_stats_every_steps if attack_stats_fn else 0,
       settings.eval.every_steps,
@@ -175,122 +175,8 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
     return summary
 
 
-class ExampleIds:
-  """The ids of this host's last batches: `ids[t]` for batch t."""
-
-  def __init__(self, start: int, keep: int):
-    self._next = start
-    self._keep = keep
-    self._ids: dict[int, np.ndarray] = {}
-
-  def add(self, ids: np.ndarray) -> None:
-    self._ids[self._next] = ids
-    self._next += 1
-    self._ids.pop(self._next - 1 - self._keep, None)
-
-  def __getitem__(self, batch: int) -> np.ndarray:
-    return self._ids[batch]
-
-
-class NonFiniteWatch:
-  """Stops a run that stays non-finite, and says on which examples.
-
-  Reads the counter of the step before, so that one step is always queued.
-  """
-
-  def __init__(
-    self, run: Experiment, path: epath.Path, example_ids: ExampleIds
-  ):
-    self._run = run
-    self._limit = run.config.max_nonfinite_steps
-    self._path = path / 'nonfinite_steps.json'
-    self._example_ids = example_ids
-    self._last: tuple[int, Metrics] | None = None
-
-  def check(self, step: int, values: Metrics) -> None:
-    """Notes the metrics of `step`, judges those of the step before.
-
-    Raises:
-      cli.NonFiniteError: after `max_nonfinite_steps` in a row.
-    """
-    last, self._last = self._last, (step, values)
-    if last is not None:
-      self._judge(*last)
-
-  def finish(self) -> None:
-    """Judges the last step."""
-    if self._last is not None:
-      self._judge(*self._last)
-
-  def _judge(self, step: int, values: Metrics) -> None:
-    streak = int(jax.device_get(values['nonfinite_streak']))
-    if not streak:
-      return
-    loss, norm = jax.device_get((values['loss'], values['grad_norm']))
-    hosts.say(
-      f'step {step}: loss {loss}, gradient norm {norm}: not finite, update not '
-      f'applied ({streak} in a row)'
-    )
-    if streak < self._limit:
-      return
-    first_step = step - streak + 1
-    examples = self._examples(range(first_step, step + 1))
-    hosts.on_writer(
-      self._path.name, lambda: workdir.write_json(self._path, examples)
-    )
-    first = ', '.join(str(i) for i in examples[str(first_step)][:8])
-    raise cli.NonFiniteError(
-      f'{streak} steps in a row, {first_step} to {step}, were not finite '
-      f'(max_nonfinite_steps={self._limit}). Example ids of step {first_step}: '
-      f'{first}, ...; all are in {self._path}. Lower optimizer.learning_rate '
-      'or lengthen schedule.warmup_epochs, or look at these examples'
-    )
-
-  def _examples(self, steps: range) -> dict[str, list[int]]:
-    """Ids of the whole batch of each of `steps`, in the order of its places."""
-    # Steps count from 1, batches from 0.
-    ids = np.array([self._example_ids[s - 1] for s in steps], np.int32)
-    places = self._run.local_positions().astype(np.int32)
-    whole = np.empty((len(steps), self._run.config.batch_size), np.int32)
-    gathered = (hosts.gather_arrays(ids), hosts.gather_arrays(places))
-    for ids_of_host, places_of_host in zip(*gathered, strict=True):
-      whole[:, places_of_host] = ids_of_host
-    return {str(s): row.tolist() for s, row in zip(steps, whole, strict=True)}
-
-
 def _due(step: int, every_steps: int) -> bool:
   return every_steps > 0 and step % every_steps == 0
-
-
-def _batches(
-  run: Experiment,
-  source: Any,
-  quarantine: Quarantine,
-  example_ids: ExampleIds,
-  start: int,
-  count: int,
-) -> Prefetcher:
-  """Batches start, start + 1, ... on the devices, `count` of them."""
-  settings = run.config
-  local = pipeline.train_batches(
-    source,
-    settings.dataset,
-    num_classes=run.spec.num_classes,
-    views=run.image_views,
-    seed=settings.seed,
-    batch_size=settings.batch_size,
-    positions=run.local_positions(),
-    host=(hosts.index(), hosts.count()),
-    start_step=start,
-    num_steps=count,
-    quarantine=quarantine,
-  )
-
-  def put(batch):
-    example_ids.add(batch.pop('id'))
-    return run.put_batch(batch)
-
-  return Prefetcher(local, put, expected=count, start_step=start)
 
 
 def _compile(run: Experiment):

@@ -34,7 +34,7 @@ _FREE = (
   'max_steps', 'log_every_steps', 'attack_stats_every_steps',
   'max_nonfinite_steps', 'microbatches', 'remat', 'xla_flags', 'grad_buckets',
   'dataset.data_dir', 'dataset.cache',
-  'dataset.max_bad_share', 'checkpoint.', 'eval.',
+  'dataset.max_bad_share', 'checkpoint.', 'eval.', 'hang_timeout_seconds',
 )  # fmt: skip
 
 

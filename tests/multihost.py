@@ -166,7 +166,7 @@ def main() -> None:
 
   import helpers
 
-  from conadv_jax import cli, evaluate, hosts, models, train
+  from conadv_jax import cli, evaluate, feed, hosts, models, train
 
   models.MODELS['tiny'] = models.Entry(helpers.TinyNet, 4)
   if fake := os.environ.get('FAKE_VERSION'):
@@ -176,15 +176,15 @@ def main() -> None:
       version if name == package else real(name)
     )
   if directory := os.environ.get('RECORD_IDS'):
-    _record_ids(train, hosts, pathlib.Path(directory))
+    _record_ids(feed, hosts, pathlib.Path(directory))
   command = sys.argv.pop(1)
   mains = {'train': train.main, 'evaluate': evaluate.evaluate}
   cli.run(mains[command], '')
 
 
-def _record_ids(train, hosts, directory: pathlib.Path) -> None:
+def _record_ids(feed, hosts, directory: pathlib.Path) -> None:
   """Writes ids{host}.json: the `places` of the host, and `ids` of each step."""
-  batches_of, add = train._batches, train.ExampleIds.add
+  batches_of, add = feed.batches, feed.ExampleIds.add
   record = {'places': None, 'ids': []}
 
   def batches(run, *args):
@@ -197,7 +197,7 @@ def _record_ids(train, hosts, directory: pathlib.Path) -> None:
     path = directory / f'ids{hosts.index()}.json'
     path.write_text(json.dumps(record))
 
-  train._batches, train.ExampleIds.add = batches, add_and_write
+  feed.batches, feed.ExampleIds.add = batches, add_and_write
 
 
 if __name__ == '__main__':

@@ -17,7 +17,10 @@ ORDER = (
   'config',
   'xla_flags',
   'mesh',
+  'faults',
+  'storage',
   'hosts',
+  'watchdog',
   'stop',
   'data',
   'models',
@@ -30,19 +33,25 @@ ORDER = (
   'train_step',
   'experiment',
   'cli',
+  'lock',
   'workdir',
   'preflight',
+  'checksum',
   'checkpoint',
   'metrics',
   'plots',
   'evaluate',
+  'feed',
+  'bad_steps',
+  'replay',
+  'supervise',
   'train',
   'model_card',
   'export',
   'audit',
 )
 # These are narrower than their place in the order allows.
-MAY_IMPORT = {'data': {'config'}, 'models': {'config'}}
+MAY_IMPORT = {'data': {'config', 'faults', 'storage'}, 'models': {'config'}}
 SHARDING = {'Mesh', 'NamedSharding', 'PartitionSpec', 'make_mesh', 'P'}
 MAX_LINES = 60
 MAX_LINES_OF_THE_LOOP = 150

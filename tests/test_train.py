@@ -13,7 +13,16 @@ import jax
 import numpy as np
 import pytest
 
-from conadv_jax import cli, config, evaluate, experiment, metrics, models, train
+from conadv_jax import (
+  cli,
+  config,
+  evaluate,
+  experiment,
+  feed,
+  metrics,
+  models,
+  train,
+)
 from conadv_jax.checkpoint import Checkpoints
 from conadv_jax.data import datasets, sampler
 from conadv_jax.data.quarantine import Quarantine
@@ -118,11 +127,11 @@ def test_the_pending_perturbation_is_made_again_after_a_restore(tau, tmp_path):
   step_fn = run.compile_step()
   source = datasets.load(run.spec, 'train', '')
 
-  def feed(start, count):
-    ids = train.ExampleIds(start, keep=9)
-    return train._batches(run, source, Quarantine(), ids, start, count)
+  def fed(start, count):
+    ids = feed.ExampleIds(start, keep=9)
+    return feed.batches(run, source, Quarantine(), ids, start, count)
 
-  batches = list(feed(0, 6))
+  batches = list(fed(0, 6))
   state = train.pending_perturbation(cfg, step_fn, run.init_state(), batches[0])
   for t in range(5):
     state, _ = step_fn(state, batches[t], batches[t + 1])
@@ -132,7 +141,7 @@ def test_the_pending_perturbation_is_made_again_after_a_restore(tau, tmp_path):
   restored = checkpoints.restore(5, run.abstract_state())
   checkpoints.close()
   assert restored.perturbation is None
-  batch = next(feed(5, 1))
+  batch = next(fed(5, 1))
   restored = train.pending_perturbation(cfg, step_fn, restored, batch)
   assert np.any(np.asarray(state.perturbation))
   for (name, a), (_, b) in zip(
@@ -142,7 +151,7 @@ def test_the_pending_perturbation_is_made_again_after_a_restore(tau, tmp_path):
   ):
     assert np.array_equal(a, b), jax.tree_util.keystr(name)
   # Two donated steps after the restore.
-  next_batch = next(feed(6, 1))
+  next_batch = next(fed(6, 1))
   for _ in range(2):
     restored, values = step_fn(restored, batch, next_batch)
   assert np.isfinite(values['loss'])
