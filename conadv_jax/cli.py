@@ -13,16 +13,9 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from conadv_jax import hosts
+from conadv_jax import exits, hosts
 from conadv_jax.config import ConfigError, flatten, unknown
 from conadv_jax.data.quarantine import DataError
-
-EXIT_USAGE = 2
-EXIT_MEMORY = 3
-EXIT_NONFINITE = 4
-EXIT_DATA = 5
-EXIT_PREEMPTED = 42
-_EXIT_INTERRUPTED = 130
 
 
 class Preempted(Exception):
@@ -45,22 +38,22 @@ def run(main: Callable[[Sequence[str]], Any], usage: str) -> None:
   try:
     main(sys.argv)
   except (ConfigError, flags.Error) as error:
-    _fail(f'error: {error}', EXIT_USAGE)
+    _fail(f'error: {error}', exits.USAGE)
   except OutOfMemoryError as error:
-    _fail(f'error: {error}', EXIT_MEMORY)
+    _fail(f'error: {error}', exits.MEMORY)
   except NonFiniteError as error:
-    _fail(f'error: {error}', EXIT_NONFINITE)
+    _fail(f'error: {error}', exits.NONFINITE)
   except DataError as error:
-    _fail(f'error: {error}', EXIT_DATA)
+    _fail(f'error: {error}', exits.DATA)
   except hosts.HostError as error:
     _fail(f'error: {error}', error.exit_code)
   except Preempted as error:
-    _fail(str(error), EXIT_PREEMPTED)
+    _fail(str(error), exits.PREEMPTED)
   except KeyboardInterrupt:
     if hosts.count() == 1:
       raise
     # At once: at its end, JAX would wait for hosts that wait for this one.
-    os._exit(_EXIT_INTERRUPTED)
+    os._exit(exits.INTERRUPTED)
   except Exception as error:
     hosts.abandon(f'{type(error).__name__}: {error}', 1)
     raise

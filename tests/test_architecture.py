@@ -14,6 +14,7 @@ import conadv_jax
 PACKAGE = pathlib.Path(conadv_jax.__file__).parent
 # A module imports only from those above it.
 ORDER = (
+  'exits',
   'config',
   'xla_flags',
   'mesh',
