@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from conadv_jax import exits, hosts
 from conadv_jax.config import ConfigError, flatten, unknown
 from conadv_jax.data.quarantine import DataError
+from conadv_jax.storage import StorageError
 
 
 class Preempted(Exception):
@@ -45,6 +46,8 @@ def run(main: Callable[[Sequence[str]], Any], usage: str) -> None:
     _fail(f'error: {error}', exits.NONFINITE)
   except DataError as error:
     _fail(f'error: {error}', exits.DATA)
+  except StorageError as error:
+    _fail(f'error: {error}', exits.STORAGE)
   except hosts.HostError as error:
     _fail(f'error: {error}', error.exit_code)
   except Preempted as error:

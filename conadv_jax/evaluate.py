@@ -165,12 +165,17 @@ class Evaluator:
     self._group_size = -(-experiment.config.eval.batch_size // self._groups)
 
   def __call__(
-    self, weights: Snapshot, attack: str = 'none', route: str | None = None
+    self,
+    weights: Snapshot,
+    attack: str = 'none',
+    route: str | None = None,
+    before_batch: Callable[[], None] = lambda: None,
   ) -> dict[str, float]:
     """`top1` in percent and mean `loss`, under `attack` (none, fgsm, pgd).
 
     Images that cannot be decoded are left out of both; `bad_examples` is their
-    number, if there are any, and the quarantine names them.
+    number, if there are any, and the quarantine names them. `before_batch` is
+    called before each batch, and may raise.
 
     Raises:
       RuntimeError: if not every example was seen once.
@@ -185,6 +190,7 @@ class Evaluator:
       self._fns[attack, route] = make_eval_fn(self._experiment, spec, route)
     totals = collections.Counter()
     for index, batch in enumerate(self._batches()):
+      before_batch()
       sums = self._fns[attack, route](weights, batch, jnp.int32(index))
       for name, value in jax.device_get(sums).items():
         totals[name] += float(value)
@@ -314,7 +320,8 @@ def restore_newest(path: epath.Path, run: Experiment) -> tuple[int, TrainState]:
     step = checkpoints.latest_step()
   if step is None:
     raise ConfigError(f'workdir={str(path)!r}: holds no checkpoint yet')
-  return step, checkpoints.restore(step, run.abstract_state())
+  step, state, _ = checkpoints.restore(run.abstract_state())
+  return step, state
 
 
 def _check_overrides(trained: Config, settings: Config) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from conadv_jax import hosts
-from conadv_jax.data import pipeline
+from conadv_jax.data import datasets, pipeline
 from conadv_jax.data.prefetch import Prefetcher
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.experiment import Experiment
@@ -28,6 +28,15 @@ class ExampleIds:
 
   def __getitem__(self, batch: int) -> np.ndarray:
     return self._ids[batch]
+
+
+def identity(run: Experiment, source: Any, eval_source: Any) -> dict[str, Any]:
+  """What tells the examples of a run from others."""
+  return {
+    'version': datasets.version(run.spec, run.config.dataset.data_dir),
+    'num_train': source.num_examples,
+    'num_eval': eval_source.num_examples,
+  }
 
 
 def batches(

@@ -11,22 +11,28 @@ the same calls in the same order. With one host, nothing here talks to anyone.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
+import functools
 import ipaddress
 import itertools
 import json
 import os
 import signal
 import socket
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax._src import cloud_tpu_init, clusters, distributed
 from jax.experimental import multihost_utils
 
+from conadv_jax import exits
 from conadv_jax.config import ConfigError
 
 # A host may be late by as long as reading a data set into memory takes. One
@@ -35,7 +41,14 @@ _WAIT_SECONDS = 3600
 _POLL_SECONDS = 2
 _REMIND_SECONDS = 60
 _SHUTDOWN_SECONDS = 60
-_FAILED = 'conadv_jax/failed/'
+_ANNOUNCE_SECONDS = 5
+_LINGER_SECONDS = 10
+# JAX ends a process that it takes for cut off, without a word about which host
+# is lost. The watchdog, which knows, must come first.
+_JAX_LATER_SECONDS = 30
+_FAILED = 'conadv_jax/failed'
+_LEAVING = 'conadv_jax/leaving/'
+_BEATS = 'conadv_jax/beats/'
 _calls = itertools.count()  # the same number for the same call on every host
 
 
@@ -43,12 +56,32 @@ class HostError(Exception):
   """Another host failed, or does not answer.
 
   Attributes:
-    exit_code: of that host; 1 if it does not answer.
+    exit_code: of that host; `exits.HOST` if it does not answer.
   """
 
-  def __init__(self, message: str, exit_code: int = 1):
+  def __init__(self, message: str, exit_code: int = exits.HOST):
     super().__init__(message)
     self.exit_code = exit_code
+
+
+@dataclasses.dataclass
+class _Known:
+  """What this process knows of the others.
+
+  Attributes:
+    peer_timeout_seconds: silence after which a host is taken for lost.
+    lost: a message, if an abort of JAX now would mean that a host is lost.
+    failure: what another host announced before it ended.
+    abort_handler: a function of C, which must stay as long as the process.
+  """
+
+  peer_timeout_seconds: int = 60
+  lost: Callable[[], str | None] = lambda: None
+  failure: HostError | None = None
+  abort_handler: Any = None
+
+
+_known = _Known()
 
 
 # ---- Start -----------------------------------------------------------------
@@ -69,6 +102,7 @@ def start(
   num_hosts: int | None = None,
   host_index: int | None = None,
   start_timeout_seconds: int = 300,
+  peer_timeout_seconds: int = 60,
 ) -> None:
   """Joins the other hosts; call it before anything asks for devices.
 
@@ -80,8 +114,10 @@ def start(
       says. On the loopback interface, host 0 listens there only.
     num_hosts: number of hosts; 1 alone means not to look for others.
     host_index: this host, from 0.
-    start_timeout_seconds: how long to wait for the others. JAX then aborts the
-      process (SIGABRT); the last line printed before says what to check.
+    start_timeout_seconds: how long to wait for the others. Then the process
+      ends with `exits.HOST`, after messages that say which hosts are missing,
+      as far as host 0 is there to tell, and what to check.
+    peer_timeout_seconds: silence after which a host is taken for lost.
 
   Raises:
     ConfigError: for arguments that do not go together, a port that is taken,
@@ -89,10 +125,15 @@ def start(
   """
   if jax.distributed.is_initialized():
     return
-  if start_timeout_seconds < 1:
-    raise ConfigError(
-      f'--start_timeout_seconds={start_timeout_seconds}: must be 1 or more'
-    )
+  for name, seconds in (
+    ('start', start_timeout_seconds),
+    ('peer', peer_timeout_seconds),
+  ):
+    if seconds < 1:
+      raise ConfigError(
+        f'--{name}_timeout_seconds={seconds}: must be 1 or more'
+      )
+  _known.peer_timeout_seconds = peer_timeout_seconds
   address = os.environ.get('JAX_COORDINATOR_ADDRESS')
   if num_hosts is not None and host_index is not None:
     coordinator = coordinator or address
@@ -180,33 +221,102 @@ def _join(place: _Place, timeout_seconds: int) -> None:
   host, _, port = place.coordinator.rpartition(':')
   if place.host_index == 0:
     _check_port_is_free(place.coordinator, int(port))
-  # JAX aborts the process when time is up, so the reason must be there before.
+  check = (
+    f'was the same command started on all {place.num_hosts} hosts, each with '
+    f'its own host index, and can they reach port {port} of {host}?'
+  )
   print(
     f'host {place.host_index} of {place.num_hosts}: waiting up to '
     f'{timeout_seconds} s for all hosts at {place.coordinator}. Should this '
-    f'fail: was the same command started on all {place.num_hosts} hosts, each '
-    f'with its own host index, and can they reach port {port} of {host}?',
+    f'fail: {check}',
     flush=True,
   )
+  _known.lost = lambda: (
+    f'not all hosts came to {place.coordinator} in {timeout_seconds} s; the '
+    'message of JAX above has the numbers of those that are missing, under '
+    f'"timed out task names", if this host reached host 0: {check}'
+  )
+  _hook_into_abort(f'host {place.host_index} of {place.num_hosts}: ')
   bind = place.coordinator if _is_loopback(host) else None
   try:
-    jax.distributed.initialize(
-      place.coordinator,
-      place.num_hosts,
-      place.host_index,
-      local_device_ids=place.local_device_ids,
-      cluster_detection_method='deactivate',
-      initialization_timeout=timeout_seconds,
-      shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
-      coordinator_bind_address=bind,
-    )
+    with _missing_hosts_are_named(timeout_seconds):
+      jax.distributed.initialize(
+        place.coordinator,
+        place.num_hosts,
+        place.host_index,
+        local_device_ids=place.local_device_ids,
+        cluster_detection_method='deactivate',
+        # Later than the service, which can name the missing hosts.
+        initialization_timeout=timeout_seconds + 5,
+        heartbeat_timeout_seconds=(
+          _known.peer_timeout_seconds + _JAX_LATER_SECONDS
+        ),
+        shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+        coordinator_bind_address=bind,
+      )
   except jax.errors.JaxRuntimeError as error:
     raise ConfigError(
       f'--coordinator={place.coordinator}: could not join: {error}'
     ) from error
+  _known.lost = _lost_coordinator
   # JAX notes SIGTERM for a service of its own and drops it. Until the run
   # handles it (stop.StopRequest), the signal is to end the process as always.
   signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+
+@contextlib.contextmanager
+def _missing_hosts_are_named(timeout_seconds: int) -> Iterator[None]:
+  """The service of JAX then tells all that came which hosts did not.
+
+  It has a limit of its own for that, an hour, which JAX has no argument for.
+  """
+  library, name = distributed._jax, 'get_distributed_runtime_service'
+  original = getattr(library, name)
+  limited = functools.partial(
+    original, cluster_register_timeout=timeout_seconds
+  )
+  setattr(library, name, limited)
+  try:
+    yield
+  finally:
+    setattr(library, name, original)
+
+
+def _hook_into_abort(label: str) -> None:
+  """Ends the process with our message and exit code where JAX aborts it.
+
+  The moment host 0 is gone, a thread of JAX calls abort(). A handler of Python
+  would run too late for that, in the main thread; this one runs in the thread
+  that calls. Any other abort goes on as if it were not there.
+  """
+  libc = ctypes.CDLL(None)
+  libc.signal.restype = ctypes.c_void_p
+  libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+
+  @ctypes.CFUNCTYPE(None, ctypes.c_int)
+  def handle(_):
+    failure = _known.failure
+    if failure is None and (message := _known.lost()) is not None:
+      failure = HostError(message)
+    if failure is not None:
+      os.write(2, f'{label}error: {failure}\n'.encode())
+      os._exit(failure.exit_code)
+    libc.signal(signal.SIGABRT, before)
+
+  _known.abort_handler = handle
+  before = libc.signal(
+    signal.SIGABRT, ctypes.cast(handle, ctypes.c_void_p).value
+  )
+
+
+def _lost_coordinator() -> str | None:
+  """The message if nobody listens at host 0 any more."""
+  host, _, port = coordinator().rpartition(':')
+  try:
+    with socket.create_connection((host.strip('[]'), int(port)), timeout=2):
+      return None
+  except OSError as error:
+    return f'{silent_coordinator()}: {error.strerror or error}'
 
 
 def _check_port_is_free(coordinator: str, port: int) -> None:
@@ -242,6 +352,16 @@ def index() -> int:
 def count() -> int:
   """Number of hosts; needs no devices."""
   return distributed.global_state.num_processes
+
+
+def coordinator() -> str:
+  """HOST:PORT where host 0 listens; '' for a host alone."""
+  return distributed.global_state.coordinator_address or ''
+
+
+def peer_timeout_seconds() -> int:
+  """Silence after which a host is taken for lost, as given to `start`."""
+  return _known.peer_timeout_seconds
 
 
 def is_writer() -> bool:
@@ -335,15 +455,116 @@ def gather_arrays(values: Any) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(np.asarray(values)))
 
 
+# ---- Failures --------------------------------------------------------------
+
+
 def abandon(message: str, exit_code: int) -> None:
-  """Tells hosts that wait for this one, in any call above, that it failed."""
+  """Tells the other hosts that this one failed; the first to say so counts.
+
+  They end with `exit_code`: from the calls above, or by their watchdog. It
+  takes at most 5 s, even if host 0 does not answer.
+  """
   if count() > 1 and jax.distributed.is_initialized():
     failure = {'host': index(), 'message': message, 'exit_code': exit_code}
-    _send(f'{_FAILED}{index()}', json.dumps(failure))
+    text = json.dumps(failure)
+    within(_ANNOUNCE_SECONDS, lambda: _send(_FAILED, text, overwrite=False))
 
 
-def _send(key: str, text: str) -> None:
-  distributed.global_state.client.key_value_set(key, text, allow_overwrite=True)
+def leave(exit_code: int, lost: Collection[int] = ()) -> NoReturn:
+  """Ends this process at once, after `abandon`, without waiting for hosts.
+
+  At a normal end JAX waits for hosts, which may be waiting for this one. Only
+  host 0 stays for up to 10 s, until the others leave, too: they hear of the
+  failure through this process.
+
+  Args:
+    exit_code: of the process.
+    lost: hosts that need not be waited for.
+  """
+  within(1, lambda: (sys.stdout.flush(), sys.stderr.flush()))
+  if count() > 1 and is_writer():
+    others = set(range(1, count())) - set(lost)
+    within(_LINGER_SECONDS, lambda: _until_leaving(others))
+  elif count() > 1 and 0 not in lost:
+    within(1, lambda: _send(f'{_LEAVING}{index()}', ''))
+  os._exit(exit_code)
+
+
+def _until_leaving(others: set[int]) -> None:
+  client = distributed.global_state.client
+  while others - {
+    int(key.rpartition('/')[2]) for key, _ in client.key_value_dir_get(_LEAVING)
+  }:
+    time.sleep(0.1)
+
+
+def within(seconds: float, fn: Callable[[], Any]) -> None:
+  """Calls `fn` for at most `seconds`; what the coordinator refuses is dropped.
+
+  A call to a coordinator that does not answer has no limit of its own.
+  """
+
+  def call() -> None:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      fn()
+
+  thread = threading.Thread(target=call, daemon=True)
+  thread.start()
+  thread.join(seconds)
+
+
+def failure() -> HostError | None:
+  """What another host announced by `abandon`; None if all is well.
+
+  Raises:
+    jax.errors.JaxRuntimeError: if the coordinator does not answer.
+  """
+  client = distributed.global_state.client
+  if _known.failure is None:
+    try:
+      found = json.loads(client.key_value_try_get(_FAILED))
+    except jax.errors.JaxRuntimeError as error:
+      if 'NOT_FOUND' not in str(error):
+        raise
+      return None
+    if found['host'] == index():
+      return None
+    message = f'host {found["host"]} stopped: {found["message"]}'
+    _known.failure = HostError(message, found['exit_code'])
+  return _known.failure
+
+
+def silent_coordinator() -> str:
+  """The beginning of a message."""
+  return f'host 0 at {coordinator()} does not answer'
+
+
+# ---- Signs of life ---------------------------------------------------------
+
+
+def beat(value: Any) -> None:
+  """Publishes `value`, what JSON can hold, as this host's sign of life.
+
+  Raises:
+    jax.errors.JaxRuntimeError: if the coordinator does not answer.
+  """
+  _send(f'{_BEATS}{index()}', json.dumps(value))
+
+
+def beats() -> dict[int, Any]:
+  """The newest sign of life of every host that gave one.
+
+  Raises:
+    jax.errors.JaxRuntimeError: if the coordinator does not answer.
+  """
+  pairs = distributed.global_state.client.key_value_dir_get(_BEATS)
+  return {int(key.rpartition('/')[2]): json.loads(text) for key, text in pairs}
+
+
+def _send(key: str, text: str, overwrite: bool = True) -> None:
+  distributed.global_state.client.key_value_set(
+    key, text, allow_overwrite=overwrite
+  )
 
 
 def _receive(key: str, host: int, name: str) -> str:
@@ -355,13 +576,9 @@ def _receive(key: str, host: int, name: str) -> str:
       return client.blocking_key_value_get(key, 1000 * _POLL_SECONDS)
     except jax.errors.JaxRuntimeError as error:
       if 'DEADLINE_EXCEEDED' not in str(error):
-        raise
-    for _, text in client.key_value_dir_get(_FAILED):
-      failure = json.loads(text)
-      raise HostError(
-        f'host {failure["host"]} stopped: {failure["message"]}',
-        failure['exit_code'],
-      )
+        raise HostError(f'{silent_coordinator()}: {error}') from error
+    if (failed := failure()) is not None:
+      raise failed
     now = time.monotonic()
     if now - start > _WAIT_SECONDS:
       raise HostError(

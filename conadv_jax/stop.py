@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conadv_jax import hosts
+from conadv_jax import exits, hosts
 from conadv_jax import mesh as mesh_lib
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LINGER_SECONDS = 10
+
+
+class Stopped(Exception):
+  """All hosts stop here, because of `signal` on one of them."""
+
+  def __init__(self, number: signal.Signals):
+    super().__init__(number.name)
+    self.signal = number
 
 
 class StopRequest:
@@ -23,14 +37,62 @@ class StopRequest:
 
   def __init__(self):
     self.signal: signal.Signals | None = None
+    self._leave: Callable[[int], None] | None = None
 
   def __enter__(self) -> StopRequest:
+    # Python's handlers wait for the main thread to come back from a compiler
+    # or a file system; what C writes to this pipe does not.
+    self._read, write = os.pipe()
+    os.set_blocking(write, False)
+    self._write = write
+    self._wakeup_before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     self._before = {s: signal.signal(s, self._handle) for s in _SIGNALS}
+    self._thread = threading.Thread(target=self._listen, daemon=True)
+    self._thread.start()
     return self
 
   def __exit__(self, *_) -> None:
+    signal.set_wakeup_fd(self._wakeup_before)
     for number, handler in self._before.items():
       signal.signal(number, handler)
+    os.close(self._write)  # which ends the thread
+    self._thread.join()
+    os.close(self._read)
+
+  @contextlib.contextmanager
+  def leaving_at_once(
+    self, reason: str, last: Callable[[], None] = lambda: None
+  ) -> Iterator[None]:
+    """In this context a signal ends the process at once, with exit code 42.
+
+    For times in which there is nothing to save, however long a compiler or a
+    file system keeps the main thread.
+
+    Args:
+      reason: why nothing has to be saved, for the user.
+      last: called before the end, in another thread.
+    """
+
+    def leave(number: int) -> None:
+      text = (
+        f'{signal.Signals(number).name}: {reason}; run the same command again '
+        'to go on'
+      )
+      sys.stdout.flush()
+      os.write(2, f'\n{hosts.label()}{text}\n'.encode())
+      last()
+      hosts.abandon(text, exits.PREEMPTED)
+      if hosts.count() > 1 and hosts.is_writer():
+        time.sleep(_LINGER_SECONDS)  # others hear it through this process
+      os._exit(exits.PREEMPTED)
+
+    before, self._leave = self._leave, leave
+    try:
+      if self.signal is not None:
+        leave(self.signal)
+      yield
+    finally:
+      self._leave = before
 
   def _handle(self, number: int, _) -> None:
     if self.signal is not None:
@@ -38,9 +100,15 @@ class StopRequest:
         raise KeyboardInterrupt
       return
     self.signal = signal.Signals(number)
-    # Not print: the signal may have come in the middle of one.
-    text = f'{self.signal.name}: will save; Ctrl-C quits at once'
-    os.write(1, f'\n{hosts.label()}{text}\n'.encode())
+    if self._leave is None:
+      # Not print: the signal may have come in the middle of one.
+      text = f'{self.signal.name}: will save; Ctrl-C quits at once'
+      os.write(1, f'\n{hosts.label()}{text}\n'.encode())
+
+  def _listen(self) -> None:
+    while numbers := os.read(self._read, 1):
+      if numbers[0] in _SIGNALS and (leave := self._leave) is not None:
+        leave(numbers[0])
 
 
 class Agreement:
@@ -67,11 +135,18 @@ class Agreement:
     self._flags = {number: flags(number) for number in (0, *_SIGNALS)}
     self._max = jax.jit(jnp.max, out_shardings=mesh_lib.replicated(mesh))
 
-  def __call__(self) -> signal.Signals | None:
-    """Call it before every step, on every host; the answer is the same."""
+  def check(self) -> None:
+    """Call it on every host, before every step and batch of an evaluation.
+
+    Raises:
+      Stopped: on every host in the same call.
+    """
+    if number := self._agreed():
+      raise Stopped(signal.Signals(number))
+
+  def _agreed(self) -> int:
     if hosts.count() == 1:
-      return self._request.signal
+      return self._request.signal or 0
     now = self._max(self._flags[self._request.signal or 0])
     before, self._asked = self._asked, now
-    number = int(now if before is None else before)
-    return signal.Signals(number) if number else None
+    return int(now if before is None else before)

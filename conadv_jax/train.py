@@ -16,6 +16,8 @@ resumes where the run stopped. Ctrl-C or SIGTERM saves and exits with 42;
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -30,38 +32,57 @@ from conadv_jax import (
   config,
   evaluate,
   experiment,
+  faults,
   feed,
   hosts,
   metrics,
   optim,
   plots,
   preflight,
+  supervise,
   workdir,
 )
 from conadv_jax.checkpoint import Checkpoints
 from conadv_jax.config import Config, ConfigError
 from conadv_jax.data import cache
+from conadv_jax.data.prefetch import Prefetcher
+from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.experiment import Experiment
+from conadv_jax.lock import RunLock
 from conadv_jax.state import TrainState
-from conadv_jax.stop import Agreement, StopRequest
+from conadv_jax.stop import Agreement, Stopped, StopRequest
 from conadv_jax.train_step import (
   Metrics,
   make_attack_stats_fn,
   pending_perturbation,
 )
+from conadv_jax.watchdog import Watchdog
+
+NOTHING_TO_SAVE = 'no step was taken since the last checkpoint'
 
 
-def train(settings: Config, directory: str) -> dict[str, Any]:
+def train(
+  settings: Config, directory: str, stop_request: StopRequest | None = None
+) -> dict[str, Any]:
   """Trains `settings` in the work directory; returns the run's summary.
 
+  Args:
+    settings: of the run.
+    directory: the work directory.
+    stop_request: of a caller that handles signals already.
+
   Raises:
-    ConfigError: for a wrong setting, missing data, another run's directory, or
-      hosts that differ.
+    ConfigError: for a wrong setting, missing data, a directory of another run
+      or in use, or hosts that differ.
     cli.Preempted: when asked to stop; the state is saved.
     cli.NonFiniteError: after `max_nonfinite_steps` such steps in a row.
+    StorageError: if the state cannot be saved, or no checkpoint is good.
   """
   with contextlib.ExitStack() as stack:
-    stop_request = stack.enter_context(StopRequest())
+    stop_request = stop_request or stack.enter_context(StopRequest())
+    setup = stack.enter_context(contextlib.ExitStack())
+    setup.enter_context(stop_request.leaving_at_once(NOTHING_TO_SAVE))
+    watchdog = stack.enter_context(Watchdog(settings.hang_timeout_seconds))
 
     # ---- 1. Everything static ----------------------------------------------
     preflight.check_program(settings)
@@ -70,35 +91,38 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
     hosts.say(_describe(run))
 
     # ---- 2. Data -----------------------------------------------------------
+    watchdog.phase('data', limited=False)
     source = cache.load(run.spec, 'train', settings.dataset)
     eval_source = cache.load(run.spec, 'eval', settings.dataset)
     preflight.check_input(run, source.num_examples, eval_source.num_examples)
-    path = workdir.prepare(directory, run)
+    data = feed.identity(run, source, eval_source)
+    path = workdir.prepare(directory, run, data)
+    run_lock = stack.enter_context(RunLock(path))
+    setup.enter_context(
+      stop_request.leaving_at_once(NOTHING_TO_SAVE, run_lock.release)
+    )
+    workdir.write_config(path, run, data)
     quarantine = workdir.quarantine(path, settings)
     evaluator = evaluate.Evaluator(run, eval_source, quarantine)
 
     # ---- 3. State: restored or new -----------------------------------------
-    checkpoints = Checkpoints(path, settings.checkpoint.keep)
+    watchdog.phase('restore')
+    checkpoints = Checkpoints(
+      path, settings.checkpoint.keep, strict=settings.checkpoint.strict
+    )
     stack.callback(checkpoints.close)
-    start = checkpoints.latest_step()
     stop = run.steps.stop
-    if start is not None and start > stop:
-      raise ConfigError(
-        f'max_steps={settings.max_steps}: the run in {path} is already at step '
-        f'{start}; use another --workdir, or more steps'
-      )
-    if start == stop and (summary := workdir.finished(path)):
+    if checkpoints.latest_step() == stop and (
+      summary := workdir.finished(path)
+    ):
       hosts.say('nothing left to train\n' + _describe_summary(summary, path))
       return summary
-    if start is None:
-      start, state = 0, run.init_state()
-    else:
-      state = checkpoints.restore(start, run.abstract_state())
-      hosts.say(f'resumed at step {start}')
+    start, state = _restored(run, checkpoints) or (0, run.init_state())
     writer = metrics.make_writer(path, start)
     stack.callback(writer.close)
 
     # ---- 4. The step, compiled once, and the perturbation that it needs ----
+    watchdog.phase('compile', limited=False)
     step_fn = _compile(run)
     example_ids = feed.ExampleIds(start, keep=settings.max_nonfinite_steps + 8)
     batches = feed.batches(
@@ -115,64 +139,129 @@ def train(settings: Config, directory: str) -> dict[str, Any]:
       start, stop, settings.batch_size, batches.wait_seconds
     )
     watch = bad_steps.NonFiniteWatch(run, path, example_ids)
-    pauses = (
-      settings.attack_stats_every_steps if attack_stats_fn else 0,
-      settings.eval.every_steps,
-      settings.checkpoint.every_steps,
-    )
-    agreed_signal = Agreement(stop_request, run.mesh)
-    for step in range(start + 1, stop + 1):
-      if stopped_by := agreed_signal():
-        break
-      next_batch = next(batches)
-      state, values = step_fn(state, batch, next_batch)
-      batch = next_batch
-      watch.check(step, values)
-      if step % settings.log_every_steps == 0 or step == stop:
+    agreed_stop = Agreement(stop_request, run.mesh)
+    stopped_by = None
+    setup.close()
+
+    def evaluate_at(step: int) -> None:
+      def before_batch() -> None:
+        watchdog.phase('evaluate', step)
+        faults.point('train/evaluate', step)
+        agreed_stop.check()
+
+      weights = evaluate.weights_of(settings, state)
+      row = evaluator(weights, before_batch=before_batch)
+      writer.write(step, 'test', row)
+
+    try:
+      if _is_missing_evaluation(run, path, start):
+        evaluate_at(start)  # a signal had kept it from its end
+      for step in range(start + 1, stop + 1):
+        agreed_stop.check()
+        if checkpoints.poll():
+          checkpoints.save(step - 1, state, _facts(run, state))
+        watchdog.phase('input', step)
+        faults.point('train/input', step)
+        next_batch = next(batches)
+        watchdog.phase('step', step)
+        faults.point('train/step', step)
+        state, values = step_fn(state, batch, next_batch)
+        batch = next_batch
+        watch.check(step, values)
+        if step % settings.log_every_steps == 0 or step == stop:
+          jax.block_until_ready(state)
+          row = _readable(values, kernels)
+          row |= _rates(step, progress, batches, writer, quarantine)
+          writer.write(step, 'train', row)
+          hosts.say(_progress_line(run, step, row, progress))
+        if not any(_due(step, every) for every in _pauses(run)):
+          continue
         jax.block_until_ready(state)
-        rates = progress.report(step, batches.wait_seconds)
-        rates['seconds'] = writer.seconds_before + progress.seconds
-        row = _readable(values, kernels) | rates
-        row |= _over_hosts(rates['input_wait_percent'], len(quarantine))
-        writer.write(step, 'train', row)
-        hosts.say(_progress_line(run, step, row, progress))
-      if not any(_due(step, every) for every in pauses):
-        continue
-      jax.block_until_ready(state)
-      with progress.paused():
-        if attack_stats_fn and _due(step, settings.attack_stats_every_steps):
-          row = jax.device_get(attack_stats_fn(state, batch))
-          writer.write(step, 'attack', row)
-        if _due(step, settings.eval.every_steps) and step < stop:
-          row = evaluator(evaluate.weights_of(settings, state))
-          writer.write(step, 'test', row)
-        if _due(step, settings.checkpoint.every_steps) and step < stop:
-          writer.flush()
-          checkpoints.save(step, state)
+        with progress.paused():
+          if attack_stats_fn and _due(step, settings.attack_stats_every_steps):
+            row = jax.device_get(attack_stats_fn(state, batch))
+            writer.write(step, 'attack', row)
+          if step < stop and _due(step, settings.eval.every_steps):
+            evaluate_at(step)
+          if step < stop and _due(step, settings.checkpoint.every_steps):
+            watchdog.phase('save', step)
+            writer.flush()
+            checkpoints.save(step, state, _facts(run, state))
+    except Stopped as stopped:
+      stopped_by = stopped.signal
     watch.finish()
 
     # ---- 6. The end: save, evaluate, summarise, draw -----------------------
     step = int(jax.device_get(state.step))
+    watchdog.phase('save', step)
     writer.flush()
-    checkpoints.save(step, state)
+    checkpoints.save(step, state, _facts(run, state))
     checkpoints.wait(step)
-    if step < stop:
+    if stopped_by:
       raise cli.Preempted(
         f'{stopped_by.name}: saved step {step} of {stop}; run the '
         'same command again to go on'
       )
-    top1 = _evaluate(run, state, evaluator, writer)
-    seconds = writer.seconds_before + progress.seconds
+    stack.enter_context(
+      stop_request.leaving_at_once(
+        'all steps are done and saved, the evaluation is not',
+        run_lock.release,
+      )
+    )
+    return _finish(run, path, state, evaluator, writer, watchdog, progress)
 
-    def finish() -> dict[str, Any]:
-      summary = _summarize(run, state, path, top1, seconds)
-      workdir.write_json(path / 'summary.json', summary)
-      _draw(run, state, evaluator, path)
-      return summary
 
-    summary = hosts.on_writer('the summary and the plots', finish)
-    hosts.say(_describe_summary(summary, path))
-    return summary
+def _restored(
+  run: Experiment, checkpoints: Checkpoints
+) -> tuple[int, TrainState] | None:
+  """Step and state of the newest good checkpoint; None if there is none."""
+  faults.point('train/restore')
+  restored = checkpoints.restore(run.abstract_state())
+  if restored is None:
+    return None
+  step, state, _ = restored
+  if step > run.steps.stop:
+    raise ConfigError(
+      f'max_steps={run.config.max_steps}: the run is already at step {step}; '
+      'use another --workdir, or more steps'
+    )
+  hosts.say(f'resumed at step {step}')
+  return step, state
+
+
+def _facts(run: Experiment, state: TrainState) -> dict[str, int]:
+  """What a checkpoint's manifest says of its state."""
+  return {
+    'seed': run.config.seed,
+    'batch_size': run.config.batch_size,
+    'nonfinite_steps': int(jax.device_get(state.nonfinite_steps)),
+    'nonfinite_streak': int(jax.device_get(state.nonfinite_streak)),
+  }
+
+
+def _pauses(run: Experiment) -> tuple[int, ...]:
+  """Intervals, in steps, of what is done between steps."""
+  settings = run.config
+  return (
+    settings.attack_stats_every_steps if settings.staleness_steps else 0,
+    settings.eval.every_steps,
+    settings.checkpoint.every_steps,
+  )
+
+
+def _is_missing_evaluation(
+  run: Experiment, path: epath.Path, step: int
+) -> bool:
+  """Whether `step` should have one that metrics.jsonl does not hold."""
+  if not step or not _due(step, run.config.eval.every_steps):
+    return False
+  return hosts.on_writer(
+    'metrics.jsonl',
+    lambda: all(
+      (row['step'], row['split']) != (step, 'test')
+      for row in metrics.read_metrics(path)
+    ),
+  )
 
 
 def _due(step: int, every_steps: int) -> bool:
@@ -182,6 +271,7 @@ def _due(step: int, every_steps: int) -> bool:
 def _compile(run: Experiment):
   start = time.monotonic()
   hosts.say('compiling the training step ...', end=' ')
+  faults.point('train/compile')
   step_fn = run.compile_step()
   hosts.say(f'{time.monotonic() - start:.1f} s')
   return step_fn
@@ -207,11 +297,19 @@ def _readable(values: Metrics, kernels: Sequence[str]) -> dict[str, Any]:
   return values
 
 
-def _over_hosts(wait_percent: float, bad_examples: int) -> dict[str, Any]:
-  """The host that waits longest, and the bad examples of all hosts."""
-  of_hosts = np.array([wait_percent, bad_examples], np.float32)
-  waits, counts = hosts.gather_arrays(of_hosts).T
-  return {
+def _rates(
+  step: int,
+  progress: metrics.Progress,
+  batches: Prefetcher,
+  writer: metrics.Writer,
+  quarantine: Quarantine,
+) -> dict[str, Any]:
+  """Speed, the host that waits longest, and the bad examples of all hosts."""
+  rates = progress.report(step, batches.wait_seconds)
+  rates['seconds'] = writer.seconds_before + progress.seconds
+  of_host = np.array([rates['input_wait_percent'], len(quarantine)], np.float32)
+  waits, counts = hosts.gather_arrays(of_host).T
+  return rates | {
     'input_wait_percent': waits.max(),
     'bad_examples': int(counts.sum()),
   }
@@ -250,18 +348,53 @@ def _evaluate(
   state: TrainState,
   evaluator: evaluate.Evaluator,
   writer: metrics.Writer,
+  watchdog: Watchdog,
 ) -> dict[str, float]:
   """Top-1 of the last weights: `none` for clean images, and by attack."""
   settings = run.config
+  step = run.steps.stop
+
+  def before_batch() -> None:
+    watchdog.phase('evaluate', step)
+    faults.point('train/last_evaluation', step)
+
   weights = evaluate.weights_of(settings, state)
-  clean = evaluator(weights)
-  writer.write(run.steps.stop, 'test', clean)
-  top1 = {'none': clean['top1']}
-  for name in evaluate.attack_names(settings.eval.attack):
-    top1[name] = evaluator(weights, name)['top1']
-    writer.write(run.steps.stop, f'test_{name}', {'top1': top1[name]})
+  names = ('none', *evaluate.attack_names(settings.eval.attack))
+  rows = {
+    name: evaluator(weights, name, before_batch=before_batch) for name in names
+  }
+  # All at the end: half of them would be there twice after a rerun.
+  top1 = {name: row['top1'] for name, row in rows.items()}
+  writer.write(step, 'test', rows['none'])
+  for name in names[1:]:
+    writer.write(step, f'test_{name}', {'top1': top1[name]})
   writer.flush()
   return top1
+
+
+def _finish(
+  run: Experiment,
+  path: epath.Path,
+  state: TrainState,
+  evaluator: evaluate.Evaluator,
+  writer: metrics.Writer,
+  watchdog: Watchdog,
+  progress: metrics.Progress,
+) -> dict[str, Any]:
+  """Evaluates and draws; writes and returns the summary."""
+  top1 = _evaluate(run, state, evaluator, writer, watchdog)
+  watchdog.phase('pictures')
+  seconds = writer.seconds_before + progress.seconds
+
+  def finish() -> dict[str, Any]:
+    summary = _summarize(run, state, path, top1, seconds)
+    workdir.write_json(path / 'summary.json', summary)
+    _draw(run, state, evaluator, path)
+    return summary
+
+  summary = hosts.on_writer('the summary and the plots', finish)
+  hosts.say(_describe_summary(summary, path))
+  return summary
 
 
 def _summarize(
@@ -341,8 +474,15 @@ def _draw(
 
 
 def main(argv: Sequence[str]) -> None:
-  values, directory = cli.parse_config_file(cli.start_hosts(argv))
-  train(config.from_config_dict(values), directory)
+  if '--supervise' in argv:
+    os.execv(
+      sys.executable, [sys.executable, '-m', supervise.__name__, *argv[1:]]
+    )
+  with StopRequest() as stop_request:
+    with stop_request.leaving_at_once(NOTHING_TO_SAVE):
+      values, directory = cli.parse_config_file(cli.start_hosts(argv))
+      settings = config.from_config_dict(values)
+    train(settings, directory, stop_request)
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ import json
 import subprocess
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -38,10 +39,17 @@ _FREE = (
 )  # fmt: skip
 
 
-def prepare(workdir: str, experiment: Experiment) -> epath.Path:
-  """Makes `workdir` and writes `config.json`, or checks the one there.
+def prepare(
+  workdir: str, experiment: Experiment, data: Mapping[str, Any]
+) -> epath.Path:
+  """Makes `workdir`, or checks the run that is there.
 
   Host 0 does so; the others return when it is done.
+
+  Args:
+    workdir: the directory, or a bucket's.
+    experiment: the run that is to go on there.
+    data: what identifies the examples, as `write_config` gets it.
 
   Raises:
     ConfigError: if the directory holds a run of another configuration, with
@@ -58,12 +66,24 @@ def prepare(workdir: str, experiment: Experiment) -> epath.Path:
         f'workdir={workdir!r}: cannot be made: {error}'
       ) from error
     if (path / 'config.json').exists():
-      _check_same(path, experiment.config)
+      _check_same(path, experiment.config, data)
 
   hosts.on_writer('the work directory', make)
   _check_shared(path)
-  hosts.on_writer('config.json', lambda: _write_config(path, experiment))
   return path
+
+
+def write_config(
+  path: epath.Path, experiment: Experiment, data: Mapping[str, Any]
+) -> None:
+  """Writes `config.json`: the resolved configuration and what it ran on.
+
+  Args:
+    path: the work directory.
+    experiment: the run.
+    data: what identifies the examples; JSON can hold it.
+  """
+  hosts.on_writer('config.json', lambda: _write_config(path, experiment, data))
 
 
 def read_config(workdir: str) -> dict[str, Any]:
@@ -72,15 +92,21 @@ def read_config(workdir: str) -> dict[str, Any]:
   Raises:
     ConfigError: if there is no run.
   """
-  path = epath.Path(workdir) / 'config.json'
+  return _read_run(epath.Path(workdir))['config']
+
+
+def _read_run(workdir: epath.Path) -> dict[str, Any]:
+  """Content of `config.json`; raises ConfigError if there is none."""
+  path = workdir / 'config.json'
   if not path.exists():
     raise ConfigError(
-      f'workdir={workdir!r}: holds no run (no config.json); train one with '
-      f'python -m conadv_jax.train --config=... --workdir={workdir}'
+      f'workdir={str(workdir)!r}: holds no run (no config.json); train one '
+      f'with python -m conadv_jax.train --config=... --workdir={workdir}'
     )
   try:
-    return json.loads(path.read_text())['config']
-  except (json.JSONDecodeError, KeyError) as error:
+    content = json.loads(path.read_text())
+    return content | {'config': content['config']}
+  except (json.JSONDecodeError, TypeError, KeyError) as error:
     raise ConfigError(f'{path}: not readable: {error!r}') from error
 
 
@@ -138,18 +164,15 @@ def versions() -> dict[str, str]:
   return found
 
 
-def _write_config(path: epath.Path, experiment: Experiment) -> None:
+def _write_config(
+  path: epath.Path, experiment: Experiment, data: Mapping[str, Any]
+) -> None:
   content = {
     'config': to_dict(experiment.config),
+    'data': dict(data),
     'steps': vars(experiment.steps),
-    'versions': versions(),
     'git_commit': git_commit(),
-    'devices': {
-      'kind': jax.devices()[0].device_kind,
-      'count': jax.device_count(),
-      'hosts': hosts.count(),
-    },
-  }
+  } | _built_with()
   write_json(path / 'config.json', content)
 
 
@@ -192,15 +215,57 @@ def _comes_to_hold(path: epath.Path, text: str) -> bool:
   return False
 
 
-def _check_same(path: epath.Path, config: Config) -> None:
-  old = from_config_dict(read_config(str(path)))
-  changed = [
-    f'  {name}: {before!r} -> {after!r}'
-    for name, (before, after) in changes(old, config, _FREE).items()
-  ]
-  if changed:
+def _check_same(
+  path: epath.Path, config: Config, data: Mapping[str, Any]
+) -> None:
+  content = _read_run(path)
+  differences = changes(from_config_dict(content['config']), config, _FREE)
+  old, new = differences.get('epochs', (0, 0))
+  if new > old:
+    del differences['epochs']
+    print(
+      f'epochs: {old:g} -> {new:g}: from here on the learning rate follows the '
+      'longer schedule'
+    )
+  old_data = content.get('data', {})
+  differences |= {
+    f'data.{name}': (old_data.get(name), value)
+    for name, value in data.items()
+    if old_data.get(name) != value
+  }
+  if differences:
     raise ConfigError(
-      f'workdir={str(path)!r}: holds a run of another configuration:\n'
-      + '\n'.join(changed)
+      f'workdir={str(path)!r}: holds a run of another configuration:\n  '
+      + '\n  '.join(_diff(differences))
       + '\nuse another --workdir, or the configuration of that run'
     )
+  built = _built_with()
+  rebuilt = {
+    f'{group}.{name}': (content.get(group, {}).get(name), value)
+    for group, values in built.items()
+    for name, value in values.items()
+    if content.get(group, {}).get(name) != value
+  }
+  if rebuilt:
+    print(
+      'not as when this run was last started, so that numbers may differ in '
+      'their last bits:\n  ' + '\n  '.join(_diff(rebuilt))
+    )
+
+
+def _diff(differences: Mapping[str, tuple[Any, Any]]) -> list[str]:
+  return [
+    f'{name}: {old!r} -> {new!r}' for name, (old, new) in differences.items()
+  ]
+
+
+def _built_with() -> dict[str, dict[str, Any]]:
+  """What the last bits of a run's numbers depend on, besides its settings."""
+  return {
+    'versions': versions(),
+    'devices': {
+      'kind': jax.devices()[0].device_kind,
+      'count': jax.device_count(),
+      'hosts': hosts.count(),
+    },
+  }

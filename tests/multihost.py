@@ -104,11 +104,17 @@ class Hosts:
   def send(self, host: int, number: signal.Signals) -> None:
     self._processes[host].send_signal(number)
 
-  def ends_with(self, code: int, timeout_seconds: float = 240) -> None:
-    """Waits for the end of all, which must be with exit code `code`."""
+  def ends_with(
+    self,
+    code: int,
+    timeout_seconds: float = 240,
+    hosts: Sequence[int] | None = None,
+  ) -> None:
+    """Waits for the end of `hosts`, or all, which must be with `code`."""
     deadline = time.monotonic() + timeout_seconds
     codes = {}
-    for host, process in self._processes.items():
+    for host in self._processes if hosts is None else hosts:
+      process = self._processes[host]
       try:
         codes[host] = process.wait(max(0.1, deadline - time.monotonic()))
       except subprocess.TimeoutExpired:

@@ -66,7 +66,7 @@ def saved_state(directory):
   values = workdir.read_config(str(directory))
   run = experiment.build(config.from_config_dict(values))
   checkpoints = Checkpoints(directory, read_only=True)
-  return run, checkpoints.restore(STEPS, run.abstract_state())
+  return run, checkpoints.restore(run.abstract_state(), STEPS)[1]
 
 
 def logits_of(directory, images, row=0):
@@ -375,7 +375,7 @@ def test_what_cannot_be_exported_says_why(flags, message, tmp_path):
   """A run of resnet8, which timm does not have, before its first checkpoint."""
   settings = config.from_config_dict(digits.get_config())
   run = experiment.build(settings, jax.devices()[:1])
-  workdir.prepare(str(tmp_path / 'run'), run)
+  workdir.write_config(workdir.prepare(str(tmp_path / 'run'), run, {}), run, {})
   output, *rest = flags
   with pytest.raises(config.ConfigError, match=message):
     run_export(tmp_path / 'run', tmp_path / output, *rest)

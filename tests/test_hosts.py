@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import os
+import re
 import shutil
 import signal
 import socket
@@ -12,7 +12,7 @@ import multihost
 import numpy as np
 import pytest
 
-from conadv_jax import cli, config, hosts, mesh, metrics, preflight, stop
+from conadv_jax import cli, config, exits, hosts, metrics, preflight
 from conadv_jax.config import ConfigError
 from conadv_jax.data import sampler
 from configs import digits
@@ -229,43 +229,6 @@ def test_only_listed_variables_are_compared(monkeypatch):
   assert facts['config attack.epsilon_px'] == 16.0
 
 
-# ---- Stopping --------------------------------------------------------------
-
-
-def test_a_second_ctrl_c_quits_at_once_and_a_second_sigterm_does_not():
-  before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-  with stop.StopRequest() as request:
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert request.signal == signal.SIGTERM
-    with pytest.raises(KeyboardInterrupt):
-      os.kill(os.getpid(), signal.SIGINT)
-      time.sleep(1)
-  after = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-  assert after == before
-
-
-def test_hosts_agree_on_a_signal_at_most_two_steps_later(monkeypatch):
-  """The way of several hosts, on the devices of one."""
-  monkeypatch.setattr(stop.hosts, 'count', lambda: 2)
-  request = stop.StopRequest()
-  agreed = stop.Agreement(request, mesh.make_mesh(16, 2))
-  assert [agreed() for _ in range(3)] == [None] * 3
-  request.signal = signal.SIGTERM
-  assert [agreed() for _ in range(2)] == [None, signal.SIGTERM]
-  # What came before the first step stops the run before it.
-  agreed = stop.Agreement(request, mesh.make_mesh(16, 2))
-  assert agreed() == signal.SIGTERM
-
-
-def test_one_host_stops_before_the_next_step():
-  request = stop.StopRequest()
-  agreed = stop.Agreement(request, mesh.make_mesh(16, 2))
-  assert agreed() is None
-  request.signal = signal.SIGINT
-  assert agreed() == signal.SIGINT
-
-
 # ---- What hosts tell each other --------------------------------------------
 
 PROGRAM = """
@@ -342,31 +305,62 @@ def test_a_failure_of_one_host_ends_all(body, code, message, tmp_path):
 @pytest.mark.slow
 def test_sigterm_before_the_run_handles_it_ends_the_process(tmp_path):
   body = """
-print('started', flush=True)
+print('under way', flush=True)
 time.sleep(100)"""
   with program(tmp_path, body) as run:
     for host in (0, 1):
-      run.wait_for(host, 'started', 60)
+      run.wait_for(host, 'under way', 60)
     for host in (0, 1):
       run.send(host, signal.SIGTERM)
     run.ends_with(-signal.SIGTERM, 30)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('present', [0, 1])
+@pytest.mark.parametrize('present', [[0, 2], [2]])
 def test_a_missing_host_ends_in_bounded_time_with_what_to_check(
   present, tmp_path
 ):
+  """Host 0, if it is there, tells all that came which did not."""
   started = time.monotonic()
+  flags = ['--start_timeout_seconds=5']
   with program(
-    tmp_path, 'pass', start=[present],
-    of_host={present: ['--start_timeout_seconds=5']},
+    tmp_path, 'pass', count=4, start=present,
+    of_host={host: flags for host in present},
   ) as run:  # fmt: skip
-    run.ends_with(-signal.SIGABRT, 60)
-    log = run.log(present)
-  assert time.monotonic() - started < 60
-  assert f'host {present} of 2: waiting up to 5 s' in log
-  assert f'can they reach port {run.port} of 127.0.0.1' in log
+    run.ends_with(exits.HOST, 60)
+    logs = {host: run.log(host) for host in present}
+  assert time.monotonic() - started < 40
+  for host, log in logs.items():
+    assert f'host {host} of 4: waiting up to 5 s' in log
+    _, _, last = log.rpartition(f'host {host} of 4: error: ')
+    assert f'not all hosts came to 127.0.0.1:{run.port} in 5 s' in last
+    assert f'can they reach port {run.port} of 127.0.0.1' in last
+    if 0 in present:
+      names = re.search(r'timed out task names:\s+([13])\s+([13])\s', log)
+      assert set(names.groups()) == {'1', '3'}
+
+
+@pytest.mark.slow
+def test_an_abort_that_has_nothing_to_do_with_hosts_stays_one(tmp_path):
+  with program(
+    tmp_path, 'if hosts.index() == 1: os.abort()\ntime.sleep(100)'
+  ) as run:
+    run.ends_with(-signal.SIGABRT, 60, hosts=[1])
+    assert 'does not answer' not in run.log(1)
+
+
+@pytest.mark.slow
+def test_a_lost_coordinator_is_named_before_there_is_a_watchdog(tmp_path):
+  body = """
+print('under way', flush=True)
+time.sleep(100)"""
+  with program(tmp_path, body) as run:
+    for host in (0, 1):
+      run.wait_for(host, 'under way', 60)
+    run.send(0, signal.SIGKILL)
+    run.ends_with(exits.HOST, 30, hosts=[1])
+    address = f'127.0.0.1:{run.port}'
+    assert f'error: host 0 at {address} does not answer' in run.log(1)
 
 
 # ---- Whole runs ------------------------------------------------------------

@@ -60,7 +60,7 @@ def settings(arg='batch_size=64', **fields):
 def final_state(run, workdir, step):
   """The saved state of `step`, without its perturbation."""
   checkpoints = Checkpoints(workdir, keep=3)
-  state = checkpoints.restore(step, run.abstract_state())
+  _, state, _ = checkpoints.restore(run.abstract_state(), step)
   checkpoints.close()
   return state
 
@@ -138,7 +138,7 @@ def test_the_pending_perturbation_is_made_again_after_a_restore(tau, tmp_path):
   checkpoints = Checkpoints(tmp_path, keep=1)
   checkpoints.save(5, state)
   checkpoints.wait(5)
-  restored = checkpoints.restore(5, run.abstract_state())
+  _, restored, _ = checkpoints.restore(run.abstract_state(), 5)
   checkpoints.close()
   assert restored.perturbation is None
   batch = next(fed(5, 1))

@@ -299,6 +299,13 @@ def load(
   return _records(spec, builder, name, window_shards)
 
 
+def version(spec: DatasetSpec, data_dir: str) -> str:
+  """Version of the prepared data that `load` opens; '' if it has none."""
+  if spec.embedded or spec.name == _FOLDER:
+    return ''
+  return _find(spec, _resolve(data_dir)).name
+
+
 def _records(spec: DatasetSpec, builder, split: str, window_shards: int):
   info = builder.info.splits[split]
   file_format = builder.info.file_format.value

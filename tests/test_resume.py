@@ -1,0 +1,364 @@
+"""Runs that are killed or asked to stop, against the run that is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+import threading
+
+import forked
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conadv_jax import config, experiment, feed, metrics, models, train
+from conadv_jax.checkpoint import Checkpoints
+from conadv_jax.state import Snapshot
+from configs import digits
+
+pytestmark = pytest.mark.fault
+
+STEPS = 25  # an epoch ends within step 23
+FIELDS = {
+  'model': 'tiny',
+  'bn_group_size': 8,
+  'max_steps': STEPS,
+  'log_every_steps': 1,
+  'attack_stats_every_steps': 4,
+  'attack.preset': 'paper',  # with random starts
+  'eval.every_steps': 7,
+  'eval.attack': 'fgsm',
+  'checkpoint.every_steps': 5,
+  'checkpoint.keep': 1,
+}
+TAUS = {'0': ('disadv', 0), '1': ('conadv', 1), '3': ('conadv', 3)}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def tiny_network():
+  """The network of the runs, to read their checkpoints with."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(models.MODELS, 'tiny', models.Entry(helpers.TinyNet, 4))
+    yield
+
+
+@pytest.fixture(scope='module')
+def server():
+  with forked.Server(devices=8) as running:
+    yield running
+
+
+def settings(tau):
+  method, steps = TAUS[tau]
+  values = digits.get_config(f'batch_size=64,method={method}')
+  values.update_from_flattened_dict(FIELDS | {'staleness_steps': steps})
+  return config.from_config_dict(values)
+
+
+def run(server, directory, tau='1', faults='', **fields):
+  """Exit code of a run in `directory`, which keeps the ids that it fed."""
+  method, steps = TAUS[tau]
+  flags = FIELDS | {'staleness_steps': steps} | fields
+  return server.run(
+    [
+      f'--config=configs/digits.py:batch_size=64,method={method}',
+      f'--workdir={directory}',
+      *(f'--config.{name}={value}' for name, value in flags.items()),
+    ],
+    directory.parent / f'{directory.name}.log',
+    {'CONADV_FAULTS': faults, 'RECORD_IDS': f'{directory}.ids'},
+  )
+
+
+def log_of(directory):
+  return (directory.parent / f'{directory.name}.log').read_text()
+
+
+def hashes(directory, tau):
+  """{leaf: SHA-256} of the state at the end."""
+  checkpoints = Checkpoints(directory, read_only=True)
+  like = experiment.build(settings(tau)).abstract_state()
+  step, state, _ = checkpoints.restore(like)
+  checkpoints.close()
+  assert step == STEPS
+  return {
+    jax.tree_util.keystr(path): hashlib.sha256(np.asarray(leaf)).hexdigest()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+  }
+
+
+def rows(directory):
+  """metrics.jsonl without what depends on the clock."""
+  return [
+    {name: v for name, v in row.items() if name not in metrics.TIMINGS}
+    for row in metrics.read_metrics(directory)
+  ]
+
+
+def fed(directory):
+  """{batch: example ids} of all processes of a run; they must agree."""
+  found = {}
+  path = directory.parent / f'{directory.name}.ids'
+  for line in path.read_text().splitlines():
+    record = json.loads(line)
+    assert found.setdefault(record['batch'], record['ids']) == record['ids']
+  return found
+
+
+@pytest.fixture(scope='module')
+def unbroken(server, tmp_path_factory):
+  """What a run without faults gives, by staleness."""
+  root = tmp_path_factory.mktemp('unbroken')
+  made = {}
+
+  def of(tau):
+    if tau not in made:
+      directory = root / f'tau{tau}'
+      assert run(server, directory, tau) == 0, log_of(directory)
+      made[tau] = hashes(directory, tau), rows(directory), fed(directory)
+    return made[tau]
+
+  return of
+
+
+def assert_as_unbroken(directory, tau, unbroken):
+  expected_hashes, expected_rows, expected_ids = unbroken(tau)
+  assert rows(directory) == expected_rows
+  ids = fed(directory)
+  assert {batch: ids[batch] for batch in expected_ids} == expected_ids
+  assert hashes(directory, tau) == expected_hashes
+  assert len(expected_hashes) > 20
+
+
+# Each is the next in the same directory, so that a resume that is not exact
+# spoils all that follows. The step after the colon is where it happens.
+KILLS = (
+  'kill@train/step:4',  # before anything is saved
+  'kill@checkpoint/mid_write:5',
+  'kill@checkpoint/before_commit:5',
+  'kill@checkpoint/after_commit:5',
+  'kill@train/step:6',  # just after a save
+  'kill@train/evaluate:7',
+  'kill@train/step:10',  # just before the next
+  'kill@checkpoint/mid_removal:10',
+  'kill@train/input:17',  # while the snapshots move
+  'kill@train/step:23',  # at the end of an epoch
+  'kill@train/last_evaluation:25',
+)
+
+
+@pytest.mark.parametrize('tau', TAUS)
+def test_a_run_that_is_killed_anywhere_equals_the_unbroken_one(
+  tau, server, unbroken, tmp_path
+):
+  directory = tmp_path / 'run'
+  for kill in KILLS:
+    assert run(server, directory, tau, kill) == -9, (kill, log_of(directory))
+  assert run(server, directory, tau) == 0, log_of(directory)
+  assert_as_unbroken(directory, tau, unbroken)
+
+
+# Where a signal comes, and whether the run has a step to save.
+SIGNALS = (
+  'term@train/compile',
+  'int@train/step:1',
+  'term@train/restore',  # before the first step of a resumed run
+  'term@train/compile',
+  'term@train/step:3,term@train/step:3',  # twice in a row
+  'term@checkpoint/mid_write:5',
+  'term@train/evaluate:7',
+  'int@train/input:16',
+  'term@checkpoint/before_commit:20',
+  'term@train/last_evaluation:25',
+)
+
+
+@pytest.mark.parametrize('tau', ['1', '3'])
+def test_a_signal_anywhere_ends_with_42_and_nothing_is_lost(
+  tau, server, unbroken, tmp_path
+):
+  directory = tmp_path / 'run'
+  before = -1
+  for fault in SIGNALS:
+    assert run(server, directory, tau, fault) == 42, (fault, log_of(directory))
+    saved = [int(p.name) for p in directory.glob('checkpoints/[0-9]*')]
+    step = max(saved, default=-1)
+    # Of a signal within a step, that step or the one before is saved.
+    _, _, at = fault.split(',')[0].partition(':')
+    assert step >= (int(at) - 1 if at else before), (fault, log_of(directory))
+    before = step
+  assert run(server, directory, tau) == 0, log_of(directory)
+  assert_as_unbroken(directory, tau, unbroken)
+
+
+def test_a_run_that_is_killed_at_random_equals_the_unbroken_one(
+  server, unbroken, tmp_path
+):
+  """$RANDOM_KILLS=20 for a night; $RANDOM_KILLS_SEED repeats one."""
+  count = int(os.environ.get('RANDOM_KILLS', 4))
+  seed = int(os.environ.get('RANDOM_KILLS_SEED', random.randrange(10**6)))
+  draw = random.Random(seed)
+  points = [f'train/step:{s}' for s in range(1, STEPS + 1)]
+  points += [f'train/input:{s}' for s in range(1, STEPS + 1)]
+  points += [f'train/evaluate:{s}' for s in (7, 14, 21)]
+  points += [
+    f'checkpoint/{where}:{step}'
+    for where in ('mid_write', 'before_commit', 'after_commit', 'mid_removal')
+    for step in (5, 10, 15, 20, 25)
+  ]
+  directory = tmp_path / 'run'
+  done = []
+  for _ in range(count):
+    # A place that is behind the run is not come to, and the run ends well.
+    done.append(draw.choice(points))
+    code = run(server, directory, '1', f'kill@{done[-1]}')
+    assert code in (-9, 0), (seed, done, log_of(directory))
+  assert run(server, directory) == 0, (seed, done, log_of(directory))
+  assert_as_unbroken(directory, '1', unbroken)
+
+
+# ---- The test of the tests ---------------------------------------------------
+
+# What a resume could forget: each must show.
+FORGETS = {
+  'nothing': lambda state: state,
+  'snapshots': lambda state: state.replace(
+    snapshots=(Snapshot(state.params, state.batch_stats),)
+    * len(state.snapshots)
+  ),
+  'adversarial statistics': lambda state: state.replace(
+    batch_stats=jax.tree.map(lambda x: x.at[1].set(x[0]), state.batch_stats)
+  ),
+  'momentum': lambda state: state.replace(
+    opt_state=jax.tree.map(jnp.zeros_like, state.opt_state)
+  ),
+  'step': lambda state: state.replace(step=state.step + 1),
+  'averages': lambda state: state.replace(
+    ema=Snapshot(state.params, state.batch_stats)
+  ),
+}
+
+
+@pytest.fixture(scope='module')
+def half(tmp_path_factory):
+  """A run of 5 steps, its continuation, and the settings of that."""
+  values = digits.get_config('batch_size=64')
+  values.update_from_flattened_dict(
+    FIELDS | {'staleness_steps': 3, 'max_steps': 12, 'ema.decay': 0.9}
+  )
+  settings = config.from_config_dict(values)
+  root = tmp_path_factory.mktemp('half')
+  train.train(dataclasses.replace(settings, max_steps=5), str(root / 'half'))
+  shutil.copytree(root / 'half', root / 'whole')
+  train.train(settings, str(root / 'whole'))
+  return root, settings
+
+
+def losses_and_state(directory, settings):
+  checkpoints = Checkpoints(directory, read_only=True)
+  like = experiment.build(settings).abstract_state()
+  _, state, _ = checkpoints.restore(like)
+  checkpoints.close()
+  return rows(directory), [
+    np.asarray(x).tobytes() for x in jax.tree.leaves(state)
+  ]
+
+
+@pytest.mark.parametrize(
+  'forgotten', [*FORGETS, 'perturbation', 'data position']
+)
+def test_a_resume_that_forgets_something_does_not_equal_the_unbroken_run(
+  forgotten, half, tmp_path, monkeypatch
+):
+  root, settings = half
+  shutil.copytree(root / 'half', tmp_path / 'run')
+  restored, batches = train._restored, feed.batches
+
+  def forgetful(*args):
+    step, state = restored(*args)
+    forget = FORGETS.get(forgotten, FORGETS['nothing'])
+    changed = jax.tree.map(
+      lambda new, old: jax.device_put(new, old.sharding), forget(state), state
+    )
+    return step, jax.tree.map(jnp.copy, changed)  # a step donates its state
+
+  monkeypatch.setattr(train, '_restored', forgetful)
+  if forgotten == 'perturbation':
+
+    def without(settings, step_fn, state, batch):
+      image = batch['clean']
+      return state.replace(
+        perturbation=jnp.zeros(
+          image.shape, settings.dtype, device=image.sharding
+        )
+      )
+
+    monkeypatch.setattr(train, 'pending_perturbation', without)
+  if forgotten == 'data position':
+
+    def shifted(run, source, quarantine, ids, start, count):
+      return batches(run, source, quarantine, ids, start + 1, count)
+
+    monkeypatch.setattr(feed, 'batches', shifted)
+  train.train(settings, str(tmp_path / 'run'))
+  got = losses_and_state(tmp_path / 'run', settings)
+  expected = losses_and_state(root / 'whole', settings)
+  assert (got == expected) == (forgotten == 'nothing')
+
+
+# ---- Other devices, and memory ----------------------------------------------
+
+
+def test_other_devices_go_on_with_the_same_examples(server, unbroken, tmp_path):
+  """8 -> 4 -> 1 -> 8 devices; each restore compares checksums of every leaf."""
+  directory = tmp_path / 'run'
+  stops = {6: 4, 13: 1, 19: 8}
+  assert run(server, directory, max_steps=6) == 0, log_of(directory)
+  for start, devices in stops.items():
+    stop = next((s for s in stops if s > start), STEPS)
+    with forked.Server(devices) as other:
+      code = run(other, directory, max_steps=stop)
+    assert code == 0, log_of(directory)
+    assert f'resumed at step {start}' in log_of(directory)
+  _, expected_rows, expected_ids = unbroken('1')
+  ids = fed(directory)
+  assert {batch: ids[batch] for batch in expected_ids} == expected_ids
+  expected = [r['loss'] for r in expected_rows if r['split'] == 'train']
+  got = [r['loss'] for r in rows(directory) if r['split'] == 'train']
+  np.testing.assert_allclose(got, expected, rtol=1e-3)
+
+
+def test_300_steps_leave_the_memory_flat(server, tmp_path):
+  """Resident memory of a run, sampled ten times a second."""
+  samples = []
+  ended = threading.Event()
+
+  def sample():
+    while not ended.wait(0.1):
+      if (size := server.resident_bytes()) is not None:
+        samples.append(size)
+
+  thread = threading.Thread(target=sample)
+  thread.start()
+  directory = tmp_path / 'run'
+  fields = {
+    'max_steps': 300,
+    'epochs': 20.0,
+    'attack_stats_every_steps': 50,
+    'eval.every_steps': 50,
+    'checkpoint.every_steps': 20,
+  }
+  code = run(server, directory, **fields)
+  ended.set()
+  thread.join()
+  assert code == 0, log_of(directory)
+  # The first half has compilers and first saves in it.
+  half = np.array(samples[len(samples) // 2 :]) / 2**20
+  growth = np.polyfit(np.arange(len(half)), half, 1)[0] * len(half)
+  assert growth < 30, f'{growth:.0f} MiB in half a run, of {half.max():.0f}'
