@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
@@ -30,8 +31,9 @@ _FORMAT = 1
 _COMMITTED = 'commit_success.txt'
 _MAX_FAILURES = 3
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What orbax and tensorstore raise for files that are damaged or missing.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
+_FULL_TEXTS = tuple(map(os.strerror, _FULL))  # as tensorstore passes them on
+# What orbax and tensorstore raise for writes that fail.
+_UNWRITABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 # More than a checkpoint of our own can need: a page for each file beside data.
 _SLACK_BYTES = 2**26
 
@@ -131,7 +133,7 @@ class Checkpoints:
     self._pending = step
     try:
       started = self._manager.save(step, args=content)
-    except _UNREADABLE as error:
+    except _UNWRITABLE as error:
       raise self._failed(error) from error
     if not started:
       raise CheckpointError(
@@ -155,7 +157,7 @@ class Checkpoints:
       self._manager.wait_until_finished()
       if hosts.is_writer():
         self._confirm()
-    except _UNREADABLE as error:
+    except _UNWRITABLE as error:
       self._failures += 1
       failure = self._failed(error)
       if (
@@ -177,7 +179,7 @@ class Checkpoints:
     try:
       self._manager.wait_until_finished()
       hosts.on_writer('the end of the save', self._confirm)
-    except _UNREADABLE as error:
+    except _UNWRITABLE as error:
       raise self._failed(error) from error
     if step not in self.steps():
       raise StorageError(
@@ -206,9 +208,7 @@ class Checkpoints:
     for candidate in steps:
       try:
         found, reason = self._read(candidate, like), ''
-      except _UNREADABLE as error:
-        found, reason = None, f'{type(error).__name__}: {error}'
-      except CheckpointError as error:
+      except (CheckpointError, OSError) as error:
         found, reason = None, str(error)
       reason = _first(hosts.gather('the restored state', reason))
       if not reason:
@@ -234,9 +234,12 @@ class Checkpoints:
     _check_files(path, like)
     manifest = _read_manifest(path)
     _check_declared(manifest, step, like)
-    state = self._manager.restore(
-      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
-    ).state
+    arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+    try:
+      state = self._manager.restore(step, args=arguments).state
+    except Exception as error:  # orbax raises it as it is, for damaged arrays
+      reason = str(error).partition(' See full TensorStore')[0]
+      raise CheckpointError(f'{type(error).__name__}: {reason}') from error
     sums, _ = checksum.checksums(state)
     damaged = [
       name for name, x in manifest['leaves'].items() if x['sum'] != sums[name]
@@ -266,7 +269,7 @@ class Checkpoints:
       free = f', {shutil.disk_usage(self._directory).free:,} bytes free'
     return StorageError(
       f'step {step} could not be saved in {self._directory}{free}: '
-      f'{type(error).__name__}: {error}'
+      f'{type(error).__name__}: {str(error)[:400]}'
     )
 
 
@@ -434,7 +437,7 @@ def _is_full(error: BaseException | None) -> bool:
   while error is not None:
     if isinstance(error, OSError) and error.errno in _FULL:
       return True
-    if 'No space left' in str(error) or 'RESOURCE_EXHAUSTED' in str(error):
+    if any(text in str(error) for text in _FULL_TEXTS):
       return True
     error = error.__cause__ or error.__context__
   return False
