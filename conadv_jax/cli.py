@@ -6,8 +6,9 @@ import contextlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_collections
 from absl import flags
@@ -51,15 +52,20 @@ def run(main: Callable[[Sequence[str]], Any], usage: str) -> None:
   except hosts.HostError as error:
     _fail(f'error: {error}', error.exit_code)
   except Preempted as error:
-    _fail(str(error), exits.PREEMPTED)
+    # Not told: it is true of all hosts.
+    print(f'{hosts.label()}{error}', file=sys.stderr, flush=True)
+    _end(exits.PREEMPTED)
   except KeyboardInterrupt:
     if hosts.count() == 1:
       raise
     # At once: at its end, JAX would wait for hosts that wait for this one.
     os._exit(exits.INTERRUPTED)
   except Exception as error:
+    if hosts.count() == 1:
+      raise
+    traceback.print_exc()
     hosts.abandon(f'{type(error).__name__}: {error}', 1)
-    raise
+    hosts.leave(1)
 
 
 def start_hosts(argv: Sequence[str]) -> list[str]:
@@ -67,7 +73,8 @@ def start_hosts(argv: Sequence[str]) -> list[str]:
 
   `--coordinator=HOST:PORT --num_hosts=N --host_index=I`, none of which is
   needed where JAX finds the hosts by itself, or with one host; and
-  `--start_timeout_seconds=300`. `hosts.start` has their meaning.
+  `--start_timeout_seconds=300 --peer_timeout_seconds=60`. `hosts.start` has
+  their meaning.
 
   Raises:
     ConfigError: if hosts cannot be started so.
@@ -78,9 +85,14 @@ def start_hosts(argv: Sequence[str]) -> list[str]:
   num_hosts = flags.DEFINE_integer('num_hosts', None, '', **options)
   host_index = flags.DEFINE_integer('host_index', None, '', **options)
   timeout = flags.DEFINE_integer('start_timeout_seconds', 300, '', **options)
+  peers = flags.DEFINE_integer('peer_timeout_seconds', 60, '', **options)
   rest = values(argv, known_only=True)
   hosts.start(
-    coordinator.value, num_hosts.value, host_index.value, timeout.value
+    coordinator.value,
+    num_hosts.value,
+    host_index.value,
+    timeout.value,
+    peers.value,
   )
   return rest
 
@@ -169,9 +181,17 @@ def parse_workdir(argv: Sequence[str]) -> str:
   return workdir.value
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
+  """Ends this host, and tells the others."""
   print(f'{hosts.label()}{message}', file=sys.stderr, flush=True)
   hosts.abandon(message, code)
+  _end(code)
+
+
+def _end(code: int) -> NoReturn:
+  if hosts.count() > 1:
+    # At once: at its end, JAX would wait for hosts that may not come.
+    hosts.leave(code)
   sys.exit(code)
 
 

@@ -13,6 +13,7 @@ flags of `conadv_jax.train`.
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -41,6 +42,7 @@ from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.experiment import Experiment
 from conadv_jax.passes import normalize, wide_dtype
 from conadv_jax.state import Snapshot, Stream, TrainState, stream_key
+from conadv_jax.watchdog import Watchdog
 
 Sums = dict[str, jax.Array]
 EvalFn = Callable[[Snapshot, Mapping[str, jax.Array], jax.Array], Sums]
@@ -250,6 +252,15 @@ def attack_names(attack: str) -> tuple[str, ...]:
 def evaluate(argv: Sequence[str]) -> list[dict[str, Any]]:
   """The command: returns the rows that it prints."""
   path, settings = parse_args(cli.start_hosts(argv), attack='all')
+  with contextlib.ExitStack() as stack:
+    watchdog = stack.enter_context(Watchdog(settings.hang_timeout_seconds))
+    stack.push(watchdog.verdict)
+    return _evaluate(path, settings, watchdog)
+
+
+def _evaluate(
+  path: epath.Path, settings: Config, watchdog: Watchdog
+) -> list[dict[str, Any]]:
   preflight.check_program(settings)
   run = experiment.build(settings)
   step, state = restore_newest(path, run)
@@ -276,7 +287,9 @@ def evaluate(argv: Sequence[str]) -> list[dict[str, Any]]:
       'attack': name,
       'epsilon_px': attack.epsilon_px if attack else 0.0,
       'attack_steps': attack.steps if attack else 0,
-      **evaluator(weights, name),
+      **evaluator(
+        weights, name, before_batch=lambda: watchdog.phase('evaluate', step)
+      ),
     }
     rows.append(row)
     hosts.say(

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -18,7 +17,6 @@ from conadv_jax import exits, hosts
 from conadv_jax import mesh as mesh_lib
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_LINGER_SECONDS = 10
 
 
 class Stopped(Exception):
@@ -82,9 +80,7 @@ class StopRequest:
       os.write(2, f'\n{hosts.label()}{text}\n'.encode())
       last()
       hosts.abandon(text, exits.PREEMPTED)
-      if hosts.count() > 1 and hosts.is_writer():
-        time.sleep(_LINGER_SECONDS)  # others hear it through this process
-      os._exit(exits.PREEMPTED)
+      hosts.leave(exits.PREEMPTED)
 
     before, self._leave = self._leave, leave
     try:

@@ -132,7 +132,6 @@ def train(
     hosts.say(f'first batch of the input: {batches.wait_seconds:.1f} s')
     state = pending_perturbation(settings, step_fn, state, batch)
     attack_stats_fn = _attack_stats_fn(run)
-    kernels = optim.kernel_names(state.params)
 
     # ---- 5. Steps ----------------------------------------------------------
     progress = metrics.Progress(
@@ -142,6 +141,7 @@ def train(
     agreed_stop = Agreement(stop_request, run.mesh)
     stopped_by = None
     setup.close()
+    stack.push(watchdog.verdict)
 
     def evaluate_at(step: int) -> None:
       def before_batch() -> None:
@@ -170,7 +170,7 @@ def train(
         watch.check(step, values)
         if step % settings.log_every_steps == 0 or step == stop:
           jax.block_until_ready(state)
-          row = _readable(values, kernels)
+          row = _readable(values, optim.kernel_names(state.params))
           row |= _rates(step, progress, batches, writer, quarantine)
           writer.write(step, 'train', row)
           hosts.say(_progress_line(run, step, row, progress))
