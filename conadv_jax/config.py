@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,31 @@ from typing import Any
 
 class ConfigError(ValueError):
   """A wrong setting; the message names field, value and fix. Exit code 2."""
+
+
+_URL = re.compile(
+  r"""([a-z][\w+.-]*://)(?:[^\s/?'"@]*@)?([^\s?'"]*)(\?[^\s'"]*)?""",
+  re.IGNORECASE,
+)
+
+
+def redact(text: str) -> str:
+  """`text` with every URL cut down to what names a file.
+
+  User, password and query, such as a signature, may be credentials.
+  """
+  return _URL.sub(lambda m: f'{m[1]}{m[2]}{"?..." if m[3] else ""}', text)
+
+
+def check_no_credentials(field: str, path: str) -> None:
+  """Raises ConfigError if `path` is a URL with a password or a signature."""
+  _check(
+    redact(path) == path,
+    field,
+    redact(path),
+    'holds what may be a credential, which would be in logs and files; leave '
+    'it out: buckets are opened with application-default credentials',
+  )
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
@@ -146,6 +172,10 @@ class Dataset(_Group):
   cache: str = _choice('none', 'raw', 'decoded')
   shuffle_window_shards: int = _number('>= 1', 'shards of a TFRecord data set')
   max_bad_share: float = _number('in [0, 1)', 'of the examples of a split')
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_no_credentials('dataset.data_dir', self.data_dir)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from conadv_jax import models, optim, schedules, xla_flags
 from conadv_jax.config import Config, ConfigError, Steps
 from conadv_jax.data import datasets
 from conadv_jax.state import Snapshot, Stream, TrainState, stream_key
-from conadv_jax.train_step import StepFn, make_train_step
+from conadv_jax.train_step import StepFn, make_train_step, no_spikes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +157,7 @@ class Experiment:
       perturbation=perturbation,
       nonfinite_steps=zero,
       nonfinite_streak=zero,
+      spikes=no_spikes(config),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from conadv_jax import hosts
+from conadv_jax import hosts, storage
 
 # In a bucket nothing is appended: every change writes the whole file.
 _BUCKET_SECONDS = 60
@@ -28,7 +29,8 @@ class MetricWriter:
   every step is in the file once.
 
   On a file system, a line is in the file when `write` returns. In a bucket, it
-  is there a minute later, or after `flush`.
+  is there a minute later, or after `flush`. Where storage fails for good, as a
+  full disk does, all methods raise StorageError.
   """
 
   def __init__(self, workdir: epath.Path, start_step: int):
@@ -40,8 +42,13 @@ class MetricWriter:
     self.seconds_before = max((r.get('seconds', 0) for r in kept), default=0)
     self._lines = [json.dumps(row) + '\n' for row in kept]
     self._rewrite()
-    self._file = None if _is_bucket(path) else path.open('a')
-    self._tensorboard = metric_writers.SummaryWriter(str(workdir))
+    self._file = None
+    if not _is_bucket(path):
+      # Not buffered: what could not be written would be tried again at its end.
+      self._file = storage.write(lambda: open(path, 'ab', buffering=0), path)
+    self._tensorboard = storage.write(
+      lambda: metric_writers.SummaryWriter(str(workdir)), workdir
+    )
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
     """Writes numbers and strings; TensorBoard gets the numbers.
@@ -56,7 +63,9 @@ class MetricWriter:
       for name, value in values.items()
       if isinstance(value, int | float)
     }
-    self._tensorboard.write_scalars(step, scalars)
+    storage.write(
+      lambda: self._tensorboard.write_scalars(step, scalars), self._path.parent
+    )
 
   def flush(self) -> None:
     """Puts all lines into the file, before a checkpoint that needs them."""
@@ -67,22 +76,34 @@ class MetricWriter:
     self.flush()
     if self._file is not None:
       self._file.close()
-    self._tensorboard.close()
+    storage.write(self._tensorboard.close, self._path.parent)
 
   def _append(self, line: str) -> None:
     if self._file is not None:
-      self._file.write(line)
-      self._file.flush()
+      self._append_to_file(line.encode())
       return
     self._lines.append(line)
     self._pending = True
     if time.monotonic() - self._written > _BUCKET_SECONDS:
       self._rewrite()
 
+  def _append_to_file(self, line: bytes) -> None:
+    def size() -> int:
+      return os.fstat(self._file.fileno()).st_size
+
+    before = storage.read(size, self._path)
+
+    def attempt() -> None:
+      if size() != before:
+        self._file.truncate(before)  # what a failed attempt has left
+      rest = line
+      while rest:
+        rest = rest[self._file.write(rest) :]
+
+    storage.write(attempt, self._path)
+
   def _rewrite(self) -> None:
-    temporary = self._path.parent / 'metrics.jsonl.tmp'
-    temporary.write_text(''.join(self._lines))
-    temporary.replace(self._path)
+    storage.write_text(self._path, ''.join(self._lines))
     self._pending, self._written = False, time.monotonic()
 
 
@@ -115,7 +136,7 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   rows = []
-  for line in path.read_text().splitlines():
+  for line in storage.read(path.read_text, path).splitlines():
     try:
       rows.append(json.loads(line))
     except json.JSONDecodeError:

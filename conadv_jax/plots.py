@@ -95,6 +95,38 @@ def adversarial_grid(
   _save(figure, path)
 
 
+def images_by_row(
+  rows: Mapping[str, np.ndarray],
+  captions: Sequence[str],
+  title: str,
+  path: epath.Path,
+) -> None:
+  """A row of images under each name, as PNG.
+
+  Args:
+    rows: grey levels in [0, 255], [N, H, W, C] each; pixels that are not finite
+      are drawn black.
+    captions: N texts above the columns.
+    title: of the figure.
+    path: file to write.
+  """
+  count = len(captions)
+  figure, axes = _subplots(
+    len(rows), count, (1.15 * count + 1, 1.3 * len(rows) + 1.2)
+  )
+  figure.suptitle(title)
+  for row, (name, images) in enumerate(rows.items()):
+    shown = np.clip(np.nan_to_num(images, posinf=0, neginf=0) / 255, 0, 1)
+    for axis, image in zip(axes[row], shown, strict=True):
+      gray = image.shape[-1] == 1
+      axis.imshow(image[..., 0] if gray else image, cmap='gray', vmin=0, vmax=1)
+      axis.set(xticks=[], yticks=[])
+    axes[row, 0].set_ylabel(name, fontsize=9)
+  for axis, caption in zip(axes[0], captions, strict=True):
+    axis.set_title(caption, fontsize=8)
+  _save(figure, path)
+
+
 def _subplots(rows: int, columns: int, size: tuple[float, float]):
   # matplotlib's pyplot keeps global state and may look for a display.
   from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -18,6 +18,23 @@ class Snapshot:
 
 
 @flax.struct.dataclass
+class Spikes:
+  """What tells a loss that jumps: the losses of the updates applied last.
+
+  Attributes:
+    losses: ring of W = spike.window_steps of them, [W].
+    count: losses put into the ring since it was last emptied, int32.
+    steps: steps that were not applied as spikes, int32.
+    streak: how many of them since the last update that was applied, int32.
+  """
+
+  losses: jax.Array
+  count: jax.Array
+  steps: jax.Array
+  streak: jax.Array
+
+
+@flax.struct.dataclass
 class TrainState:
   """State before step t.
 
@@ -31,8 +48,9 @@ class TrainState:
     ema: averaged params and statistics as a Snapshot, or None.
     perturbation: delta_t, [G, b, H, W, C] grey levels, or None where tau = 0.
       Not saved: `train_step.pending_perturbation` makes it again.
-    nonfinite_steps: steps whose update was not applied, int32.
+    nonfinite_steps: steps that were not applied as not finite, int32.
     nonfinite_streak: how many of them are the last ones in a row, int32.
+    spikes: what finds losses that jump, or None where spike.sigmas = 0.
   """
 
   step: jax.Array
@@ -44,6 +62,7 @@ class TrainState:
   perturbation: jax.Array | None
   nonfinite_steps: jax.Array
   nonfinite_streak: jax.Array
+  spikes: Spikes | None = None
 
 
 class Stream(enum.IntEnum):

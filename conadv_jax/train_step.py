@@ -39,10 +39,14 @@ from conadv_jax.passes import (
   weighted_loss,
   wide_dtype,
 )
-from conadv_jax.state import Snapshot, TrainState
+from conadv_jax.state import Snapshot, Spikes, TrainState
 
 Metrics = dict[str, jax.Array]
 StepFn = Callable[[TrainState, Batch, Batch], tuple[TrainState, Metrics]]
+
+# The deviation of losses counts as at least so much of their mean, or of 1 nat:
+# where a loss hardly moves, rounding is no spike.
+_MIN_DEVIATION = 1e-3
 
 
 def make_train_step(
@@ -58,9 +62,10 @@ def make_train_step(
   Pure, and not jitted here: whoever runs or audits it jits this very function.
   Where tau = 0, or nothing is adversarial, batch_{t+1} is not read.
 
-  An update whose loss or gradient norm is not finite is not applied: weights,
-  statistics, optimizer and averages stay as they were, the step is counted, and
-  the run goes on to the next batch.
+  An update whose loss, gradient norm or statistics are not finite is not
+  applied: weights, statistics, optimizer and averages stay as they were, the
+  step is counted, and the run goes on to the next batch. With `spike.sigmas`,
+  neither is one whose loss is a spike (`_judge_loss`).
   """
   tau = config.staleness_steps
   passes = make_passes(config, spec, apply_fn, mesh)
@@ -79,6 +84,8 @@ def make_train_step(
     with jax.named_scope('optimizer'):
       new, metrics = update(state, means)
     applied = state.step - state.nonfinite_steps
+    if state.spikes is not None:
+      applied -= state.spikes.steps
     metrics['learning_rate'] = jnp.asarray(schedule(applied))
     return new.replace(
       step=state.step + 1,
@@ -107,7 +114,7 @@ def _attacker(config: Config, state: TrainState) -> Snapshot:
 def _make_update(
   config: Config, tx: optax.GradientTransformation, mesh: mesh_lib.Mesh
 ):
-  """(state, Means) -> (state, metrics): the optimizer, if all is finite."""
+  """(state, Means) -> (state, metrics): the optimizer, if all is well."""
   views = [view for view, _ in config.views]
 
   def update(state: TrainState, means: Means):
@@ -127,10 +134,13 @@ def _make_update(
     params = optim.unpack(config, new, state.params)
     grad_norm = optax.tree.norm(grads)
     loss = weighted_loss(config, means.loss_V)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    finite = _is_finite(loss, grad_norm, means.batch_stats)
+    applied, spikes, spike_metrics = _judge_loss(
+      config, state.spikes, loss, finite
+    )
     ema = _averaged(config, state.ema, Snapshot(params, stats))
     params, stats, opt_state, ema = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old),
+      lambda new, old: jnp.where(applied, new, old),
       (params, stats, opt_state, ema),
       (state.params, state.batch_stats, state.opt_state, state.ema),
     )
@@ -142,13 +152,14 @@ def _make_update(
       ema=ema,
       nonfinite_steps=state.nonfinite_steps + bad,
       nonfinite_streak=(state.nonfinite_streak + bad) * bad,
+      spikes=spikes,
     )
     metrics = {
       'loss': loss,
       'grad_norm': grad_norm,
       'nonfinite_steps': new.nonfinite_steps,
       'nonfinite_streak': new.nonfinite_streak,
-    }
+    } | spike_metrics
     for i, view in enumerate(views):
       metrics[f'loss_{view}'] = means.loss_V[i]
       metrics[f'top1_{view}'] = means.top1_V[i]
@@ -159,6 +170,76 @@ def _make_update(
     return new, metrics
 
   return update
+
+
+def no_spikes(config: Config) -> Spikes | None:
+  """`TrainState.spikes` before the first step; None with spike.sigmas = 0."""
+  if not config.spike.sigmas:
+    return None
+  losses_W = jnp.zeros(config.spike.window_steps, wide_dtype(config))
+  zero = jnp.zeros((), jnp.int32)
+  return Spikes(losses=losses_W, count=zero, steps=zero, streak=zero)
+
+
+def _is_finite(loss: jax.Array, grad_norm: jax.Array, stats: Any) -> jax.Array:
+  """Whether an update may be applied.
+
+  A variance can overflow where neither loss nor gradient does, as a batch norm
+  then multiplies by 0. New weights need no look: a gradient of finite norm is
+  below 2e19, and so a step overflows only for rates or weights of that size.
+  The statistics are those of the update alone: it must not wait for an attack.
+  """
+  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  for leaf in jax.tree.leaves(stats):
+    finite &= jnp.isfinite(leaf).all()
+  return finite
+
+
+def _judge_loss(
+  config: Config, old: Spikes | None, loss: jax.Array, finite: jax.Array
+) -> tuple[jax.Array, Spikes | None, Metrics]:
+  """(whether the update is applied, the new `Spikes`, metrics of them).
+
+  A spike is a loss above the mean plus `sigmas` standard deviations of the
+  losses of the last `window_steps` applied updates, once there are so many.
+  After `max_in_a_row` of them the loss has moved for good: the next update is
+  applied whatever its loss, and the window starts anew with it. Steps that are
+  not finite neither end such a row nor belong to it.
+  """
+  if old is None:
+    return finite, None, {}
+  settings, window = config.spike, config.spike.window_steps
+  mean = old.losses.mean()
+  deviation = jnp.maximum(
+    jnp.sqrt(jnp.square(old.losses - mean).mean()),
+    _MIN_DEVIATION * jnp.maximum(jnp.abs(mean), 1),
+  )
+  limit = mean + settings.sigmas * deviation
+  limit = jnp.where(old.count >= window, limit, jnp.inf)
+  high = finite & (loss > limit)
+  has_moved = high & (old.streak >= settings.max_in_a_row)
+  spike = high & ~has_moved
+  applied = finite & ~spike
+  # Counts are kept below 2 W: only their rest and whether W is reached matter.
+  place = jnp.where(has_moved, 0, old.count)
+  wrapped = jnp.where(place + 1 < 2 * window, place + 1, window)
+  new = Spikes(
+    losses=old.losses.at[place % window].set(
+      jnp.where(applied, loss, old.losses[place % window])
+    ),
+    count=jnp.where(applied, wrapped, old.count),
+    steps=old.steps + spike.astype(jnp.int32),
+    streak=jnp.where(applied, 0, old.streak + spike.astype(jnp.int32)),
+  )
+  return (
+    applied,
+    new,
+    {
+      'spike_limit': limit,
+      'spike_steps': new.steps,
+      'spike_streak': new.streak,
+    },
+  )
 
 
 def make_attack_stats_fn(

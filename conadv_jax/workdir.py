@@ -13,11 +13,12 @@ from typing import Any
 import jax
 from etils import epath
 
-from conadv_jax import hosts
+from conadv_jax import hosts, storage
 from conadv_jax.config import (
   Config,
   ConfigError,
   changes,
+  check_no_credentials,
   from_config_dict,
   to_dict,
 )
@@ -55,7 +56,9 @@ def prepare(
     ConfigError: if the directory holds a run of another configuration, with
       the fields that differ, cannot be written, or is another directory on
       another host.
+    StorageError: if the storage fails, in spite of some attempts.
   """
+  check_no_credentials('workdir', workdir)
   path = epath.Path(workdir)
 
   def make() -> None:
@@ -82,6 +85,9 @@ def write_config(
     path: the work directory.
     experiment: the run.
     data: what identifies the examples; JSON can hold it.
+
+  Raises:
+    StorageError: if that fails.
   """
   hosts.on_writer('config.json', lambda: _write_config(path, experiment, data))
 
@@ -91,7 +97,9 @@ def read_config(workdir: str) -> dict[str, Any]:
 
   Raises:
     ConfigError: if there is no run.
+    StorageError: if the storage fails, in spite of some attempts.
   """
+  check_no_credentials('workdir', workdir)
   return _read_run(epath.Path(workdir))['config']
 
 
@@ -104,7 +112,7 @@ def _read_run(workdir: epath.Path) -> dict[str, Any]:
       f'with python -m conadv_jax.train --config=... --workdir={workdir}'
     )
   try:
-    content = json.loads(path.read_text())
+    content = json.loads(storage.read(path.read_text, path))
     return content | {'config': content['config']}
   except (json.JSONDecodeError, TypeError, KeyError) as error:
     raise ConfigError(f'{path}: not readable: {error!r}') from error
@@ -123,17 +131,21 @@ def finished(path: epath.Path) -> dict[str, Any] | None:
 
   def read() -> dict[str, Any] | None:
     file = path / 'summary.json'
-    summary = json.loads(file.read_text()) if file.exists() else {}
+    if not file.exists():
+      return None
+    summary = json.loads(storage.read(file.read_text, file))
     return summary if 'top1' in summary else None
 
   return hosts.on_writer('summary.json', read)
 
 
 def write_json(path: epath.Path, content: Any) -> None:
-  """Writes through a temporary file, so that no reader sees half of it."""
-  temporary = path.parent / (path.name + '.tmp')
-  temporary.write_text(json.dumps(content, indent=2) + '\n')
-  temporary.replace(path)
+  """Writes through a temporary file, so that no reader sees half of it.
+
+  Raises:
+    StorageError: as `storage.write`.
+  """
+  storage.write_text(path, json.dumps(content, indent=2) + '\n')
 
 
 def git_commit() -> str:
@@ -184,7 +196,7 @@ def _check_shared(path: epath.Path) -> None:
 
   def write() -> str:
     text = uuid.uuid4().hex
-    token.write_text(text)
+    storage.write(lambda: token.write_text(text), token)
     return text
 
   text = hosts.on_writer('a file in the work directory', write)

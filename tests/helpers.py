@@ -17,6 +17,7 @@ from conadv_jax import mesh, models
 from conadv_jax.data import datasets
 from conadv_jax.models.norm import Layout, RoutedBatchNorm
 from conadv_jax.state import Snapshot, TrainState
+from conadv_jax.train_step import no_spikes
 from configs import common
 
 # Two channels with different means, so that a swapped one shows.
@@ -147,6 +148,7 @@ def start_state(
       perturbation=perturbation,
       nonfinite_steps=zero,
       nonfinite_streak=zero,
+      spikes=no_spikes(config),
     )
   )
 

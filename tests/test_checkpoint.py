@@ -1,9 +1,12 @@
 """Checkpoints that are damaged, cut short, lying, or in the way."""
 
+import errno
 import gc
 import json
 import os
 import pathlib
+import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -11,11 +14,13 @@ import time
 import helpers
 import jax
 import jax.numpy as jnp
+import multihost
 import numpy as np
 import pytest
+import tensorstore
 from etils import epath
 
-from conadv_jax import checkpoint, config, experiment, faults, mesh
+from conadv_jax import checkpoint, config, experiment, faults, mesh, storage
 from conadv_jax.checkpoint import CheckpointError, Checkpoints
 from conadv_jax.state import Snapshot, TrainState
 from conadv_jax.storage import StorageError
@@ -34,6 +39,15 @@ def dropped_coroutines():
   gc.collect()
 
 
+@pytest.fixture(autouse=True)
+def waits(monkeypatch):
+  """Seconds that were waited for before another attempt: none really are."""
+  seconds = []
+  monkeypatch.setattr(checkpoint, '_sleep', seconds.append)
+  monkeypatch.setattr(storage, '_sleep', seconds.append)
+  return seconds
+
+
 def make_state(value=1.0):
   """A state of two leaves of some size, and counters."""
   zero = jnp.zeros((), jnp.int32)
@@ -42,7 +56,7 @@ def make_state(value=1.0):
     'bias': jnp.full((7,), value, jnp.bfloat16),
   }
   return TrainState(
-    step=zero + int(value),
+    step=zero + jnp.int32(value),
     params=weights,
     batch_stats={},
     opt_state=(jnp.ones(3) * value,),
@@ -115,6 +129,12 @@ def test_the_newest_state_comes_back_with_its_facts(two):
   found = restored(two)
   assert_is(found, 2)
   assert found[2] == {'answer': 42}
+
+
+@pytest.mark.parametrize('bucket', ['gs://bucket', 's3://bucket/a'])
+def test_checkpoints_of_a_bucket_are_in_the_bucket(bucket):
+  directory = checkpoint._directory_of(epath.Path(bucket) / 'run')
+  assert os.fspath(directory) == f'{bucket}/run/checkpoints'
 
 
 def test_a_directory_without_checkpoints_restores_nothing(tmp_path):
@@ -196,11 +216,11 @@ def test_a_flipped_bit_is_found_and_the_step_before_taken(where, two, capsys):
   content = bytearray(file.read_bytes())
   content[int(where * len(content))] ^= 16
   file.write_bytes(content)
+  with pytest.raises(CheckpointError, match='checkpoints/2'):
+    restored(two, strict=True)
   assert_is(restored(two), 1)
   said = capsys.readouterr().out
   assert 'damaged, passed over' in said and 'checkpoints/2' in said
-  with pytest.raises(CheckpointError, match='checkpoints/2'):
-    restored(two, strict=True)
 
 
 def test_a_changed_number_is_found_by_its_checksum(two, capsys):
@@ -219,7 +239,17 @@ def test_a_changed_number_is_found_by_its_checksum(two, capsys):
   )
 
 
-@pytest.mark.parametrize('how', ['cut', 'empty', 'gone'])
+class Trap:
+  """Says so in a file if someone unpickles it."""
+
+  def __init__(self, path):
+    self._path = path
+
+  def __reduce__(self):
+    return pathlib.Path.touch, (self._path,)
+
+
+@pytest.mark.parametrize('how', ['cut', 'empty', 'gone', 'pickle'])
 @pytest.mark.parametrize(
   'which', ['array', 'state/manifest.ocdbt', 'state/_METADATA', 'manifest']
 )
@@ -231,10 +261,13 @@ def test_a_file_that_is_cut_or_gone_is_found(which, how, two):
   }.get(which, root / which)
   if how == 'gone':
     file.unlink()
+  elif how == 'pickle':
+    file.write_bytes(pickle.dumps(Trap(two / 'executed')))
   else:
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2 if how == 'cut' else 0])
   assert_is(restored(two), 1)
+  assert not (two / 'executed').exists()
 
 
 @pytest.mark.parametrize(
@@ -252,6 +285,14 @@ def test_an_edited_manifest_is_found(edit, two):
   content = json.loads(file.read_text())
   edit(content)
   file.write_text(json.dumps(content))
+  assert_is(restored(two), 1)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(two):
+  root = two / 'checkpoints'
+  (root / '2').rename(root / '7')
+  with pytest.raises(CheckpointError, match='step 2; expected 1 and 7'):
+    restored(two, strict=True)
   assert_is(restored(two), 1)
 
 
@@ -274,6 +315,36 @@ def test_a_run_of_other_shapes_or_types_is_refused(two):
       restored(two, abstract(state.replace(params=params)), strict=True)
 
 
+def test_a_run_goes_on_from_the_step_before_a_damaged_one(two, capsys):
+  data_files(two, 2)[0].write_bytes(b'')
+  checkpoints = Checkpoints(two, keep=5)
+  assert_is(checkpoints.restore(abstract(make_state())), 1)
+  assert 'checkpoints/2: now 2.damaged' in capsys.readouterr().out
+  save(checkpoints, 2)
+  save(checkpoints, 3)
+  checkpoints.close()
+  assert (two / 'checkpoints' / '2.damaged').is_dir()
+  for step in (3, 2):
+    data_files(two, step)[0].write_bytes(b'')
+  assert_is(restored(two), 1)
+  names = {path.name for path in (two / 'checkpoints').iterdir()}
+  assert names == {'1', '2.damaged', '2.damaged1', '3.damaged'}
+
+
+def test_reading_only_renames_nothing(two):
+  data_files(two, 2)[0].write_bytes(b'')
+  assert_is(restored(two, read_only=True), 1)
+  assert (two / 'checkpoints' / '2').is_dir()
+
+
+def test_an_older_one_that_is_damaged_does_not_stop_a_save(two):
+  (two / 'checkpoints' / '2' / 'manifest' / 'metadata').write_text('{')
+  checkpoints = Checkpoints(two, keep=1)
+  save(checkpoints, 3, {'nonfinite_streak': 1})
+  assert checkpoints.steps() == [1, 3]
+  checkpoints.close()
+
+
 # ---- Strays, and what is kept -----------------------------------------------
 
 
@@ -285,11 +356,18 @@ def test_strays_are_not_taken_for_checkpoints_and_said(two, capsys):
   (root / '9').write_text('')
   (root / '10.orbax-checkpoint-tmp').mkdir()
   (root / '2' / 'commit_success.txt').unlink()
-  assert_is(restored(two), 1)
+  (root / '11').symlink_to(two)
+  assert_is(restored(two, read_only=True), 1)
   said = capsys.readouterr().out
-  assert '10.orbax-checkpoint-tmp, 2, 7, 8, 9' in said
+  strays = '10.orbax-checkpoint-tmp, 11, 2, 7, 8, 9'
+  assert f'not complete, removed: none; ignored: {strays}' in said
   # The way is free for those steps.
   checkpoints = Checkpoints(two, keep=5)
+  said = capsys.readouterr().out
+  strays = '10.orbax-checkpoint-tmp, 2, 7, 8'
+  assert f'not complete, removed: {strays}; ignored: 11, 9' in said
+  assert {path.name for path in root.iterdir()} == {'1', '9', '11'}
+  assert checkpoints.steps() == [1]
   save(checkpoints, 2)
   save(checkpoints, 7)
   checkpoints.close()
@@ -354,6 +432,92 @@ def test_a_failed_save_shows_at_once_and_the_next_state_is_saved(fault, two):
   assert_is(restored(two), 4)
 
 
+def test_the_same_step_is_saved_again_after_a_failure(fault, two, waits):
+  fault('oserror*2@checkpoint/before_commit')
+  checkpoints = Checkpoints(two, keep=1)
+  for _ in range(2):
+    checkpoints.save(3, make_state(3))
+    assert finish(checkpoints)
+  checkpoints.save(3, make_state(3))
+  assert not finish(checkpoints)
+  assert checkpoints.steps() == [3]
+  assert waits == [1, 4]
+  checkpoints.close()
+  assert_is(restored(two), 3)
+
+
+def test_the_last_state_of_a_run_is_saved_in_spite_of_a_failure(fault, two):
+  fault('oserror*2@checkpoint/before_commit')
+  checkpoints = Checkpoints(two, keep=1)
+  checkpoints.save_now(3, make_state(3))
+  assert checkpoints.steps() == [3]
+  checkpoints.close()
+  assert_is(restored(two), 3)
+
+
+def test_a_save_waits_for_the_one_before(two):
+  checkpoints = Checkpoints(two, keep=2)
+  for step in (3, 4, 5):
+    checkpoints.save(step, make_state(step))
+  checkpoints.wait(5)
+  assert checkpoints.steps() == [4, 5]
+  checkpoints.close()
+
+
+def test_a_failed_save_does_not_spoil_the_next_one(fault, two, capsys):
+  fault('oserror@checkpoint/before_commit:3')
+  checkpoints = Checkpoints(two, keep=1)
+  checkpoints.save(3, make_state(3))
+  checkpoints.save(4, make_state(4))
+  assert not finish(checkpoints)
+  assert checkpoints.steps() == [4]
+  assert 'step 3 could not be saved' in capsys.readouterr().out
+  checkpoints.close()
+
+
+def test_the_end_does_not_hide_that_a_save_failed(fault, two):
+  fault('oserror@checkpoint/before_commit:3')
+  checkpoints = Checkpoints(two, keep=1)
+  checkpoints.save(3, make_state(3))
+  with pytest.raises(StorageError, match='step 3 could not be saved'):
+    checkpoints.close()
+
+
+def test_one_that_cannot_be_removed_is_no_failed_save(fault, two, capsys):
+  fault('oserror*9@checkpoint/mid_removal:1')
+  checkpoints = Checkpoints(two, keep=1)
+  checkpoints.save(3, make_state(3))
+  assert not finish(checkpoints)
+  assert checkpoints.steps() == [3]
+  assert 'checkpoints/1: cannot be written' in capsys.readouterr().out
+  checkpoints.close()
+  assert_is(restored(two), 3)
+  assert not (two / 'checkpoints' / '1').exists()
+
+
+def test_files_that_cannot_be_read_are_not_taken_for_damaged(
+  monkeypatch, two, waits
+):
+  check, blips = checkpoint._check_files, []
+
+  def flaky(*arguments):
+    if blips:
+      raise blips.pop()
+    check(*arguments)
+
+  monkeypatch.setattr(checkpoint, '_check_files', flaky)
+  checkpoints = Checkpoints(two, keep=5)
+  blips += [OSError(errno.EIO, os.strerror(errno.EIO))] * 4
+  assert_is(checkpoints.restore(abstract(make_state())), 2)
+  assert len(waits) == 4
+  for lasting in ([OSError(errno.EIO, 'x')] * 9, [PermissionError(13, 'x')]):
+    blips[:] = lasting
+    with pytest.raises(StorageError, match='cannot be read'):
+      checkpoints.restore(abstract(make_state()))
+  assert checkpoints.steps() == [1, 2]
+  checkpoints.close()
+
+
 def test_storage_that_fails_for_good_ends_the_run(fault, two):
   fault('oserror*9@checkpoint/before_commit')
   checkpoints = Checkpoints(two, keep=1)
@@ -370,7 +534,7 @@ def test_a_full_disk_is_an_error_with_path_and_free_bytes(fault, two):
   fault('nospace@checkpoint/before_commit:3')
   checkpoints = Checkpoints(two, keep=1)
   checkpoints.save(3, make_state(3))
-  with pytest.raises(StorageError, match='checkpoints, .* bytes free'):
+  with pytest.raises(StorageError, match='checkpoints: .* bytes free'):
     finish(checkpoints)
   assert_is(restored(two), 2)
 
@@ -457,12 +621,82 @@ def test_a_link_out_of_the_checkpoint_is_refused(kind, two, tmp_path_factory):
   }[kind]
   target.rename(away / 'secret')
   target.symlink_to(away / 'secret')
-  assert_is(restored(two), 1)
   with pytest.raises(CheckpointError, match='symbolic link'):
+    restored(two, strict=True)
+  assert_is(restored(two), 1)
+
+
+def test_a_file_that_is_no_file_is_refused(two):
+  os.mkfifo(two / 'checkpoints' / '2' / 'state' / 'd' / 'pipe')
+  with pytest.raises(CheckpointError, match='neither a file nor a directory'):
     restored(two, strict=True)
 
 
-def test_a_giant_declared_shape_is_refused_before_anything_is_read(two):
+def arrays_of(workdir, step):
+  """The database of keys and values that holds the arrays."""
+  root = workdir / 'checkpoints' / str(step) / 'state'
+  base = f'file://{root}/'
+  return tensorstore.KvStore.open({'driver': 'ocdbt', 'base': base}).result()
+
+
+# Reading the second would end the process: it allocates a chunk as declared.
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [('shape', [2**40]), ('chunks', [2**40]), ('dtype', '<f8')],
+)
+def test_sizes_that_files_declare_are_refused_before_arrays_are_read(
+  field, value, two, monkeypatch
+):
+  arrays, key = arrays_of(two, 2), b'params.kernel/.zarray'
+  arrays[key] = json.dumps(json.loads(arrays[key]) | {field: value}).encode()
+  read = []
+  monkeypatch.setattr(faults, 'point', lambda name, _=None: read.append(name))
+  with pytest.raises(CheckpointError, match=r"params\['kernel'\] (is|has)"):
+    restored(two, strict=True)
+  assert 'checkpoint/read' not in read
+
+
+@pytest.mark.parametrize('prefix', ['../../../../away/', 'd/../../../../away/'])
+def test_values_outside_of_the_checkpoint_are_not_read(prefix, two):
+  """A database whose manifest names files elsewhere, and those are there."""
+  root = two / 'checkpoints' / '2' / 'state'
+  away = (root / prefix).resolve()
+  assert away != root and root not in away.parents
+  entries = arrays_of(two, 2)
+  context = tensorstore.Context()
+  doctored = tensorstore.KvStore.open(
+    {
+      'driver': 'ocdbt',
+      'base': 'memory://',
+      'value_data_prefix': prefix,
+      'config': {'max_inline_value_bytes': 0},
+    },
+    context=context,
+  ).result()
+  for key in entries.list().result():
+    doctored[key] = entries[key]
+  shutil.rmtree(root / 'ocdbt.process_0')
+  away.mkdir()
+  files = tensorstore.KvStore.open('memory://', context=context).result()
+  for key in files.list().result():
+    name = key.decode()
+    inside = not name.startswith(prefix)
+    place = root / name if inside else away / name.removeprefix(prefix)
+    place.write_bytes(files[key])
+  assert len(list(away.iterdir())) > 0
+  with pytest.raises(CheckpointError, match='Invalid key: .*/away/'):
+    restored(two, strict=True)
+
+
+def test_arrays_in_another_format_are_refused(two):
+  """There, keys are paths."""
+  root = two / 'checkpoints' / '2' / 'state'
+  (root / 'manifest.ocdbt').unlink()
+  with pytest.raises(CheckpointError, match=r'manifest\.ocdbt is missing'):
+    restored(two, strict=True)
+
+
+def test_a_shape_in_the_manifest_that_is_not_ours_is_refused(two):
   file = two / 'checkpoints' / '2' / 'manifest' / 'metadata'
   content = json.loads(file.read_text())
   content.pop('digest')
@@ -488,3 +722,47 @@ def test_reading_leaves_the_directory_alone(two):
   assert_is(checkpoints.restore(abstract(make_state())), 2)
   checkpoints.close()
   assert (two / 'checkpoints' / '7').exists()
+
+
+# ---- Several hosts ----------------------------------------------------------
+
+HOSTS = """
+import sys
+sys.path[:0] = [{tests!r}]
+import jax
+from etils import epath
+from conadv_jax import cli, hosts, mesh
+
+def main(argv):
+  cli.start_hosts(argv)
+  import test_checkpoint as t
+  everywhere = mesh.replicated(mesh.make_mesh(2, 1))
+  made = lambda step: jax.jit(t.make_state, out_shardings=everywhere)(step)
+  checkpoints = t.Checkpoints(epath.Path({workdir!r}), keep=5)
+  for step in (1, 2, 2, 3):
+    checkpoints.save(step, made(step), {{'step': step}})
+  checkpoints.wait(3)
+  step, state, facts = checkpoints.restore(t.abstract(made(1)))
+  print('restored', step, facts, checkpoints.steps(), flush=True)
+  checkpoints.save(4, state)
+  checkpoints.wait(4)
+  checkpoints.close()
+  print('saved', checkpoints.steps(), flush=True)
+
+cli.run(main, '')
+"""
+
+
+@pytest.mark.fault
+def test_hosts_pass_over_what_one_of_them_cannot_read(tmp_path):
+  tests = str(pathlib.Path(__file__).parent)
+  code = HOSTS.format(tests=tests, workdir=str(tmp_path / 'run'))
+  faults_of_host = {1: {'CONADV_FAULTS': 'oserror@checkpoint/read:3'}}
+  with multihost.Hosts(
+    tmp_path, 2, ['-c', code], environment_of_host=faults_of_host
+  ) as run:
+    run.ends_with(0, 60)
+    for host in range(2):
+      assert "restored 2 {'step': 2} [1, 2]" in run.log(host)
+      assert 'saved [1, 2, 4]' in run.log(host)
+    assert 'damaged, passed over' in run.log(0)

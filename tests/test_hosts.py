@@ -541,11 +541,13 @@ def test_a_nonfinite_run_names_the_examples_of_all_hosts(tmp_path):
   workdir = tmp_path / 'run'
   with multihost.Hosts(tmp_path / 'logs', 2, arguments(workdir, *more)) as run:
     run.ends_with(4)
-  content = json.loads((workdir / 'nonfinite_steps.json').read_text())
-  assert len(content) == 2
-  for step, ids in content.items():
-    expected, _ = sampler.example_ids(0, int(step) - 1, 32, 1437)
-    assert ids == expected.tolist()
+  files = list(workdir.glob('bad_steps/*.json'))
+  assert len(files) == 2
+  for file in files:
+    content = json.loads(file.read_text())
+    for name, batch in (('example_ids', -1), ('next_example_ids', 0)):
+      expected, _ = sampler.example_ids(0, content['step'] + batch, 32, 1437)
+      assert content[name] == expected.tolist()
 
 
 @pytest.mark.slow

@@ -231,11 +231,15 @@ def test_a_nonfinite_run_stops_with_the_example_ids(tmp_path):
   )
   with pytest.raises(cli.NonFiniteError, match='3 steps in a row') as error:
     train.train(cfg, str(tmp_path))
-  content = json.loads((tmp_path / 'nonfinite_steps.json').read_text())
-  steps = sorted(int(step) for step in content)
+  steps = sorted(int(file.stem) for file in tmp_path.glob('bad_steps/*.json'))
   assert len(steps) == 3 and steps[-1] - steps[0] == 2
+  for step in steps:
+    content = json.loads((tmp_path / f'bad_steps/{step}.json').read_text())
+    ids, _ = sampler.example_ids(cfg.seed, step - 1, 64, 1437)
+    assert content['example_ids'] == ids.tolist()
+    next_ids, _ = sampler.example_ids(cfg.seed, step, 64, 1437)
+    assert content['next_example_ids'] == next_ids.tolist()
   ids, _ = sampler.example_ids(cfg.seed, steps[0] - 1, 64, 1437)
-  assert content[str(steps[0])] == ids.tolist()
   assert ', '.join(str(i) for i in ids[:8]) in str(error.value)
   assert not list((tmp_path / 'checkpoints').glob('[0-9]*'))
 

@@ -189,10 +189,11 @@ def flow(tau):
 @pytest.mark.parametrize('tau', STALENESS)
 def test_neither_sub_step_is_computed_from_the_other(tau):
   this = flow(tau)
-  update = {'batch', 'params', 'perturbation'}
+  # Statistics that overflow stop an update.
+  update = {'batch', 'params', 'perturbation', 'batch_stats'}
   assert this.to('params')[0] == update | {'opt_state'}
   assert this.to('opt_state')[0] == update | {'opt_state'}
-  assert this.to('batch_stats')[0] == update | {'batch_stats'}
+  assert this.to('batch_stats')[0] == update
   counters = {'step', 'nonfinite_steps', 'nonfinite_streak'}
   assert this.to('metrics')[0] == update | counters
   attacker = 'params' if tau == 1 else 'snapshots[1]'
@@ -200,12 +201,18 @@ def test_neither_sub_step_is_computed_from_the_other(tau):
   assert this.to('perturbation')[0] == {'next_batch', 'step', attacker}
 
 
+def test_the_attack_does_not_wait_for_the_verdict_on_a_loss():
+  this = Flow(**{'spike.sigmas': 6.0, 'staleness_steps': 2})
+  assert 'spikes' in this.to('params')[0]
+  assert this.to('perturbation')[0] == {'next_batch', 'step', 'snapshots[1]'}
+
+
 def test_without_staleness_the_update_waits_for_the_attack():
   """Else the test above would hold of a step that attacks nothing."""
   this = flow(0)
   assert 'perturbation' not in this.inputs + this.outputs
   needed, jaxpr = this.to('params')
-  assert needed == {'batch', 'params', 'opt_state', 'step'}
+  assert needed == {'batch', 'params', 'batch_stats', 'opt_state', 'step'}
   attack = np.array(contractions(flow(1).to('perturbation')[1]))
   update = np.array(contractions(flow(1).to('params')[1]))
   assert (contractions(jaxpr) == attack + update).all()
@@ -213,7 +220,7 @@ def test_without_staleness_the_update_waits_for_the_attack():
 
 def test_an_attack_that_moves_statistics_leaves_the_update_independent():
   this = Flow(**{'staleness_steps': 2, 'attack.update_batch_stats': True})
-  update = {'batch', 'params', 'perturbation', 'opt_state'}
+  update = {'batch', 'params', 'perturbation', 'batch_stats', 'opt_state'}
   assert this.to('params', 'opt_state')[0] == update
   assert {'next_batch', 'snapshots[1]'} <= this.to('batch_stats')[0]
   assert this.to('perturbation')[0] == {'next_batch', 'step', 'snapshots[1]'}
@@ -480,6 +487,17 @@ def test_a_gradient_norm_that_overflows_is_not_applied_though_the_loss_is():
   new, metrics = run.step(state, run.batches[2], run.batches[3])
   assert np.isfinite(metrics['loss'])
   assert np.isinf(metrics['grad_norm'])
+  assert counts(new) == (3, 1, 1)
+  assert kept(new) == kept(state)
+
+
+def test_a_variance_that_overflows_is_not_applied_though_the_rest_is_finite():
+  """Batch norm then multiplies by 0: neither loss nor gradient shows it."""
+  run = trained(1)
+  state = helpers.copy(run.states[2])
+  state.params['conv1']['kernel'] *= 1e19
+  new, metrics = run.step(state, run.batches[2], run.batches[3])
+  assert np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm'])
   assert counts(new) == (3, 1, 1)
   assert kept(new) == kept(state)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from array_record.python import array_record_module
 
+from conadv_jax import storage
 from conadv_jax.data import records
 
 # What array_record's documentation advises for random access.
@@ -49,6 +50,7 @@ class ArrayRecords(records.ShardedRecords):
 
     Raises:
       ConfigError: a file is missing, damaged, shorter or longer than recorded.
+      StorageError: the storage failed, in spite of some attempts.
     """
     self._max_open = max_open_files or _raise_open_files(len(paths))
     self._open: collections.OrderedDict[
@@ -68,7 +70,7 @@ class ArrayRecords(records.ShardedRecords):
     except RuntimeError as error:
       # That there is no record 0 is no reason.
       reason = '' if reader.ok() else f' ({error})'
-      if reason and '://' in path and _DAMAGE not in reason:
+      if reason and storage.is_remote(path) and _DAMAGE not in reason:
         return f'{path}: cannot be opened{reason}; {_REMOTE_HINT}'
     return records.count_damage(path, f'{found} records{reason}', expected)
 
@@ -82,7 +84,7 @@ class ArrayRecords(records.ShardedRecords):
       The n records; b'' for one whose checksum fails (see `describe`).
 
     Raises:
-      OSError: the storage failed, in spite of some attempts.
+      StorageError: the storage failed, in spite of some attempts.
     """
     shards, places = self.locate(ids)
     output = [b''] * len(shards)
@@ -109,10 +111,10 @@ class ArrayRecords(records.ShardedRecords):
           damaged.append(str(error))
           return None
         self._forget(shard)
-        raise OSError(f'{self.paths[shard]}: {error}') from error
+        raise OSError(str(error)) from error
 
     damaged: list[str] = []
-    read = records.with_retries(attempt)
+    read = storage.read(attempt, self.paths[shard])
     if read is not None:
       return read
     if len(places) == 1:

@@ -15,7 +15,7 @@ from concurrent import futures
 import numpy as np
 from etils import epath
 
-from conadv_jax import config
+from conadv_jax import config, storage
 from conadv_jax.data import records
 
 _SUFFIXES = ('.jpg', '.jpeg', '.png')  # In any case.
@@ -171,7 +171,11 @@ class ImageFolder:
     return os.path.join(self._split.directory, self.class_names[label], name)
 
   def fetch(self, ids: np.ndarray) -> list[bytes]:
-    """The contents of n files; b'' for one that cannot be read."""
+    """The contents of n files; b'' for one that is gone or empty.
+
+    Raises:
+      StorageError: the storage failed, in spite of some attempts.
+    """
     output = [b''] * len(ids)
 
     def read(index):
@@ -183,7 +187,7 @@ class ImageFolder:
   def _read(self, example_id: int) -> bytes:
     path = self.path(example_id)
     try:
-      data = records.with_retries(lambda: epath.Path(path).read_bytes())
+      data = records.read_bytes(path)
     except OSError as error:
       self._reasons[example_id] = error.strerror or str(error)
       return b''
@@ -252,8 +256,12 @@ def _list(path: str) -> tuple[list[str], list[str]]:
   Of a remote directory, what is named like an image is taken for a file: it
   would cost a request to ask.
   """
+  return storage.read(lambda: _list_once(path), path)
+
+
+def _list_once(path: str) -> tuple[list[str], list[str]]:
   directories, files = [], []
-  if '://' in path:
+  if storage.is_remote(path):
     for entry in epath.Path(path).iterdir():
       image = entry.name.lower().endswith(_SUFFIXES)
       to = files if image or not entry.is_dir() else directories

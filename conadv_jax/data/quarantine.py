@@ -8,6 +8,8 @@ from typing import Any
 
 from etils import epath
 
+from conadv_jax import storage
+
 
 class DataError(Exception):
   """Too many examples cannot be used, or a file lacks some of its records."""
@@ -36,7 +38,8 @@ class Quarantine:
     self._known: dict[tuple[str, int], dict[str, Any]] = {}
     self._lock = threading.Lock()  # train and eval may come from two threads
     if self.path is not None and self.path.exists():
-      for line in self.path.read_text().splitlines():
+      text = storage.read(self.path.read_text, self.path)
+      for line in text.splitlines():
         row = json.loads(line)
         self._known[row['split'], row['id']] = row
 
@@ -79,6 +82,4 @@ class Quarantine:
       return
     # Whole, through a temporary file: it is short, and a bucket cannot append.
     text = ''.join(json.dumps(row) + '\n' for row in self._known.values())
-    temporary = self.path.parent / (self.path.name + '.tmp')
-    temporary.write_text(text)
-    temporary.replace(self.path)
+    storage.write_text(self.path, text)

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from conadv_jax.config import ConfigError
 from conadv_jax.data.quarantine import DataError, Quarantine
+from conadv_jax.storage import StorageError
 
 # (image, label, id, epoch) -> the arrays of one example, of static shape.
 ExampleFn = Callable[..., dict[str, tf.Tensor]]
@@ -66,6 +67,7 @@ class Reader:
 
     Raises:
       DataError: for too many bad examples, or records that are missing.
+      StorageError: the storage failed, in spite of some attempts.
     """
     chunk = max(n for n in range(1, _MAX_CHUNK + 1) if size % n == 0)
     dataset = order.batch(chunk, drop_remainder=True)
@@ -95,7 +97,7 @@ class Reader:
     there = ids >= 0
     try:
       records[there] = self._source.fetch(ids[there])
-    except (ConfigError, OSError) as error:
+    except (ConfigError, OSError, StorageError) as error:
       self._failure = error  # tf.data passes on only its text
       raise
     return records
@@ -159,6 +161,8 @@ class Reader:
         return
       except tf.errors.OpError as error:
         failure = self._failure or getattr(self._source, 'failure', None)
+        if isinstance(failure, StorageError):
+          raise failure from error
         raise DataError(str(failure or error.message)) from failure or error
       bad = np.flatnonzero(~batch['usable'] & (batch['id'] >= 0))
       if len(bad):
@@ -186,7 +190,10 @@ class Reader:
 
   def _try(self, example_id: int, epoch: int) -> dict[str, np.ndarray] | None:
     """The decoded example, or None with the reason in the quarantine."""
-    (record,) = self._source.fetch(np.array([example_id]))
+    try:
+      (record,) = self._source.fetch(np.array([example_id]))
+    except (ConfigError, OSError) as error:
+      raise DataError(str(error)) from error
     try:
       example = self._decode_one(
         tf.constant(record),

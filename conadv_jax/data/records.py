@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-from conadv_jax import config
-
-_ATTEMPTS = 5
-_FIRST_DELAY_SECONDS = 0.5  # Doubled after each attempt: 7.5 s in all.
-# Another attempt would not help.
-_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError)
-
-T = TypeVar('T')
+from conadv_jax import config, storage
 
 
 class ShardedRecords:
@@ -53,6 +45,7 @@ class ShardedRecords:
     Raises:
       ConfigError: a file is missing or differs from its recorded length; names
         the first such file and the fix.
+      StorageError: the storage failed, in spite of some attempts.
     """
     self.paths = tuple(os.fspath(path) for path in paths)
     self.lengths = np.array(shard_lengths, np.int64)
@@ -78,7 +71,7 @@ class ShardedRecords:
   def _size(self, shard: int) -> tuple[int, str]:
     """(bytes, what is wrong or '') of one file."""
     try:
-      size = with_retries(lambda: file_size(self.paths[shard]))
+      size = file_size(self.paths[shard])
     except FileNotFoundError:
       return 0, damage(self.paths[shard], 'is missing')
     except OSError as error:
@@ -154,39 +147,23 @@ def count_damage(path: str, found: str, expected: int) -> str:
 
 
 def file_size(path: str) -> int:
-  """Bytes of a file, local or remote."""
-  if '://' in path:
-    return epath.Path(path).stat().length
-  return os.stat(path).st_size
-
-
-def with_retries(function: Callable[[], T]) -> T:
-  """`function()`, tried again when storage fails, for 7.5 seconds in all.
+  """Bytes of a file, local or remote.
 
   Raises:
-    OSError: it failed to the last; at once where waiting cannot help.
+    OSError, StorageError: as `storage.read`.
   """
-  for attempt in range(_ATTEMPTS):
-    if attempt:
-      time.sleep(_FIRST_DELAY_SECONDS * 2 ** (attempt - 1))
-    try:
-      return function()
-    except _LASTING:
-      raise
-    except OSError as error:
-      failure = error
-    except Exception as error:
-      if not _is_tensorflow_error(error):
-        raise
-      failure = OSError(str(error))
-  raise failure
+  if storage.is_remote(path):
+    return storage.read(lambda: epath.Path(path).stat().length, path)
+  return storage.read(lambda: os.stat(path).st_size, path)
 
 
-def _is_tensorflow_error(error: Exception) -> bool:
-  """Whether the filesystem of a remote path raised `error`."""
-  import tensorflow as tf
+def read_bytes(path: str) -> bytes:
+  """Contents of a file, local or remote.
 
-  return isinstance(error, tf.errors.OpError)
+  Raises:
+    OSError, StorageError: as `storage.read`.
+  """
+  return storage.read(lambda: epath.Path(path).read_bytes(), path)
 
 
 def map_in_threads(

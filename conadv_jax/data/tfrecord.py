@@ -15,7 +15,6 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from etils import epath
 
 from conadv_jax import config
 from conadv_jax.data import records, window_order
@@ -84,7 +83,8 @@ class TfRecords(records.ShardedRecords):
 
     Raises:
       ConfigError: a file is damaged so that records are lost.
-      OSError: the storage failed, in spite of some attempts.
+      StorageError: the storage failed, in spite of some attempts.
+      OSError: a file is gone.
     """
     shards, places = self.locate(ids)
     output = [b''] * len(shards)
@@ -122,12 +122,7 @@ class TfRecords(records.ShardedRecords):
     parsed nor decoded.
     """
     window, skip = next(self._windows(seed, host, num_hosts, start_record))
-    size = sum(
-      records.with_retries(
-        lambda path=self.paths[shard]: records.file_size(path)
-      )
-      for shard in window.shards
-    )
+    size = sum(records.file_size(self.paths[shard]) for shard in window.shards)
     return len(window.shards), size, skip
 
   def stream(self, seed: int, host: int, num_hosts: int, start_record: int = 0):
@@ -253,8 +248,7 @@ class TfRecords(records.ShardedRecords):
 
   def _load(self, shard: int) -> _Shard:
     path = self.paths[shard]
-    data = records.with_retries(lambda: epath.Path(path).read_bytes())
-    return _Shard(data, path, int(self.lengths[shard]))
+    return _Shard(records.read_bytes(path), path, int(self.lengths[shard]))
 
 
 class _Shard:
