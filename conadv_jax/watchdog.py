@@ -16,8 +16,10 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import os
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -338,6 +340,12 @@ def _say(text: str) -> None:
 
 def _dump_stacks() -> None:
   _say('stacks of all threads:')
+  # The main one apart: of the others, faulthandler shows the newest hundred.
+  # Without lines of the source, as a file system may be what hangs.
+  main = sys._current_frames().get(threading.main_thread().ident)
+  for frame, line in traceback.walk_stack(main):
+    code = frame.f_code
+    _say(f'main: File "{code.co_filename}", line {line} in {code.co_name}')
   faulthandler.dump_traceback(file=2, all_threads=True)
   _say('end of the stacks')
 

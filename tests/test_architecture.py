@@ -44,7 +44,6 @@ ORDER = (
   'evaluate',
   'feed',
   'bad_steps',
-  'replay',
   'supervise',
   'train',
   'model_card',

@@ -74,7 +74,9 @@ def test_a_phase_that_takes_too_long_ends_the_process(bench, capfd):
     lines[0],
   )
   assert lines[1] == 'stacks of all threads:'
-  assert any('test_watchdog.py' in line for line in lines[2:-1])
+  # This test runs in the main thread, whatever else there is.
+  assert lines[2].startswith('main: File') and 'watchdog.py' in lines[2]
+  assert any('in test_a_phase_that' in line for line in lines[2:-1])
   assert lines[-1] == 'end of the stacks'
 
 
@@ -107,15 +109,6 @@ def test_a_process_that_was_stopped_is_not_ended_for_it(bench):
     a.runs(10)
   a.runs(5)
   assert a.ends_within(10) == exits.HANG
-
-
-def test_a_phase_costs_less_than_10_us():
-  """Ten times what it is, for machines that do something else."""
-  dog = Watchdog(60)
-  start = time.perf_counter()
-  for step in range(100_000):
-    dog.phase('step', step)
-  assert (time.perf_counter() - start) / 100_000 < 10e-6
 
 
 def test_the_context_starts_a_thread_and_ends_it():
