@@ -117,6 +117,7 @@ _RULES = {
   '>= 0': lambda x: x >= 0,
   '> 0': lambda x: x > 0,
   '>= 1': lambda x: x >= 1,
+  '>= 2': lambda x: x >= 2,
   'in [0, 1)': lambda x: 0 <= x < 1,
   'in (0, 1]': lambda x: 0 < x <= 1,
   'in [0, 1]': lambda x: 0 <= x <= 1,
@@ -294,6 +295,17 @@ class Checkpoint(_Group):
 
 
 @dataclasses.dataclass(frozen=True)
+class Spike(_Group):
+  """Which losses are so high that their update is not applied."""
+
+  _prefix = 'spike.'
+
+  sigmas: float = _number('>= 0', '0 = off')
+  window_steps: int = _number('>= 2')
+  max_in_a_row: int = _number('>= 1')
+
+
+@dataclasses.dataclass(frozen=True)
 class Eval(_Group):
   _prefix = 'eval.'
 
@@ -339,6 +351,7 @@ class Config(_Group):
   log_every_steps: int = _number('>= 1')
   attack_stats_every_steps: int = _number('>= 0', '0 = off')
   max_nonfinite_steps: int = _number('>= 1')
+  spike: Spike
   hang_timeout_seconds: int = _number('>= 0', '0 = off')
 
   def __post_init__(self):

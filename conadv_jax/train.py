@@ -39,6 +39,7 @@ from conadv_jax import (
   optim,
   plots,
   preflight,
+  replay,
   supervise,
   workdir,
 )
@@ -137,7 +138,7 @@ def train(
     progress = metrics.Progress(
       start, stop, settings.batch_size, batches.wait_seconds
     )
-    watch = bad_steps.NonFiniteWatch(run, path, example_ids)
+    watch = bad_steps.NonFiniteWatch(run, path, example_ids, checkpoints.steps)
     agreed_stop = Agreement(stop_request, run.mesh)
     stopped_by = None
     setup.close()
@@ -195,8 +196,7 @@ def train(
     step = int(jax.device_get(state.step))
     watchdog.phase('save', step)
     writer.flush()
-    checkpoints.save(step, state, _facts(run, state))
-    checkpoints.wait(step)
+    checkpoints.save_now(step, state, _facts(run, state))
     if stopped_by:
       raise cli.Preempted(
         f'{stopped_by.name}: saved step {step} of {stop}; run the '
@@ -478,6 +478,9 @@ def main(argv: Sequence[str]) -> None:
     os.execv(
       sys.executable, [sys.executable, '-m', supervise.__name__, *argv[1:]]
     )
+  if any(argument.startswith('--replay') for argument in argv):
+    replay.main(argv)
+    return
   with StopRequest() as stop_request:
     with stop_request.leaving_at_once(NOTHING_TO_SAVE):
       values, directory = cli.parse_config_file(cli.start_hosts(argv))

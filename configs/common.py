@@ -148,6 +148,13 @@ def get_config() -> ml_collections.ConfigDict:
   c.attack_stats_every_steps = 100  # stale against fresh perturbation; 0 = off
   c.max_nonfinite_steps = 5  # stop after so many non-finite steps in a row
 
+  # Steps whose loss is so many standard deviations above the mean of the last
+  # ones are not applied, but recorded.
+  c.spike = ml_collections.ConfigDict()
+  c.spike.sigmas = 0.0  # e.g. 6; 0 = off
+  c.spike.window_steps = 128  # applied steps that mean and deviation are over
+  c.spike.max_in_a_row = 5  # the next one is applied: the loss has moved
+
   # A step, its input or a save that takes longer ends the run (exit code 6);
   # 0 = never. Compiling and reading a data set into memory may take longer.
   c.hang_timeout_seconds = 1800

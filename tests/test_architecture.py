@@ -44,6 +44,7 @@ ORDER = (
   'evaluate',
   'feed',
   'bad_steps',
+  'replay',
   'supervise',
   'train',
   'model_card',

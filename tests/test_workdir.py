@@ -41,6 +41,7 @@ def run(tmp_path):
     ('attack.epsilon_px', 1.0),
     ('dataset.num_train', 1000),
     ('bn_group_size', 16),
+    ('spike.sigmas', 6.0),
     ('shard_optimizer', True),
   ],
 )
