@@ -10,7 +10,12 @@ Slurm and Open MPI; elsewhere add --coordinator=HOST:PORT of host 0,
 The work directory gets config.json, metrics.jsonl, TensorBoard events,
 checkpoints/, plots/ and, at the end, summary.json. The same command again
 resumes where the run stopped. Ctrl-C or SIGTERM saves and exits with 42;
-2 means a wrong setting, 4 that the loss stopped being finite.
+2 means a wrong setting, 4 that the loss stopped being finite; 6 a hang, 7 that
+storage failed, 8 that another host was lost.
+
+  --supervise    starts the run again after 42, 6 and 8 (conadv_jax.supervise)
+  --replay=STEP  repeats a step of the run in DIR, without --config, and shows
+                 what was wrong in it (conadv_jax.replay)
 """
 
 from __future__ import annotations
