@@ -324,8 +324,8 @@ class Checkpoints:
     except Exception as error:  # noqa: BLE001, orbax raises it so
       text = str(error).partition(' See full TensorStore')[0]
       reason = f'{type(error).__name__}: {text}'
-    if not (reason := _first('the restored state', reason)):
-      reason = _first('its checksums', _damage(manifest, state))
+    if not (reason := hosts.first('the restored state', reason)):
+      reason = hosts.first('its checksums', _damage(manifest, state))
     return (None if reason else (state, manifest['facts'])), reason
 
   def _set_aside(self, steps: list[int]) -> None:
@@ -360,12 +360,6 @@ class _TemporaryPath(atomicity.CommitFileTemporaryPath):
 
 def _step_of(path: epath.Path) -> int | None:
   return int(path.name) if _STEP.fullmatch(path.name) else None
-
-
-def _first(name: str, reason: str) -> str:
-  """The first host's reason that is not empty, on all hosts."""
-  reasons = hosts.gather(name, reason)
-  return hosts.on_writer(name, lambda: next(filter(None, reasons), ''))
 
 
 def _damage(manifest: Mapping[str, Any], state: TrainState) -> str:

@@ -32,25 +32,31 @@ class NonFiniteError(Exception):
   """Too many steps in a row had a loss or gradient that is not finite."""
 
 
+def exit_code(error: Exception) -> int:
+  """That of a command which `error` ends; docs/design.md lists them."""
+  codes = {
+    (ConfigError, flags.Error): exits.USAGE,
+    OutOfMemoryError: exits.MEMORY,
+    NonFiniteError: exits.NONFINITE,
+    DataError: exits.DATA,
+    StorageError: exits.STORAGE,
+  }
+  found = (code for kind, code in codes.items() if isinstance(error, kind))
+  return next(found, getattr(error, 'exit_code', 1))
+
+
 def run(main: Callable[[Sequence[str]], Any], usage: str) -> None:
-  """Runs `main(argv)` and exits with its status; docs/design.md lists them."""
+  """Runs `main(argv)` and exits with its status, as `exit_code` has it."""
   if {'-h', '--help'} & set(sys.argv[1:]):
     print(usage)
     sys.exit(0)
   try:
     main(sys.argv)
-  except (ConfigError, flags.Error) as error:
-    _fail(f'error: {error}', exits.USAGE)
-  except OutOfMemoryError as error:
-    _fail(f'error: {error}', exits.MEMORY)
-  except NonFiniteError as error:
-    _fail(f'error: {error}', exits.NONFINITE)
-  except DataError as error:
-    _fail(f'error: {error}', exits.DATA)
-  except StorageError as error:
-    _fail(f'error: {error}', exits.STORAGE)
-  except hosts.HostError as error:
-    _fail(f'error: {error}', error.exit_code)
+  except (
+    ConfigError, flags.Error, OutOfMemoryError, NonFiniteError, DataError,
+    StorageError, hosts.HostError,
+  ) as error:  # fmt: skip
+    _fail(f'error: {error}', exit_code(error))
   except Preempted as error:
     # Not told: it is true of all hosts.
     print(f'{hosts.label()}{error}', file=sys.stderr, flush=True)

@@ -447,6 +447,20 @@ def gather(name: str, value: Any) -> list[Any] | None:
   return [value, *received]
 
 
+def first(name: str, value: Any) -> Any:
+  """The first host's `value` that is not empty, on every host; else its own.
+
+  Args:
+    name: what hosts wait for, for messages.
+    value: what JSON can hold.
+
+  Raises:
+    HostError: if another host failed or does not answer.
+  """
+  values = gather(name, value)
+  return on_writer(name, lambda: next(filter(None, values), value))
+
+
 def gather_arrays(values: Any) -> np.ndarray:
   """[hosts, ...]: the array `values` of every host, on every host.
 

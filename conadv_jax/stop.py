@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGINT or SIGTERM, as one decision of all hosts."""
+"""SIGINT, SIGTERM or an input that fails, as one decision of all hosts."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ from conadv_jax import exits, hosts
 from conadv_jax import mesh as mesh_lib
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Above all signals: it wins where both come at once.
+_INPUT_FAILED = 127
 
 
 class Stopped(Exception):
-  """All hosts stop here, because of `signal` on one of them."""
+  """All hosts stop here, because of something on one of them.
 
-  def __init__(self, number: signal.Signals):
-    super().__init__(number.name)
+  Attributes:
+    signal: that it got; None if its input failed.
+  """
+
+  def __init__(self, number: signal.Signals | None):
+    super().__init__(number.name if number else 'the input failed')
     self.signal = number
 
 
@@ -108,11 +114,12 @@ class StopRequest:
 
 
 class Agreement:
-  """Which signal, if any, stops all hosts before the same step.
+  """What, if anything, stops all hosts before the same step.
 
   Each call starts the maximum of the hosts' signals over all devices, behind
   the step that runs, and reads that of the call before: no device waits for a
-  host, and a signal on any host stops all at most two steps later. JAX's
+  host, and a signal on any host stops all at most two steps later. An input
+  that failed counts as one; two batches of it must still be there. JAX's
   `reached_preemption_sync_point` knows SIGTERM only, takes the handler from
   Python, and never fires if the signal comes before its first call.
   """
@@ -128,21 +135,28 @@ class Agreement:
       )
 
     # Made here, so that a call is nothing but a launch.
-    self._flags = {number: flags(number) for number in (0, *_SIGNALS)}
+    self._flags = {
+      number: flags(number) for number in (0, *_SIGNALS, _INPUT_FAILED)
+    }
     self._max = jax.jit(jnp.max, out_shardings=mesh_lib.replicated(mesh))
 
-  def check(self) -> None:
+  def check(self, input_failed: bool = False) -> None:
     """Call it on every host, before every step and batch of an evaluation.
+
+    Args:
+      input_failed: whether this host will soon have no batches any more.
 
     Raises:
       Stopped: on every host in the same call.
     """
-    if number := self._agreed():
-      raise Stopped(signal.Signals(number))
+    number = _INPUT_FAILED if input_failed else self._request.signal or 0
+    if number := self._agreed(number):
+      failed = number == _INPUT_FAILED
+      raise Stopped(None if failed else signal.Signals(number))
 
-  def _agreed(self) -> int:
+  def _agreed(self, number: int) -> int:
     if hosts.count() == 1:
-      return self._request.signal or 0
-    now = self._max(self._flags[self._request.signal or 0])
+      return number
+    now = self._max(self._flags[number])
     before, self._asked = self._asked, now
     return int(now if before is None else before)

@@ -33,6 +33,7 @@ from etils import epath
 
 from conadv_jax import (
   bad_steps,
+  checksum,
   cli,
   config,
   evaluate,
@@ -83,6 +84,7 @@ def train(
     cli.Preempted: when asked to stop; the state is saved.
     cli.NonFiniteError: after `max_nonfinite_steps` such steps in a row.
     StorageError: if the state cannot be saved, or no checkpoint is good.
+    Exception: what the input raised, after the state was saved.
   """
   with contextlib.ExitStack() as stack:
     stop_request = stop_request or stack.enter_context(StopRequest())
@@ -123,7 +125,7 @@ def train(
     ):
       hosts.say('nothing left to train\n' + _describe_summary(summary, path))
       return summary
-    start, state = _restored(run, checkpoints) or (0, run.init_state())
+    start, state = _restored(run, checkpoints) or (0, _new_state(run))
     writer = metrics.make_writer(path, start)
     stack.callback(writer.close)
 
@@ -145,7 +147,7 @@ def train(
     )
     watch = bad_steps.NonFiniteWatch(run, path, example_ids, checkpoints.steps)
     agreed_stop = Agreement(stop_request, run.mesh)
-    stopped_by = None
+    stopped = None
     setup.close()
     stack.push(watchdog.verdict)
 
@@ -163,7 +165,7 @@ def train(
       if _is_missing_evaluation(run, path, start):
         evaluate_at(start)  # a signal had kept it from its end
       for step in range(start + 1, stop + 1):
-        agreed_stop.check()
+        agreed_stop.check(input_failed=batches.failure is not None)
         if checkpoints.poll():
           checkpoints.save(step - 1, state, _facts(run, state))
         watchdog.phase('input', step)
@@ -187,14 +189,14 @@ def train(
           if attack_stats_fn and _due(step, settings.attack_stats_every_steps):
             row = jax.device_get(attack_stats_fn(state, batch))
             writer.write(step, 'attack', row)
-          if step < stop and _due(step, settings.eval.every_steps):
-            evaluate_at(step)
           if step < stop and _due(step, settings.checkpoint.every_steps):
             watchdog.phase('save', step)
             writer.flush()
             checkpoints.save(step, state, _facts(run, state))
-    except Stopped as stopped:
-      stopped_by = stopped.signal
+          if step < stop and _due(step, settings.eval.every_steps):
+            evaluate_at(step)
+    except Stopped as reason:
+      stopped = reason
     watch.finish()
 
     # ---- 6. The end: save, evaluate, summarise, draw -----------------------
@@ -202,11 +204,8 @@ def train(
     watchdog.phase('save', step)
     writer.flush()
     checkpoints.save_now(step, state, _facts(run, state))
-    if stopped_by:
-      raise cli.Preempted(
-        f'{stopped_by.name}: saved step {step} of {stop}; run the '
-        'same command again to go on'
-      )
+    if stopped:
+      raise _ended_early(stopped, batches, f'saved step {step} of {stop}')
     stack.enter_context(
       stop_request.leaving_at_once(
         'all steps are done and saved, the evaluation is not',
@@ -232,6 +231,13 @@ def _restored(
     )
   hosts.say(f'resumed at step {step}')
   return step, state
+
+
+def _new_state(run: Experiment) -> TrainState:
+  state = run.init_state()
+  # Compiled now, not in the seconds that a preempted run has for its save.
+  checksum.checksums(state.replace(perturbation=None))
+  return state
 
 
 def _facts(run: Experiment, state: TrainState) -> dict[str, int]:
@@ -271,6 +277,21 @@ def _is_missing_evaluation(
 
 def _due(step: int, every_steps: int) -> bool:
   return every_steps > 0 and step % every_steps == 0
+
+
+def _ended_early(
+  stopped: Stopped, batches: Prefetcher, saved: str
+) -> Exception:
+  """What ends a run that has saved its state, on each host."""
+  if stopped.signal:
+    return cli.Preempted(
+      f'{stopped.signal.name}: {saved}; run the same command again to go on'
+    )
+  hosts.say(f'{saved}, as the input failed')
+  own = batches.failure
+  told = own and [f'{hosts.label()}{own}', cli.exit_code(own)]
+  message, code = hosts.first('the failed input', told)
+  return own or hosts.HostError(message, code)
 
 
 def _compile(run: Experiment):
@@ -433,6 +454,9 @@ def _summarize(
     'images_per_sec': float(np.median(rates)) if rates else None,
     'seconds': seconds,
     'nonfinite_steps': int(jax.device_get(state.nonfinite_steps)),
+    'spike_steps': int(jax.device_get(state.spikes.steps))
+    if state.spikes
+    else 0,
   }
 
 

@@ -166,7 +166,8 @@ def main() -> None:
 
   `train` and `evaluate` as first argument. The network of the tests has the
   name `tiny`; RECORD_IDS is a directory for the ids that a host feeds;
-  FAKE_VERSION, 'package=version', is what the host claims to have installed.
+  FAKE_VERSION, 'package=version', is what the host claims to have installed;
+  INPUT_FAILS_AT is the number of the batch at which its storage fails.
   """
   import importlib.metadata
 
@@ -183,9 +184,26 @@ def main() -> None:
     )
   if directory := os.environ.get('RECORD_IDS'):
     _record_ids(feed, hosts, pathlib.Path(directory))
+  if number := os.environ.get('INPUT_FAILS_AT'):
+    _fail_at(feed, int(number))
   command = sys.argv.pop(1)
   mains = {'train': train.main, 'evaluate': evaluate.evaluate}
   cli.run(mains[command], '')
+
+
+def _fail_at(feed, number: int) -> None:
+  """Batch `number` cannot be read, as if it were of files."""
+  from conadv_jax.storage import StorageError
+
+  put = feed.Experiment.put_batch
+  left = iter(range(number))
+
+  def put_or_fail(run, batch):
+    if next(left, None) is None:
+      raise StorageError('shard-00007: cannot be read')
+    return put(run, batch)
+
+  feed.Experiment.put_batch = put_or_fail
 
 
 def _record_ids(feed, hosts, directory: pathlib.Path) -> None:

@@ -488,6 +488,33 @@ def test_a_signal_to_one_host_stops_all_and_the_rerun_finishes(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('host', [0, 1])
+def test_a_host_whose_input_fails_saves_with_all_and_names_itself(
+  host, tmp_path
+):
+  """Batches 0 to 6 are there, for 6 steps; the failure is known two before."""
+  workdir = tmp_path / 'run'
+  more = ('--config.max_steps=50', '--config.checkpoint.every_steps=50',
+          '--config.eval.every_steps=0')  # fmt: skip
+  with multihost.Hosts(
+    tmp_path / 'first',
+    2,
+    arguments(workdir, *more),
+    environment_of_host={host: {'INPUT_FAILS_AT': '7'}},
+  ) as run:
+    run.ends_with(exits.STORAGE)
+    assert 'as the input failed' in run.log(0)
+    assert 'error: shard-00007: cannot be read' in run.log(host)
+    told = f'error: host {host} of 2: shard-00007: cannot be read'
+    assert told in run.log(1 - host)
+  (saved,) = steps_saved(workdir)
+  assert saved in (5, 6)
+  rows = metrics.read_metrics(workdir)
+  logged = [row['step'] for row in rows if row['split'] == 'train']
+  assert logged == list(range(1, saved + 1))
+
+
+@pytest.mark.slow
 def test_all_hosts_name_all_that_differs_before_anything_is_written(tmp_path):
   """A setting and a version on host 1; code and flags of XLA on host 2."""
   copy = tmp_path / 'copy'

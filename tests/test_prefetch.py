@@ -63,8 +63,27 @@ def test_prefetcher_passes_errors_on():
     yield 1
     raise OSError('disk')
 
+  prefetcher = Prefetcher(failing(), lambda x: x, 1, expected=5)
+  assert next(prefetcher) == 1
+  for _ in range(2):
+    with pytest.raises(OSError, match='disk'):
+      next(prefetcher)
+
+
+@pytest.mark.parametrize('fails', ['the batches', 'put'])
+def test_prefetcher_knows_of_a_failure_while_it_has_batches(fails):
+  def check(i, where):
+    if (i, where) == (3, fails):
+      raise OSError('disk')
+    return i
+
+  batches = (check(i, 'the batches') for i in range(9))
+  prefetcher = Prefetcher(batches, lambda i: check(i, 'put'), 2)
+  assert next(prefetcher) == 0 and prefetcher.failure is None
+  assert next(prefetcher) == 1 and str(prefetcher.failure) == 'disk'
+  assert next(prefetcher) == 2
   with pytest.raises(OSError, match='disk'):
-    next(Prefetcher(failing(), lambda x: x, 1))
+    next(prefetcher)
 
 
 def test_prefetcher_refuses_a_negative_depth():

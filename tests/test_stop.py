@@ -37,11 +37,14 @@ def test_requests_can_be_nested():
   assert signal.set_wakeup_fd(-1) == -1
 
 
-def agreed(agreement):
+INPUT = 'input'
+
+
+def agreed(agreement, input_failed=False):
   try:
-    agreement.check()
+    agreement.check(input_failed)
   except stop.Stopped as stopped:
-    return stopped.signal
+    return stopped.signal or INPUT
   return None
 
 
@@ -64,6 +67,18 @@ def test_one_host_stops_before_the_next_step():
   assert agreed(agreement) is None
   request.signal = signal.SIGINT
   assert agreed(agreement) == signal.SIGINT
+
+
+def test_an_input_that_fails_stops_all_and_comes_before_signals(monkeypatch):
+  """Two checks after it is known: as many batches must be left."""
+  request = stop.StopRequest()
+  agreement = stop.Agreement(request, mesh.make_mesh(16, 2))
+  assert agreed(agreement, input_failed=True) == INPUT
+  monkeypatch.setattr(stop.hosts, 'count', lambda: 2)
+  assert agreed(agreement) is None
+  request.signal = signal.SIGTERM
+  assert agreed(agreement, input_failed=True) is None
+  assert agreed(agreement, input_failed=True) == INPUT
 
 
 # The main thread is in C, as in a compiler, and sees no signal for minutes.

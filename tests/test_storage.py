@@ -13,12 +13,14 @@ import types
 
 import forked
 import helpers
+import multihost
 import numpy as np
 import pytest
 import tensorflow as tf
 from etils import epath
 
 from conadv_jax import config, exits, faults, metrics, storage, workdir
+from conadv_jax.checkpoint import Checkpoints
 from conadv_jax.data.quarantine import DataError, Quarantine
 from conadv_jax.data.reader import Reader
 from conadv_jax.storage import StorageError
@@ -373,20 +375,20 @@ def server():
     yield running
 
 
-def run(server, directory, log, plan='', **fields):
-  flags = {
+def flags(directory, **fields):
+  fields = {
     'model': 'tiny', 'bn_group_size': 8, 'max_steps': 6, 'log_every_steps': 1,
     'eval.attack': 'none', 'checkpoint.every_steps': 2,
   } | fields  # fmt: skip
-  return server.run(
-    [
-      '--config=configs/digits.py:batch_size=64,method=conadv',
-      f'--workdir={directory}',
-      *(f'--config.{name}={value}' for name, value in flags.items()),
-    ],
-    log,
-    {'CONADV_FAULTS': plan},
-  )
+  return [
+    '--config=configs/digits.py:batch_size=64,method=conadv',
+    f'--workdir={directory}',
+    *(f'--config.{name}={value}' for name, value in fields.items()),
+  ]
+
+
+def run(server, directory, log, plan='', **fields):
+  return server.run(flags(directory, **fields), log, {'CONADV_FAULTS': plan})
 
 
 def losses(directory):
@@ -403,6 +405,23 @@ def test_storage_that_blinks_changes_no_run(server, tmp_path):
   assert run(server, unsteady, tmp_path / 'log', plan) == 0
   assert (tmp_path / 'log').read_text().count('again in') == 6
   assert losses(unsteady) == losses(steady) and len(losses(steady)) == 6
+
+
+@pytest.mark.fault
+def test_an_input_that_fails_costs_no_step(tmp_path):
+  """Test 25: the state is saved before the run ends."""
+  fields = {'max_steps': 50, 'checkpoint.every_steps': 50,
+            'eval.every_steps': 0}  # fmt: skip
+  with multihost.Hosts(
+    tmp_path / 'first',
+    1,
+    [multihost.TINY, 'train', *flags(tmp_path / 'run', **fields)],
+    environment={'INPUT_FAILS_AT': '7'},
+  ) as running:
+    running.ends_with(exits.STORAGE)
+    assert 'error: shard-00007: cannot be read' in running.log(0)
+  (saved,) = Checkpoints(tmp_path / 'run', read_only=True).steps()
+  assert saved == len(losses(tmp_path / 'run')) and saved in (5, 6)
 
 
 @pytest.mark.fault

@@ -18,6 +18,8 @@ class Prefetcher:
 
   Attributes:
     wait_seconds: time for which the caller was blocked on the host iterator.
+    failure: what the host iterator or `put` raised; known before the batches
+      that it had are used up, so that a run can save and end in order.
   """
 
   def __init__(
@@ -42,6 +44,7 @@ class Prefetcher:
     if depth < 0:
       raise ValueError(f'depth={depth}: must be 0 or more')
     self.wait_seconds = 0.0
+    self.failure: Exception | None = None
     self._batches = iter(batches)
     self._put = put
     self._depth = depth
@@ -60,11 +63,14 @@ class Prefetcher:
     Raises:
       RuntimeError: the host's batches ended before `expected` of them.
       StopIteration: all batches were delivered.
+      Exception: `failure`, in place of the batch that failed.
     """
     while len(self._queue) <= self._depth and not self._ended:
       self._fetch()
     if self._queue:
       return self._queue.popleft()
+    if self.failure is not None:
+      raise self.failure
     if self._expected is not None and self._fetched < self._expected:
       raise RuntimeError(
         f'input ended at step {self._start_step + self._fetched}: needed'
@@ -80,10 +86,12 @@ class Prefetcher:
     start = time.perf_counter()
     try:
       batch = next(self._batches)
+      self.wait_seconds += time.perf_counter() - start
+      self._queue.append(self._put(batch))
     except StopIteration:
       self._ended = True
       return
-    finally:
-      self.wait_seconds += time.perf_counter() - start
+    except Exception as error:  # noqa: BLE001, it is raised in its place
+      self._ended, self.failure = True, error
+      return
     self._fetched += 1
-    self._queue.append(self._put(batch))
