@@ -31,6 +31,8 @@ def checksums(tree: Any) -> tuple[dict[str, str], list[str]]:
   Also the paths of leaves that hold a number that is not finite. All hosts
   must call it, and get the same.
   """
+  # To compile while steps of several CPU devices run can leave both waiting.
+  jax.block_until_ready(tree)
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   found = [_program(_replicated(x))(x) for _, x in leaves]
   sums, nonfinite = {}, []

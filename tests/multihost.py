@@ -167,7 +167,8 @@ def main() -> None:
   `train` and `evaluate` as first argument. The network of the tests has the
   name `tiny`; RECORD_IDS is a directory for the ids that a host feeds;
   FAKE_VERSION, 'package=version', is what the host claims to have installed;
-  INPUT_FAILS_AT is the number of the batch at which its storage fails.
+  INPUT_FAILS_AT is the number of the batch at which its storage fails;
+  CLOCK, two numbers of seconds, is how wrong its clock is in even and odd ones.
   """
   import importlib.metadata
 
@@ -186,6 +187,8 @@ def main() -> None:
     _record_ids(feed, hosts, pathlib.Path(directory))
   if number := os.environ.get('INPUT_FAILS_AT'):
     _fail_at(feed, int(number))
+  if offsets := os.environ.get('CLOCK'):
+    _shift_clock([float(text) for text in offsets.split(',')])
   command = sys.argv.pop(1)
   mains = {'train': train.main, 'evaluate': evaluate.evaluate}
   cli.run(mains[command], '')
@@ -204,6 +207,11 @@ def _fail_at(feed, number: int) -> None:
     return put(run, batch)
 
   feed.Experiment.put_batch = put_or_fail
+
+
+def _shift_clock(offsets: Sequence[float]) -> None:
+  right = time.time
+  time.time = lambda: right() + offsets[int(time.monotonic()) % len(offsets)]
 
 
 def _record_ids(feed, hosts, directory: pathlib.Path) -> None:

@@ -20,7 +20,16 @@ import pytest
 import tensorstore
 from etils import epath
 
-from conadv_jax import checkpoint, config, experiment, faults, mesh, storage
+from conadv_jax import (
+  checkpoint,
+  checkpoint_files,
+  config,
+  experiment,
+  faults,
+  manifest,
+  mesh,
+  storage,
+)
 from conadv_jax.checkpoint import CheckpointError, Checkpoints
 from conadv_jax.state import Snapshot, TrainState
 from conadv_jax.storage import StorageError
@@ -133,7 +142,7 @@ def test_the_newest_state_comes_back_with_its_facts(two):
 
 @pytest.mark.parametrize('bucket', ['gs://bucket', 's3://bucket/a'])
 def test_checkpoints_of_a_bucket_are_in_the_bucket(bucket):
-  directory = checkpoint._directory_of(epath.Path(bucket) / 'run')
+  directory = checkpoint_files.directory_of(epath.Path(bucket) / 'run')
   assert os.fspath(directory) == f'{bucket}/run/checkpoints'
 
 
@@ -498,7 +507,7 @@ def test_one_that_cannot_be_removed_is_no_failed_save(fault, two, capsys):
 def test_files_that_cannot_be_read_are_not_taken_for_damaged(
   monkeypatch, two, waits
 ):
-  check, blips = checkpoint._check_files, []
+  check, blips = checkpoint_files._check_files, []
 
   def flaky(*arguments):
     if blips:
@@ -701,7 +710,7 @@ def test_a_shape_in_the_manifest_that_is_not_ours_is_refused(two):
   content = json.loads(file.read_text())
   content.pop('digest')
   content['leaves']['.opt_state[0]']['shape'] = [2**40]
-  content['digest'] = checkpoint._digest(content)
+  content['digest'] = manifest.digest(content)
   file.write_text(json.dumps(content))
   with pytest.raises(CheckpointError, match='1099511627776'):
     restored(two, strict=True)

@@ -488,6 +488,67 @@ def test_a_signal_to_one_host_stops_all_and_the_rerun_finishes(
 
 
 @pytest.mark.slow
+def test_a_run_of_two_hosts_goes_on_with_the_same_bits_on_one(tmp_path):
+  """Test 15, in float64, where one process goes on with its four devices."""
+  wide = ('--config.dtype=float64', '--config.max_steps=3')
+  environment = {'JAX_ENABLE_X64': '1', 'RECORD_IDS': str(tmp_path)}
+
+  def run(name, count, *more):
+    directory = tmp_path / name
+    with multihost.Hosts(
+      tmp_path / f'logs_{name}',
+      count,
+      arguments(directory, *wide, *more),
+      devices_per_host=4 // count,
+      environment=environment,
+    ) as started:
+      started.ends_with(0)
+      ids = multihost.recorded_ids(tmp_path, count, 32)
+      return started.log(0), ids, metrics.read_metrics(directory)
+
+  run('two', 2)
+  shutil.copytree(tmp_path / 'two', tmp_path / 'one')
+  logs, ids, rows = zip(
+    run('two', 2, '--config.max_steps=6'),
+    run('one', 1, '--config.max_steps=6'),
+    strict=True,
+  )
+  assert all('resumed at step 3' in log for log in logs)
+  assert 'damaged' not in logs[1]  # the checksums of host 1's leaves, too
+  np.testing.assert_array_equal(*ids)
+  np.testing.assert_array_equal(
+    ids[0], [sampler.example_ids(0, t, 32, 1437)[0] for t in range(3, 7)]
+  )
+  assert_rows_close(*rows, 1e-12)
+
+
+@pytest.mark.slow
+def test_wrong_clocks_change_nothing(tmp_path):
+  """Test 30: host 0 jumps by an hour, host 1 is ten minutes behind."""
+  runs = {}
+  for name, clocks in (
+    ('right', {}),
+    ('wrong', {0: {'CLOCK': '0,3600'}, 1: {'CLOCK': '-600'}}),
+  ):
+    directory = tmp_path / name
+    start = time.monotonic()
+    with multihost.Hosts(
+      tmp_path / f'logs_{name}',
+      2,
+      arguments(directory, '--config.checkpoint.keep=9'),
+      environment_of_host=clocks,
+    ) as run:
+      run.ends_with(0)
+    took = time.monotonic() - start
+    assert steps_saved(directory) == [3, 6]
+    runs[name] = rows = metrics.read_metrics(directory)
+    for row in (row for row in rows if row['split'] == 'train'):
+      assert 0 < row['seconds'] < took and row['images_per_sec'] > 32 / took
+      assert 0 <= row['input_wait_percent'] <= 100
+  assert_rows_close(runs['wrong'], runs['right'], 0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('host', [0, 1])
 def test_a_host_whose_input_fails_saves_with_all_and_names_itself(
   host, tmp_path
@@ -582,6 +643,13 @@ def test_a_nonfinite_run_names_the_examples_of_all_hosts(tmp_path):
     for name, batch in (('example_ids', -1), ('next_example_ids', 0)):
       expected, _ = sampler.example_ids(0, content['step'] + batch, 32, 1437)
       assert content[name] == expected.tolist()
+  bad = min(int(file.stem) for file in files)
+  replay = [multihost.TINY, 'train', f'--workdir={workdir}', f'--replay={bad}']
+  with multihost.Hosts(tmp_path / 'replay', 2, replay) as run:
+    run.ends_with(0)
+    assert f'step {bad}: reproduced bit for bit' in run.log(0)
+    assert 'reproduced' not in run.log(1)
+  assert (workdir / 'bad_steps' / f'{bad}.png').exists()
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 
 from conadv_jax import (
   config,
+  diagnosis,
   experiment,
   feed,
   metrics,
@@ -238,9 +239,9 @@ def test_the_diagnosis_has_the_losses_and_gradients_of_the_step(method, fields):
   ]
   step_fn = run.compile_step()
   state = pending_perturbation(cfg, step_fn, run.init_state(), batches[0])
-  found, delta = replay.make_diagnosis_fn(run)(state, batches[0])
+  found, delta = diagnosis.make_diagnosis_fn(run)(state, batches[0])
   places = jnp.array([0, 63, 17])
-  images = replay.make_images_fn(run)(batches[0], delta, places)
+  images = diagnosis.make_images_fn(run)(batches[0], delta, places)
   clean = np.asarray(batches[0]['clean']).reshape(64, *spec.image_shape)
   np.testing.assert_array_equal(images['clean'], clean[np.asarray(places)])
   if delta is not None:
@@ -266,7 +267,7 @@ def test_the_diagnosis_has_the_losses_and_gradients_of_the_step(method, fields):
 
 def test_the_worst_examples_come_first():
   losses = np.array([0.5, np.nan, 3.0, -np.inf, 1.0, np.inf, 2.0])
-  assert replay.worst(losses, 5).tolist() == [1, 3, 5, 2, 6]
+  assert diagnosis.worst(losses, 5).tolist() == [1, 3, 5, 2, 6]
 
 
 def test_pixels_that_are_not_finite_are_drawn(tmp_path):
