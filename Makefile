@@ -54,7 +54,8 @@ train: $(STAMP)
 
 test: $(STAMP)
 	@echo 'Running the tests ...'
-	@$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+	@$(VENV_PYTHON) -m pytest -n auto --maxprocesses=8 --dist=loadfile \
+	  $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@echo 'Checking style and formatting ...'

@@ -14,7 +14,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from conadv_jax import exits, hosts
+from conadv_jax import exits, hosts, join
 from conadv_jax.config import ConfigError, flatten, unknown
 from conadv_jax.data.quarantine import DataError
 from conadv_jax.storage import StorageError
@@ -79,7 +79,7 @@ def start_hosts(argv: Sequence[str]) -> list[str]:
 
   `--coordinator=HOST:PORT --num_hosts=N --host_index=I`, none of which is
   needed where JAX finds the hosts by itself, or with one host; and
-  `--start_timeout_seconds=300 --peer_timeout_seconds=60`. `hosts.start` has
+  `--start_timeout_seconds=300 --peer_timeout_seconds=60`. `join.start` has
   their meaning.
 
   Raises:
@@ -93,7 +93,7 @@ def start_hosts(argv: Sequence[str]) -> list[str]:
   timeout = flags.DEFINE_integer('start_timeout_seconds', 300, '', **options)
   peers = flags.DEFINE_integer('peer_timeout_seconds', 60, '', **options)
   rest = values(argv, known_only=True)
-  hosts.start(
+  join.start(
     coordinator.value,
     num_hosts.value,
     host_index.value,

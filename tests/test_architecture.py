@@ -21,6 +21,7 @@ ORDER = (
   'faults',
   'storage',
   'hosts',
+  'join',
   'watchdog',
   'stop',
   'data',

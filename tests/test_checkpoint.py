@@ -514,7 +514,7 @@ def test_files_that_cannot_be_read_are_not_taken_for_damaged(
       raise blips.pop()
     check(*arguments)
 
-  monkeypatch.setattr(checkpoint, '_check_files', flaky)
+  monkeypatch.setattr(checkpoint_files, '_check_files', flaky)
   checkpoints = Checkpoints(two, keep=5)
   blips += [OSError(errno.EIO, os.strerror(errno.EIO))] * 4
   assert_is(checkpoints.restore(abstract(make_state())), 2)
@@ -717,7 +717,7 @@ def test_a_shape_in_the_manifest_that_is_not_ours_is_refused(two):
 
 
 def test_more_bytes_than_the_state_can_need_are_refused(two, monkeypatch):
-  monkeypatch.setattr(checkpoint, '_SLACK_BYTES', 2**20)
+  monkeypatch.setattr(checkpoint_files, '_SLACK_BYTES', 2**20)
   bomb = two / 'checkpoints' / '2' / 'state' / 'd' / 'bomb'
   with bomb.open('wb') as file:
     file.truncate(2**24)

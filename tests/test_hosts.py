@@ -12,7 +12,7 @@ import multihost
 import numpy as np
 import pytest
 
-from conadv_jax import cli, config, exits, hosts, metrics, preflight
+from conadv_jax import cli, config, exits, hosts, join, metrics, preflight
 from conadv_jax.config import ConfigError
 from conadv_jax.data import sampler
 from configs import digits
@@ -25,10 +25,10 @@ ROOT = multihost.ROOT
 
 @pytest.fixture
 def joined(monkeypatch):
-  """Collects the places that `hosts.start` would join."""
+  """Collects the places that `join.start` would join."""
   places = []
-  monkeypatch.setattr(hosts, '_join', lambda place, _: places.append(place))
-  monkeypatch.setattr(hosts, '_detected', lambda *_: None)
+  monkeypatch.setattr(join, '_join', lambda place, _: places.append(place))
+  monkeypatch.setattr(join, '_detected', lambda *_: None)
   monkeypatch.delenv('JAX_COORDINATOR_ADDRESS', raising=False)
   return places
 
@@ -98,18 +98,16 @@ def detect(monkeypatch, result, on_tpu_vm=False, address=None):
     return result
 
   monkeypatch.setattr(
-    hosts.clusters.ClusterEnv, 'auto_detect_unset_distributed_params', found
+    join.clusters.ClusterEnv, 'auto_detect_unset_distributed_params', found
   )
-  monkeypatch.setattr(
-    hosts.cloud_tpu_init, 'running_in_cloud_tpu_vm', on_tpu_vm
-  )
-  return hosts._detected(address, 300)
+  monkeypatch.setattr(join.cloud_tpu_init, 'running_in_cloud_tpu_vm', on_tpu_vm)
+  return join._detected(address, 300)
 
 
 @pytest.fixture
 def any_platform(monkeypatch):
   """As where JAX_PLATFORMS is not set."""
-  options = hosts.jax.config
+  options = join.jax.config
   before = options.jax_platforms
   options.update('jax_platforms', None)
   yield
@@ -118,7 +116,7 @@ def any_platform(monkeypatch):
 
 def test_hosts_are_found_where_jax_finds_them(monkeypatch):
   place = detect(monkeypatch, ('10.0.0.2:8482', 16, 5, None))
-  assert place == hosts._Place('10.0.0.2:8482', 16, 5, None)
+  assert place == join._Place('10.0.0.2:8482', 16, 5, None)
   assert detect(monkeypatch, (None, None, None, None)) is None
 
 
@@ -131,7 +129,7 @@ def test_a_machine_without_a_cluster_is_alone(monkeypatch):
     'JAX_COORDINATOR_ADDRESS',
   ):
     monkeypatch.delenv(name, raising=False)
-  assert hosts._detected(None, 1) is None
+  assert join._detected(None, 1) is None
 
 
 def test_a_failed_search_says_how_to_do_without(monkeypatch):
@@ -173,7 +171,7 @@ def test_a_port_that_is_taken_is_refused():
   ],
 )
 def test_loopback_addresses_are_known(host, expected):
-  assert hosts._is_loopback(host) == expected
+  assert join._is_loopback(host) == expected
 
 
 def test_ranges():

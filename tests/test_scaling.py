@@ -7,6 +7,12 @@ import math
 import pytest
 
 from conadv_jax.audit import scaling, scaling_report
+from conadv_jax.audit.anchor import MLPERF_65536, check_anchor
+from conadv_jax.audit.collective_time import (
+  all_reduce,
+  group_all_reduce,
+  ring_all_reduce,
+)
 from conadv_jax.audit.scaling import (
   BatchNormCost,
   Calibration,
@@ -72,7 +78,7 @@ def toy(*shape, slices=1):
   ],
 )
 def test_all_reduce_by_hand(shape, wrap, latency_us, bandwidth_ms):
-  time = scaling.ring_all_reduce(1e8, shape, wrap, 1e9, 1e-6)
+  time = ring_all_reduce(1e8, shape, wrap, 1e9, 1e-6)
   assert time.latency_seconds == pytest.approx(1e-6 * latency_us)
   assert time.bandwidth_seconds == pytest.approx(1e-3 * bandwidth_ms)
   assert time.seconds == time.latency_seconds + time.bandwidth_seconds
@@ -80,7 +86,7 @@ def test_all_reduce_by_hand(shape, wrap, latency_us, bandwidth_ms):
 
 def test_an_all_gather_as_the_scaling_book_has_it():
   """Half an all-reduce: 34 MB over a line of 4 at 45 GB/s, "560 us" there."""
-  time = scaling.ring_all_reduce(
+  time = ring_all_reduce(
     2048 * 8192 * 2, (4,), (False,), 4.5e10, hop_seconds=0.0
   )
   assert time.seconds / 2 == pytest.approx(560e-6, rel=2e-3)
@@ -88,9 +94,9 @@ def test_an_all_gather_as_the_scaling_book_has_it():
 
 def test_latency_and_bandwidth_alone():
   shape, wrap = (16, 16), (True, True)
-  empty = scaling.ring_all_reduce(0.0, shape, wrap, 1e9, 1e-6)
+  empty = ring_all_reduce(0.0, shape, wrap, 1e9, 1e-6)
   assert empty == (2 * 16 * 1e-6, 0.0)
-  full = scaling.ring_all_reduce(1e8, shape, wrap, 1e9, 0.0)
+  full = ring_all_reduce(1e8, shape, wrap, 1e9, 0.0)
   assert full.latency_seconds == 0
   # The more chips, the nearer to two passes over the array.
   assert 0.99 < full.seconds / (2 * 1e8 / 4e9) < 1
@@ -105,13 +111,13 @@ def test_the_devices_of_a_chip_share_its_links(text, links):
   generation, chips = topology.generation, topology.chips
   all_links = 2 * generation.rank
   rate = 2 * generation.ici_bytes_per_sec * links / all_links
-  time = scaling.all_reduce(1e8, topology)
+  time = all_reduce(1e8, topology)
   expected = 2 * (chips - 1) / chips * 1e8 / rate
   assert time.bandwidth_seconds == pytest.approx(expected)
 
 
 def test_one_device_has_no_collective():
-  assert scaling.all_reduce(1e8, toy(1, 1)).seconds == 0
+  assert all_reduce(1e8, toy(1, 1)).seconds == 0
 
 
 def test_slices_by_hand():
@@ -119,8 +125,8 @@ def test_slices_by_hand():
 
   Between slices 2 * 3/4 * 25 MB at 5 GB/s = 7.5 ms, and twice 100 us.
   """
-  one = scaling.all_reduce(1e8, toy(4, 4))
-  four = scaling.all_reduce(1e8, toy(4, 4, slices=4))
+  one = all_reduce(1e8, toy(4, 4))
+  four = all_reduce(1e8, toy(4, 4, slices=4))
   assert four.bandwidth_seconds - one.bandwidth_seconds == pytest.approx(7.5e-3)
   assert four.latency_seconds - one.latency_seconds == pytest.approx(2e-4)
 
@@ -134,26 +140,26 @@ def test_two_slices_are_slower_than_one_of_the_same_size(name):
   two = dataclasses.replace(small, slices=2)
   assert two.devices == large.devices
   for num_bytes in (0, 1e8):
-    slow = scaling.all_reduce(num_bytes, two).seconds
-    assert slow > scaling.all_reduce(num_bytes, small).seconds
-    assert slow > scaling.all_reduce(num_bytes, large).seconds
+    slow = all_reduce(num_bytes, two).seconds
+    assert slow > all_reduce(num_bytes, small).seconds
+    assert slow > all_reduce(num_bytes, large).seconds
 
 
 def test_a_group_is_a_block_of_neighbours():
   """8 devices of v3 are 4 chips, an open 2x2 of any larger slice."""
   pod, block = parse('v3:32x32'), parse('v3:2x2')
-  expected = scaling.all_reduce(1e6, block)
-  assert scaling.group_all_reduce(1e6, pod, 8) == expected
-  assert scaling.group_all_reduce(1e6, pod, 2).seconds == 0
-  assert scaling.group_all_reduce(1e6, pod, 1).seconds == 0
-  twelve = scaling.group_all_reduce(1e6, toy(16, 16), 12)
+  expected = all_reduce(1e6, block)
+  assert group_all_reduce(1e6, pod, 8) == expected
+  assert group_all_reduce(1e6, pod, 2).seconds == 0
+  assert group_all_reduce(1e6, pod, 1).seconds == 0
+  twelve = group_all_reduce(1e6, toy(16, 16), 12)
   assert twelve.latency_seconds == pytest.approx(2 * (2 + 3) * 1e-6)
 
 
 def test_a_group_larger_than_a_slice_is_everything():
   two = toy(4, 4, slices=2)
-  assert scaling.group_all_reduce(1e6, two, 32) == scaling.all_reduce(1e6, two)
-  assert scaling.group_all_reduce(1e6, two, 16).latency_seconds < 1e-4
+  assert group_all_reduce(1e6, two, 32) == all_reduce(1e6, two)
+  assert group_all_reduce(1e6, two, 16).latency_seconds < 1e-4
 
 
 # ---- Cost of a step ----------------------------------------------------------
@@ -212,9 +218,7 @@ ONE = Compiled(8, 1e12, 1e9)
     (lambda: scaling.strong_scaling(COST, TOY, 0, 1), 'batch_size=0'),
     (lambda: scaling.weak_scaling(COST, TOY, 8, 0), 'examples_to_train=0'),
     (
-      lambda: scaling.check_anchor(
-        dataclasses.replace(RESNET50, gradient_bytes=1e13)
-      ),
+      lambda: check_anchor(dataclasses.replace(RESNET50, gradient_bytes=1e13)),
       'gradient_bytes=1e',
     ),
   ],
@@ -270,7 +274,7 @@ def test_the_fewest_equal_microbatches_that_fit(examples, most, expected):
   fast = max(p.flop_seconds, p.byte_seconds)
   assert p.compute_seconds == pytest.approx(fast + expected)
   # The gradients are summed once.
-  assert p.gradients == scaling.all_reduce(1e8, toy(2, 2))
+  assert p.gradients == all_reduce(1e8, toy(2, 2))
 
 
 def test_batch_norm_costs_only_where_a_group_spans_devices():
@@ -380,7 +384,7 @@ def test_overhead_hurts_strong_scaling_more_than_inefficiency():
 
 
 def test_the_anchor_is_8192_devices_whose_rings_close_one_way():
-  anchor = scaling.MLPERF_65536
+  anchor = MLPERF_65536
   assert anchor.topology.devices == 8192
   assert anchor.topology.wrap == (False, True)
   assert anchor.topology.devices * anchor.examples_per_device == 65_536
@@ -393,7 +397,7 @@ def test_the_anchor_by_hand():
   102 MB over 1 + 2 links of 83 GB/s, 127 + 16 hops twice; batch norm over 8
   devices, an open 2x2: 106 times 4 hops, and 2 * 3/4 * 0.4 MB over two links.
   """
-  check = scaling.check_anchor(RESNET50)
+  check = check_anchor(RESNET50)
   p = check.prediction
   assert p.compute_seconds == pytest.approx(6.537e-3, rel=1e-3)
   assert p.gradients.latency_seconds == pytest.approx(286e-6)
@@ -414,7 +418,7 @@ def test_the_anchor_by_hand():
 
 
 def test_both_calibrations_meet_the_anchor_and_part_elsewhere():
-  check = scaling.check_anchor(RESNET50)
+  check = check_anchor(RESNET50)
   anchor = check.anchor
   both = (check.by_efficiency, check.by_overhead)
   for calibration in both:
@@ -431,7 +435,7 @@ def test_both_calibrations_meet_the_anchor_and_part_elsewhere():
 
 def test_a_prediction_longer_than_the_measurement_is_not_hidden():
   cost = dataclasses.replace(RESNET50, bytes_per_example=1e9)
-  check = scaling.check_anchor(cost)
+  check = check_anchor(cost)
   assert check.ratio > 1
   assert check.unexplained_share < 0
   assert check.by_efficiency.efficiency > 1

@@ -316,10 +316,10 @@ with watchdog.Watchdog(1) as dog:
 PROGRAM = """
 import os, sys, time
 import numpy as np
-from conadv_jax import exits, faults, hosts, watchdog
+from conadv_jax import exits, faults, hosts, join, watchdog
 
 flags = dict(a[2:].split('=') for a in sys.argv[1:])
-hosts.start(
+join.start(
   flags['coordinator'], int(flags['num_hosts']), int(flags['host_index']),
   peer_timeout_seconds=int(flags['peer']),
 )

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from conadv_jax.audit import scaling
-from conadv_jax.audit.scaling import AnchorCheck, Calibration, Row, Scaling
+from conadv_jax.audit.anchor import AnchorCheck, check_anchor
+from conadv_jax.audit.scaling import Calibration, Row, Scaling
 from conadv_jax.audit.topology import Generation
 
 # Of the roofline and the two calibrations; the last can lie on the first.
@@ -63,12 +64,12 @@ def study(
     batch_size: of strong scaling.
     examples_to_train: of the whole run: epochs times examples.
     max_examples_per_device: that HBM holds; more are accumulated.
-    anchor_cost: of the step of `scaling.MLPERF_65536`, compiled by us for v3.
+    anchor_cost: of the step of `anchor.MLPERF_65536`, compiled by us for v3.
 
   Raises:
     ConfigError: for a number out of range; the message names it.
   """
-  check = None if anchor_cost is None else scaling.check_anchor(anchor_cost)
+  check = None if anchor_cost is None else check_anchor(anchor_cost)
   calibrations = (scaling.ROOFLINE,)
   if check is not None:
     calibrations += (check.by_efficiency, check.by_overhead)
