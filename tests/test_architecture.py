@@ -50,6 +50,7 @@ ORDER = (
   'diagnosis',
   'replay',
   'supervise',
+  'finish',
   'train',
   'model_card',
   'export',

@@ -18,6 +18,7 @@ from conadv_jax import (
   evaluate,
   experiment,
   export,
+  finish,
   model_card,
   models,
   train,
@@ -429,7 +430,7 @@ def test_timm_has_the_logits_and_top1_of_a_run(tmp_path, monkeypatch):
   build = functools.partial(experiment.build, devices=jax.devices()[:1])
   with monkeypatch.context() as patch:
     patch.setattr(experiment, 'build', build)
-    patch.setattr(train, '_draw', lambda *_: None)  # compiles an attack
+    patch.setattr(finish, '_draw', lambda *_: None)  # compiles an attack
     train.train(settings, str(tmp_path / 'run'))
   run_export(tmp_path / 'run', tmp_path / 'm.safetensors')
 

@@ -12,7 +12,15 @@ import jax
 import numpy as np
 import pytest
 
-from conadv_jax import config, experiment, metrics, models, schedules, train
+from conadv_jax import (
+  config,
+  experiment,
+  finish,
+  metrics,
+  models,
+  schedules,
+  train,
+)
 from conadv_jax.data import datasets
 from conadv_jax.models import efficientnet, resnet
 from configs import imagenet_efficientnet, imagenet_resnet50
@@ -293,7 +301,7 @@ def test_a_recipe_trains_with_every_method(
   monkeypatch.setitem(models.MODELS, model, entry)
   build = functools.partial(experiment.build, devices=jax.devices()[:1])
   monkeypatch.setattr(experiment, 'build', build)
-  monkeypatch.setattr(train, '_draw', lambda *_: None)  # compiles an attack
+  monkeypatch.setattr(finish, '_draw', lambda *_: None)  # compiles an attack
   values = recipe_of(model).get_config(
     f'model={model},method={method},batch_size=8'
   )
