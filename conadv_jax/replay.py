@@ -345,11 +345,8 @@ def _extremes(delta: jax.Array) -> Row:
   def find(x):
     finite = jnp.isfinite(x)
     least = jnp.where(finite, x, jnp.inf).min()
-    return (
-      least,
-      jnp.where(finite, x, -jnp.inf).max(),
-      diagnosis.count_nonfinite(x),
-    )
+    largest = jnp.where(finite, x, -jnp.inf).max()
+    return least, largest, diagnosis.count_nonfinite(x)
 
   least, largest, nonfinite = jax.device_get(find(delta))
   return {
@@ -400,10 +397,10 @@ def _table(content: Row) -> str:
     ]
   lines.append('')
   for name, x in content['perturbation'].items():
-    lines.append(
-      f'perturbation {name}: {_short(x["min_px"])} to {_short(x["max_px"])} '
-      f'grey levels, {x["nonfinite"]} not finite'
-    )
+    span = f'{_short(x["min_px"])} to {_short(x["max_px"])} grey levels'
+    if x['min_px'] == 'inf':  # of no number
+      span = 'no number is finite'
+    lines.append(f'perturbation {name}: {span}, {x["nonfinite"]} not finite')
   places = content['nonfinite_state'] | {
     'statistics': list(content['nonfinite_statistics'])
   }
