@@ -48,12 +48,24 @@ IDLE_SECONDS = 10
 # ---- Checkpoints ------------------------------------------------------------
 
 
+def as_trained(state: Any) -> Any:
+  """`state` with random weights, momentum, ...: zeros would compress away."""
+  rng = np.random.default_rng(0)
+
+  def fill(x):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      return x
+    values = rng.standard_normal(x.shape, np.float32)
+    return jax.device_put(values.astype(x.dtype), x.sharding)
+
+  return jax.block_until_ready(jax.tree.map(fill, state))
+
+
 def checkpoint_rows(args, directory: pathlib.Path) -> dict[str, Any]:
   fields = imagenet_resnet50.get_config('method=conadv')
   fields.update(model=args.model, batch_size=256, bn_group_size=32)
   run = experiment.build(config.from_config_dict(fields))
-  state = run.init_state().replace(perturbation=None)
-  jax.block_until_ready(state)
+  state = as_trained(run.init_state().replace(perturbation=None))
   first = seconds(lambda: checksum.checksums(state))
   rows = {'ours': [], 'orbax alone': [], 'checksums': []}
   ours = Checkpoints(epath.Path(directory / 'ours'))
