@@ -421,9 +421,11 @@ def test_a_start_and_its_done_are_one_collective():
     f'ROOT %m = f32[8]{{0}} negate(%n), {meta}',
   )
   (each,) = schedule.collectives(found, *RATES)
-  assert each.is_async and [name for name, _, _ in each.beside] == ['n', 'o']
   seconds = 64 / RATES[1]
-  assert each.beside_seconds == {'adversarial': seconds, 'optimizer': seconds}
+  assert each.is_async and each.beside == (
+    ('n', 'adversarial', seconds),
+    ('o', 'optimizer', seconds),
+  )
   overlap = schedule.overlap(found, *RATES)
   assert overlap['hidden_seconds'] == seconds
   assert overlap['adversarial_seconds'] == 2 * seconds

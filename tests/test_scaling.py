@@ -41,10 +41,13 @@ COST = StepCost(
   origin='by hand',
 )
 # Of the baseline step at 96 images of 224 px in bfloat16 on v3.
-RESNET50 = StepCost.of_one(
-  Compiled(96, 2.94 * 2 * 4.089e9 * 96, 27.6e9),
-  gradient_bytes=102e6,
+RESNET50 = StepCost(
+  flops_per_example=2.94 * 2 * 4.089e9,
+  bytes_per_example=(27.6e9 - 0.7e9) / 96,
+  fixed_flops=0.0,
   fixed_bytes=0.7e9,
+  gradient_bytes=102e6,
+  origin='by hand',
   batch_norm=BatchNormCost(group_size=64, all_reduces=106, bytes=4e5),
 )
 
@@ -170,7 +173,7 @@ def test_two_programs_tell_fixed_from_growing_cost():
     return Compiled(examples, 10 + 3 * examples, 100 + 7 * examples)
 
   for pair in ((4, 16), (16, 4)):
-    cost = StepCost.of_two(*map(program, pair), gradient_bytes=5.0)
+    cost = StepCost.from_compiled(*map(program, pair), gradient_bytes=5.0)
     assert cost.flops_per_example == pytest.approx(3)
     assert cost.bytes_per_example == pytest.approx(7)
     assert cost.fixed_flops == pytest.approx(10)
@@ -180,7 +183,7 @@ def test_two_programs_tell_fixed_from_growing_cost():
 
 
 def test_no_part_is_below_zero_and_the_larger_program_is_met():
-  cost = StepCost.of_two(
+  cost = StepCost.from_compiled(
     Compiled(4, 10.0, 30.0), Compiled(16, 100.0, 160.0), gradient_bytes=0.0
   )
   assert cost.fixed_flops == cost.fixed_bytes == 0
@@ -188,24 +191,18 @@ def test_no_part_is_below_zero_and_the_larger_program_is_met():
   assert cost.bytes_per_example * 16 == 160
 
 
-def test_one_program_needs_an_assumption():
-  cost = StepCost.of_one(Compiled(10, 50.0, 120.0), 1.0, fixed_bytes=20.0)
-  assert (cost.flops_per_example, cost.bytes_per_example) == (5, 10)
-  assert (cost.fixed_flops, cost.fixed_bytes) == (0, 20)
-  assert 'assumed' in cost.origin
-
-
+NONE = Compiled(0, 1.0, 1.0)
 ONE = Compiled(8, 1e12, 1e9)
+TWO = Compiled(16, 2e12, 2e9)
 
 
 @pytest.mark.parametrize(
   'make, field',
   [
-    (lambda: StepCost.of_one(Compiled(0, 1.0, 1.0), 1.0, 0.0), 'examples_per'),
-    (lambda: StepCost.of_one(ONE, 1.0, fixed_bytes=2e9), 'fixed_bytes=2e'),
-    (lambda: StepCost.of_one(ONE, -1.0, 0.0), 'gradient_bytes=-1'),
-    (lambda: StepCost.of_one(ONE, math.nan, 0.0), 'gradient_bytes=nan'),
-    (lambda: StepCost.of_two(ONE, ONE, 1.0), 'examples_per_device=8: twice'),
+    (lambda: StepCost.from_compiled(NONE, ONE, 1.0), 'examples_per'),
+    (lambda: StepCost.from_compiled(ONE, TWO, -1.0), 'gradient_bytes=-1'),
+    (lambda: StepCost.from_compiled(ONE, TWO, math.nan), 'gradient_bytes=nan'),
+    (lambda: StepCost.from_compiled(ONE, ONE, 1.0), 'examples_per_device=8'),
     (lambda: BatchNormCost(group_size=-1), 'group_size=-1'),
     (lambda: Calibration('x', efficiency=0.0), 'efficiency=0.0'),
     (lambda: Calibration('x', overhead_seconds=-1.0), 'overhead_seconds=-1.0'),

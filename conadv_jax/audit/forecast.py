@@ -63,7 +63,7 @@ def step_cost(
     )
   run = experiment.build(config, topology.load_devices(where))
   params = run.abstract_state().params
-  return scaling.StepCost.of_two(
+  return scaling.StepCost.from_compiled(
     *programs,
     gradient_bytes=4 * sum(leaf.size for leaf in jax.tree.leaves(params)),
     batch_norm=batch_norm_cost(config, params),

@@ -91,32 +91,7 @@ class StepCost:
     _check_numbers(self)
 
   @classmethod
-  def of_one(
-    cls,
-    compiled: Compiled,
-    gradient_bytes: float,
-    fixed_bytes: float,
-    batch_norm: BatchNormCost = BatchNormCost(),
-  ) -> StepCost:
-    """From one compiled program; `fixed_bytes` is assumed, no FLOP is fixed."""
-    examples = _checked_examples(compiled)
-    if fixed_bytes > compiled.bytes:
-      raise ConfigError(
-        f'fixed_bytes={fixed_bytes:.4g}: more than all bytes of the step, '
-        f'{compiled.bytes:.4g}'
-      )
-    return cls(
-      flops_per_example=compiled.flops / examples,
-      bytes_per_example=(compiled.bytes - fixed_bytes) / examples,
-      fixed_flops=0.0,
-      fixed_bytes=fixed_bytes,
-      gradient_bytes=gradient_bytes,
-      origin=f'compiled at {examples} examples per device; fixed bytes assumed',
-      batch_norm=batch_norm,
-    )
-
-  @classmethod
-  def of_two(
+  def from_compiled(
     cls,
     first: Compiled,
     second: Compiled,

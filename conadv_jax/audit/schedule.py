@@ -69,14 +69,6 @@ class Collective:
   beside: tuple[tuple[str, str, float], ...]
   evidence: tuple[str, ...]
 
-  @property
-  def beside_seconds(self) -> dict[str, float]:
-    """Roofline seconds of what runs beside one exchange, by scope."""
-    seconds = collections_lib.defaultdict(float)
-    for _, scope, spent in self.beside:
-      seconds[scope] += spent
-    return dict(seconds)
-
 
 def collectives(
   program: Program, peak_flops_per_sec: float, hbm_bytes_per_sec: float
