@@ -499,7 +499,7 @@ def _fill_presets(values: dict[str, Any]) -> None:
     if attack.get('step_size_px', 0) is None and isinstance(epsilon, float):
       attack['step_size_px'] = epsilon if attack['steps'] == 1 else epsilon / 4
   if values.get('grad_buckets', 0) is None:
-    values['grad_buckets'] = int(values.get('xla_flags') == 'overlap')
+    values['grad_buckets'] = int(values.get('xla_flags', 'none') != 'none')
   optimizer = values.get('optimizer')
   if isinstance(optimizer, dict) and 'name' in optimizer:
     _check_choice('optimizer.name', optimizer['name'], OPTIMIZER_EPS)

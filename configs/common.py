@@ -78,7 +78,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.shard_optimizer = False  # its state split over devices, not copied to each
   c.grad_allreduce_dtype = 'float32'  # or bfloat16: half the bytes, less exact
   # Vectors that gradients are summed in; 0 = as the compiler sees fit. None =
-  # 1 for xla_flags=overlap: v5e can put nothing else behind other work.
+  # 1 if xla_flags is set: v5e, and networks between slices, can put nothing
+  # else behind other work.
   c.grad_buckets = config_dict.placeholder(int)
   c.xla_flags = 'none'  # of TPU compilers: none, overlap (sums of gradients
   #   behind other work), multislice (those between slices)

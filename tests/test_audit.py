@@ -438,6 +438,34 @@ def test_a_step_too_large_exits_with_3_and_a_remedy():
   assert 'What lowers it' in done.stdout
 
 
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(('method', 'runs'), (('conadv', 1), ('disadv', 0)))
+def test_the_attack_runs_beside_the_sum_between_slices(method, runs, tmp_path):
+  """If it is stale; else it has to wait for the update."""
+  done = run_audit(
+    f'--config=configs/digits.py:batch_size=256,method={method}',
+    '--config.bn_group_size=32',
+    '--config.xla_flags=multislice',
+    '--topology=v5e:2x2',
+    '--slices=2',
+    f'--output={tmp_path}',
+  )
+  assert done.returncode == 0, done.stderr
+  path = tmp_path / f'resnet8_{method}_256_2xv5e-4_multislice.json'
+  found = json.loads(path.read_text())
+  (between,) = (
+    c for c in found['collectives'] if c['kind'] == 'dcn-all-reduce'
+  )
+  assert (between['group_size'], between['count']) == (2, 1)
+  # A quarter each, in tiles of 4 KiB.
+  assert 0 <= 4 * between['bytes'] - found['hbm']['parameters'] < 2**15
+  hidden = found['overlap']['hidden_seconds']
+  assert found['overlap']['asynchronous'] == bool(runs)
+  assert (hidden > 0) == bool(runs)
+  attack = found['overlap']['adversarial_seconds']
+  assert hidden >= 0.9 * runs * attack
+
+
 # ---- Golden collectives ----------------------------------------------------
 
 RECIPES = (

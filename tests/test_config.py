@@ -316,6 +316,16 @@ def test_an_explicit_staleness_beats_the_methods():
     assert config.staleness_steps == tau
 
 
+@pytest.mark.parametrize(
+  ('flags', 'buckets'), [('none', 0), ('overlap', 1), ('multislice', 1)]
+)
+def test_flags_say_how_gradients_are_summed_unless_the_field_does(
+  flags, buckets
+):
+  assert load({'xla_flags': flags}).grad_buckets == buckets
+  assert load({'xla_flags': flags, 'grad_buckets': 3}).grad_buckets == 3
+
+
 def test_the_attack_preset_fills_only_what_is_none():
   attack = load({'attack.preset': 'pgd', 'attack.steps': 7}).attack
   assert (attack.steps, attack.step_size_px) == (7, 1.0)

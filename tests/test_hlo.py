@@ -431,6 +431,61 @@ def test_a_start_and_its_done_are_one_collective():
   assert overlap['adversarial_seconds'] == 2 * seconds
 
 
+def test_a_sum_between_slices():
+  """It loses its name; the hosts do a part of it while the attack runs."""
+
+  def transfer(key):
+    return (
+      'is_host_transfer=true, frontend_attributes={'
+      f'_xla_host_transfer_rendezvous="{key}",'
+      '_xla_megascale_target="{0,1}x{0:3}",'
+      '_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+
+  def named(scope):
+    return f'metadata={{op_name="jit(f)/{scope}/neg"}}'
+
+  found = program(
+    '%a = f32[8]{0} parameter(0)',
+    '%b = f32[4]{0} parameter(1)',
+    '%t = token[] after-all()',
+    f'%r = (f32[8]{{0}}, u32[], token[]) recv(%t), {transfer("one")}',
+    f'%q = (f32[4]{{0}}, u32[], token[]) recv(%t), {transfer("two")}',
+    '%s = f32[8]{0} all-reduce(%a), replica_groups={{0,1,2,3},{4,5,6,7}}, '
+    'to_apply=%sum',
+    f'%send.1 = (f32[8]{{0}}, u32[], token[]) send(%s, %t), {transfer("one")}',
+    f'%send.2 = (f32[4]{{0}}, u32[], token[]) send(%b, %t), {transfer("two")}',
+    '%d.1 = token[] send-done(%send.1), is_host_transfer=true',
+    '%w.2 = (f32[4]{0}, token[]) recv-done(%q), is_host_transfer=true',
+    f'%n = f32[8]{{0}} negate(%a), {named("adversarial")}',
+    '%w.1 = (f32[8]{0}, token[]) recv-done(%r), is_host_transfer=true',
+    f'ROOT %m = f32[8]{{0}} negate(%a), {named("optimizer")}',
+  )
+  within, first, second = schedule.collectives(found, *RATES)
+  assert (within.kind, within.bytes, within.group_size) == ('all-reduce', 32, 4)
+  assert not within.is_async
+  assert (first.kind, first.bytes, first.dtype) == ('dcn-all-reduce', 32, 'f32')
+  assert (first.group_size, first.num_groups) == (2, 4)
+  assert [name for name, _, _ in first.beside] == ['n']
+  assert second.bytes == 16 and not second.is_async
+  assert {c.scope for c in (within, first, second)} == {'gradient_sum'}
+  overlap = schedule.overlap(found, *RATES)
+  assert overlap['asynchronous_bytes'] == 32
+  assert overlap['hidden_seconds'] == overlap['adversarial_seconds'] > 0
+  assert '(0.0 of 0.0 MB between slices)' in overlap['verdict']
+  scopes = hlo_cost.by_scope(found, *RATES)
+  assert scopes['other']['seconds'] == 0
+
+
+def test_a_sum_without_a_name_in_one_slice_is_of_no_scope():
+  found = program(
+    '%a = f32[8]{0} parameter(0)',
+    'ROOT %s = f32[8]{0} all-reduce(%a), replica_groups={}, to_apply=%sum',
+  )
+  (each,) = schedule.collectives(found, *RATES)
+  assert each.scope == 'other'
+
+
 def test_a_synchronous_sum():
   (each,) = schedule.collectives(read('v3_synchronous'), *RATES)
   assert each.bytes == KERNEL_BYTES and each.group_size == 8

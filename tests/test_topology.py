@@ -60,6 +60,9 @@ def test_names_and_sizes(text, slices, name, alias, chips, devices, hosts):
   assert topology.hosts == hosts
   assert topology.slices == slices
   assert parse(topology.alias, slices) == topology
+  times = f'{slices} x ' if slices > 1 else ''
+  assert topology.label == times + name
+  assert topology.alias_label == times + alias
 
 
 def test_a_slice_is_labelled_with_its_number():

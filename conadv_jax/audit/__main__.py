@@ -145,7 +145,8 @@ def _name(result: dict[str, Any]) -> str:
   if 'model' not in result:
     return 'sweep'
   names = ('model', 'method', 'batch_size', 'alias')
-  parts = [str(result[name]).replace(':', '-') for name in names]
+  parts = [str(result[name]) for name in names]
+  parts = [part.replace(':', '-').replace(' ', '') for part in parts]
   if result['staleness_steps'] > 1:
     parts.append(f'tau{result["staleness_steps"]}')
   if result['microbatches'] > 1:

@@ -116,7 +116,7 @@ def report(
     'xla_flags': config.xla_flags,
     'compiler_options': run.compiler_options,
     'topology': topology.label,
-    'alias': topology.alias,
+    'alias': topology.alias_label,
     'devices': topology.devices,
     'hosts': topology.hosts,
     'host_cores': topology.generation.host_vcpus,

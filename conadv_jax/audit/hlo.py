@@ -150,6 +150,13 @@ class Computation:
         users[name].append(instruction)
     return {name: tuple(found) for name, found in users.items()}
 
+  @functools.cached_property
+  def spans_slices(self) -> bool:
+    """Whether it exchanges anything between slices."""
+    return any(
+      kind_of(i).startswith('dcn-') for i in self.instructions.values()
+    )
+
   def operands(self, instruction: Instruction) -> list[Instruction]:
     return [self.instructions[name] for name in instruction.operands]
 
@@ -264,7 +271,14 @@ def _executed(
 
 
 def kind_of(instruction: Instruction) -> str:
-  """The member of `COLLECTIVES` that it starts, or ''."""
+  """The member of `COLLECTIVES` that it starts, or ''.
+
+  Exchanges between slices go through the hosts: the first of them is a `send`
+  to the host, and its kind one of `COLLECTIVES` behind 'dcn-'.
+  """
+  if instruction.opcode == 'send':
+    kind = re.search(r'megascale_transfer_type="(\w+)"', instruction.attributes)
+    return f'dcn-{kind[1].lower().replace("_", "-")}' if kind else ''
   kind = instruction.opcode.removesuffix('-start')
   return kind if kind in COLLECTIVES else ''
 

@@ -54,6 +54,12 @@ _FREE = {
 _MOVES = re.compile(
   r'(copy|slice|async|call)-(start|update|done)|copy|bitcast|reshape|transpose'
 )
+_SUMS = (
+  'all-reduce',
+  'reduce-scatter',
+  'dcn-all-reduce',
+  'dcn-reduce-scatter',
+)
 _SLICES = ('slice', 'dynamic-slice', 'gather')
 
 
@@ -160,8 +166,13 @@ def scope_of(computation: Computation, instruction: Instruction) -> str:
   """The member of `SCOPES` that an instruction comes from, or 'other'.
 
   A copy that has no name, such as those that fetch operands ahead of time,
-  belongs to the first scope that reads it.
+  belongs to the first scope that reads it. A sum over several slices is taken
+  apart and loses its name: within slices, between them, within them again. It
+  is taken for the sum of gradients, the one that a step makes over all devices.
   """
+  if not instruction.op_name and computation.spans_slices:
+    if kind_of(instruction) in _SUMS or instruction.opcode == 'recv':
+      return 'gradient_sum'
   seen = set()
   while instruction.name not in seen:
     seen.add(instruction.name)

@@ -1,6 +1,6 @@
 """Collectives of a scheduled program, and what runs beside them.
 
-XLA:TPU writes a collective in one of four forms:
+XLA:TPU writes a collective in one of five forms:
 
   all-reduce                     the core waits for it
   all-reduce-start ... -done     runs beside what stands between
@@ -8,6 +8,9 @@ XLA:TPU writes a collective in one of four forms:
   fusions of one chain           continuation fusion: the first fusion starts
                                  it, every following one does a part of it
                                  within its own loop, the last one ends it
+  send ... recv-done             between slices: the hosts do it, over the
+                                 data centre network (DCN), beside what stands
+                                 between
 """
 
 from __future__ import annotations
@@ -36,11 +39,11 @@ class Collective:
 
   Attributes:
     name: of the instruction, or of the one that starts it.
-    kind: a member of `hlo.COLLECTIVES`.
+    kind: as in `hlo.kind_of`.
     dtype: element types, joined by '+'.
     bytes: payload of one device, without padding: what it gives to the sum, the
       whole array that is gathered or scattered.
-    group_size: devices that exchange.
+    group_size: devices that exchange; between slices, one of each slice.
     num_groups: groups that do so at the same time.
     count: times per run of the program.
     scope: the named scope that it comes from, as in `hlo_cost.scope_of`.
@@ -156,9 +159,16 @@ def _verdict(result: dict[str, Any], sums: Sequence[Collective]) -> str:
   if not sums:
     return 'no sum of gradients: nothing to exchange'
   if result['asynchronous']:
+    between = [c for c in sums if c.kind.startswith('dcn-')]
+    slices = (
+      f' ({_megabytes(c for c in between if c.is_async)} of '
+      f'{_megabytes(between)} MB between slices)'
+      if between
+      else ''
+    )
     return (
-      f'asynchronous: {result["asynchronous_bytes"] / 1e6:.1f} of '
-      f'{result["bytes"] / 1e6:.1f} MB run beside other work, '
+      f'asynchronous: {_megabytes(c for c in sums if c.is_async)} of '
+      f'{_megabytes(sums)} MB{slices} run beside other work, '
       f'{1e6 * result["hidden_seconds"]:.0f} us of the '
       f'{1e6 * result["adversarial_seconds"]:.0f} us of the adversarial '
       'sub-step among it'
@@ -175,6 +185,10 @@ def _verdict(result: dict[str, Any], sums: Sequence[Collective]) -> str:
   )
 
 
+def _megabytes(exchanges: Iterable[Collective]) -> str:
+  return f'{sum(c.bytes * c.count for c in exchanges) / 1e6:.1f}'
+
+
 class _Timeline:
   """The instructions of one computation that take time, in their order."""
 
@@ -188,6 +202,7 @@ class _Timeline:
     self.computation = computation
     self.place = {name: i for i, name in enumerate(computation.instructions)}
     self.timed, self.chains = [], collections_lib.defaultdict(list)
+    self.received = {}
     for instruction in computation.instructions.values():
       spent = hlo_cost.cost(
         program,
@@ -202,17 +217,24 @@ class _Timeline:
       if spent.seconds or inner is not None:
         scope = hlo_cost.scope_of(computation, instruction)
         self.timed.append((instruction, scope, spent.seconds))
+      if instruction.opcode == 'recv':
+        self.received[_rendezvous(instruction)] = instruction
 
   def parts(self, start: Instruction, inner: Instruction) -> list[Instruction]:
     """The instructions that start, carry and end an exchange."""
     if start.opcode == 'fusion':
       return self.chains[_chain(inner)]
-    users = self.computation.users[start.name]
+    if start.opcode == 'send':
+      ending = self.received[_rendezvous(start)]
+    else:
+      ending = start
+    users = self.computation.users[ending.name]
     return [start, *(u for u in users if u.opcode.endswith('-done'))]
 
   def between(self, parts: Sequence[Instruction]):
     """What runs from the first to the last part of an exchange.
 
+    Not other exchanges between slices: those share the network with it.
     Of continuation fusions, only those that carry a part of it: the others do
     not drive it.
     """
@@ -223,6 +245,7 @@ class _Timeline:
       for instruction, scope, seconds in self.timed
       if first < self.place[instruction.name] < last
       and (carriers is None or instruction.name in carriers)
+      and instruction.opcode not in ('send', 'recv')
     )
 
   def position(self, instruction: Instruction) -> int:
@@ -252,7 +275,7 @@ def _collective(
     group_size=group_size,
     num_groups=num_groups,
     count=times,
-    scope=hlo_cost.scope_of_name(inner.op_name),
+    scope=hlo_cost.scope_of(home, inner),
     is_async=bool(beside),
     was_async='async_collective_name=' in instruction.attributes,
     position=timeline.position(instruction),
@@ -304,11 +327,21 @@ def _chain(inner: Instruction) -> str:
   return f'{kind_of(inner)} {channel} {chain[1] if chain else ""}'
 
 
+def _rendezvous(instruction: Instruction) -> str:
+  """What a send to the host and the recv from it share."""
+  found = re.search(r'_rendezvous="([^"]*)"', instruction.attributes)
+  return found[1] if found else ''
+
+
 def _groups(program: Program, inner: Instruction) -> tuple[int, int]:
   """(devices of a group, groups); `replica_groups` in any of its forms.
 
-  A permutation is written as pairs: (2, pairs).
+  A permutation is written as pairs: (2, pairs); an exchange between slices as
+  slices and their devices: "{1,2}x{0:255}".
   """
+  target = re.search(r'megascale_target="{(.*?)}x{(.*?)}"', inner.attributes)
+  if target:
+    return _count(target[1]), _count(target[2])
   pairs = inner.attribute('source_target_pairs')
   text = pairs or inner.attribute('replica_groups')
   iota = re.match(r'\[(\d+),(\d+)\]<=', text)
@@ -318,6 +351,12 @@ def _groups(program: Program, inner: Instruction) -> tuple[int, int]:
   if not groups:  # {} are all devices
     return program.num_devices, 1
   return len(groups[0].split(',')), len(groups)
+
+
+def _count(ranges: str) -> int:
+  """'1,2' and '0:255' -> how many these are."""
+  ends = (part.split(':') for part in ranges.split(','))
+  return sum(int(each[-1]) - int(each[0]) + 1 for each in ends)
 
 
 def _evidence(

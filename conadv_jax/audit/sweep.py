@@ -125,7 +125,7 @@ def _trials(
     except ConfigError as error:
       yield {
         'topology': topology.label,
-        'alias': topology.alias,
+        'alias': topology.alias_label,
         'batch_size': config.batch_size,
         'microbatches': config.microbatches,
         'error': str(error),

@@ -283,7 +283,15 @@ class Topology:
   @property
   def label(self) -> str:
     """For people: 'v3:16x32', '2 x v3:32x32'."""
-    return self.name if self.slices == 1 else f'{self.slices} x {self.name}'
+    return self._times_slices(self.name)
+
+  @property
+  def alias_label(self) -> str:
+    """As `label`, of the types: 'v3-1024', '2 x v3-2048'."""
+    return self._times_slices(self.alias)
+
+  def _times_slices(self, name: str) -> str:
+    return name if self.slices == 1 else f'{self.slices} x {name}'
 
   @property
   def wrap(self) -> tuple[bool, ...]:
