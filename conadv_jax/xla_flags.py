@@ -31,7 +31,8 @@ _OVERLAP = {
   'TPU v6 lite': _SPARSE_CORE,
   'TPU7x': _SPARSE_CORE,
 }
-# For the sums between slices, over the data centre network.
+# For the sums between slices, over the data centre network, if they are many:
+# one (`grad_buckets`) runs beside other work without.
 _MULTISLICE = {
   'xla_tpu_enable_data_parallel_all_reduce_opt': True,
   'xla_tpu_data_parallel_opt_different_sized_ops': True,

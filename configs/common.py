@@ -82,7 +82,7 @@ def get_config() -> ml_collections.ConfigDict:
   # else behind other work.
   c.grad_buckets = config_dict.placeholder(int)
   c.xla_flags = 'none'  # of TPU compilers: none, overlap (sums of gradients
-  #   behind other work), multislice (those between slices)
+  #   behind other work), multislice (for several slices: those between them)
 
   c.loss = ml_collections.ConfigDict()
   c.loss.label_smoothing = 0.1  # share spread evenly over all classes
