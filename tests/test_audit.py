@@ -18,6 +18,7 @@ import pytest
 
 from conadv_jax import config as config_lib
 from conadv_jax import experiment, models
+from conadv_jax.audit import __main__ as audit_command
 from conadv_jax.audit import cache, compile, forecast, sweep, topology
 from conadv_jax.audit.compile import Compiled
 
@@ -387,6 +388,28 @@ def test_wrong_settings_exit_with_2_and_name_the_field(args, words):
   assert done.returncode == 2, done.stderr
   assert words in done.stderr
   assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
+def test_a_sweep_without_libtpu_ends_at_once(monkeypatch, tmp_path):
+  monkeypatch.delenv('TPU_LIBRARY_PATH', raising=False)
+  find_spec = topology.importlib.util.find_spec
+  monkeypatch.setattr(
+    topology.importlib.util,
+    'find_spec',
+    lambda name, *args: None if name == 'libtpu' else find_spec(name, *args),
+  )
+  monkeypatch.setattr(topology, 'prepare_process', lambda: None)
+  argv = [
+    'audit',
+    f'--config={ROOT}/configs/digits.py',
+    '--topology=v3-8,v3-32',
+    '--sweep',
+    f'--json={tmp_path}/sweep.json',
+  ]
+  with pytest.raises(config_lib.ConfigError, match=r"pip install -e '\.\[tpu"):
+    audit_command.main(argv)
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.tpu_aot

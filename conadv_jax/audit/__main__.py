@@ -63,6 +63,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   if options.sweep:
     sizes = options.batch_sizes or str(config.batch_size)
     sizes = [_batch_size(text) for text in sizes.split(',')]
+    # Else every row would say that it is missing.
+    topology.require_libtpu()
     result = {'sweep': sweep.sweep(config, topologies, sizes, auditor)}
     fits = True
   else:

@@ -418,6 +418,15 @@ def prepare_process() -> None:
   os.environ.update(AOT_ENVIRONMENT)
 
 
+def require_libtpu() -> None:
+  """Raises ConfigError if libtpu is not installed."""
+  installed = importlib.util.find_spec('libtpu') is not None
+  if not installed and 'TPU_LIBRARY_PATH' not in os.environ:
+    raise ConfigError(
+      "compiling for TPUs needs libtpu (no TPU): pip install -e '.[tpu]'"
+    )
+
+
 def load_devices(topology: Topology) -> list[jax.Device]:
   """Devices of `topology` to compile for; none of them needs to exist.
 
@@ -429,12 +438,7 @@ def load_devices(topology: Topology) -> list[jax.Device]:
   Raises:
     ConfigError: if libtpu is not installed.
   """
-  installed = importlib.util.find_spec('libtpu') is not None
-  if not installed and 'TPU_LIBRARY_PATH' not in os.environ:
-    raise ConfigError(
-      f'topology={topology.name!r}: compiling for TPUs needs libtpu (no TPU): '
-      "pip install -e '.[tpu]'"
-    )
+  require_libtpu()
   megacore = topology.generation.name == 'v4'
   wrap = (*topology.wrap, False)[:3]
   return topologies.get_topology_desc(
