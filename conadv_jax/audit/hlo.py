@@ -24,6 +24,8 @@ COLLECTIVES = (
   'collective-permute',
   'collective-broadcast',
 )
+# Before the kind of one between slices, over the data centre network.
+DCN = 'dcn-'
 
 _BITS = {
   'pred': 8,
@@ -153,9 +155,7 @@ class Computation:
   @functools.cached_property
   def spans_slices(self) -> bool:
     """Whether it exchanges anything between slices."""
-    return any(
-      kind_of(i).startswith('dcn-') for i in self.instructions.values()
-    )
+    return any(kind_of(i).startswith(DCN) for i in self.instructions.values())
 
   def operands(self, instruction: Instruction) -> list[Instruction]:
     return [self.instructions[name] for name in instruction.operands]
@@ -274,11 +274,11 @@ def kind_of(instruction: Instruction) -> str:
   """The member of `COLLECTIVES` that it starts, or ''.
 
   Exchanges between slices go through the hosts: the first of them is a `send`
-  to the host, and its kind one of `COLLECTIVES` behind 'dcn-'.
+  to the host, and its kind one of `COLLECTIVES` behind `DCN`.
   """
   if instruction.opcode == 'send':
     kind = re.search(r'megascale_transfer_type="(\w+)"', instruction.attributes)
-    return f'dcn-{kind[1].lower().replace("_", "-")}' if kind else ''
+    return DCN + kind[1].lower().replace('_', '-') if kind else ''
   kind = instruction.opcode.removesuffix('-start')
   return kind if kind in COLLECTIVES else ''
 

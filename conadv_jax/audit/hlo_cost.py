@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 from conadv_jax.audit import hlo_flops
 from conadv_jax.audit.hlo import (
+  DCN,
   Computation,
   Instruction,
   Program,
@@ -57,8 +58,8 @@ _MOVES = re.compile(
 _SUMS = (
   'all-reduce',
   'reduce-scatter',
-  'dcn-all-reduce',
-  'dcn-reduce-scatter',
+  f'{DCN}all-reduce',
+  f'{DCN}reduce-scatter',
 )
 _SLICES = ('slice', 'dynamic-slice', 'gather')
 

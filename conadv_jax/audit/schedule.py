@@ -23,6 +23,7 @@ from typing import Any
 
 from conadv_jax.audit import hlo_cost
 from conadv_jax.audit.hlo import (
+  DCN,
   Computation,
   Instruction,
   Program,
@@ -139,8 +140,8 @@ def overlap(
   }
   result = {
     'asynchronous': bool(behind),
-    'bytes': sum(c.bytes * c.count for c in sums),
-    'asynchronous_bytes': sum(c.bytes * c.count for c in behind),
+    'bytes': _bytes(sums),
+    'asynchronous_bytes': _bytes(behind),
     'adversarial_seconds': attack,
     'hidden_seconds': sum(hidden.values()),
   }
@@ -159,16 +160,16 @@ def _verdict(result: dict[str, Any], sums: Sequence[Collective]) -> str:
   if not sums:
     return 'no sum of gradients: nothing to exchange'
   if result['asynchronous']:
-    between = [c for c in sums if c.kind.startswith('dcn-')]
+    between = [c for c in sums if c.kind.startswith(DCN)]
+    behind = _bytes(c for c in between if c.is_async)
     slices = (
-      f' ({_megabytes(c for c in between if c.is_async)} of '
-      f'{_megabytes(between)} MB between slices)'
+      f' ({behind / 1e6:.1f} of {_bytes(between) / 1e6:.1f} MB between slices)'
       if between
       else ''
     )
     return (
-      f'asynchronous: {_megabytes(c for c in sums if c.is_async)} of '
-      f'{_megabytes(sums)} MB{slices} run beside other work, '
+      f'asynchronous: {result["asynchronous_bytes"] / 1e6:.1f} of '
+      f'{result["bytes"] / 1e6:.1f} MB{slices} run beside other work, '
       f'{1e6 * result["hidden_seconds"]:.0f} us of the '
       f'{1e6 * result["adversarial_seconds"]:.0f} us of the adversarial '
       'sub-step among it'
@@ -185,8 +186,8 @@ def _verdict(result: dict[str, Any], sums: Sequence[Collective]) -> str:
   )
 
 
-def _megabytes(exchanges: Iterable[Collective]) -> str:
-  return f'{sum(c.bytes * c.count for c in exchanges) / 1e6:.1f}'
+def _bytes(exchanges: Iterable[Collective]) -> int:
+  return sum(c.bytes * c.count for c in exchanges)
 
 
 class _Timeline:
