@@ -14,35 +14,23 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from conadv_jax import exits, hosts, join
-from conadv_jax.config import ConfigError, flatten, unknown
-from conadv_jax.data.quarantine import DataError
-from conadv_jax.storage import StorageError
-
-
-class Preempted(Exception):
-  """The run was asked to stop, and has saved its state."""
-
-
-class OutOfMemoryError(Exception):
-  """The audited step needs more memory than its devices have."""
-
-
-class NonFiniteError(Exception):
-  """Too many steps in a row had a loss or gradient that is not finite."""
+from conadv_jax import hosts
+from conadv_jax.base import errors
+from conadv_jax.base.errors import (
+  CommandError,
+  ConfigError,
+  Preempted,
+  unknown,
+)
+from conadv_jax.config import flatten
+from conadv_jax.hosts import join
 
 
 def exit_code(error: Exception) -> int:
-  """That of a command which `error` ends; docs/design.md lists them."""
-  codes = {
-    (ConfigError, flags.Error): exits.USAGE,
-    OutOfMemoryError: exits.MEMORY,
-    NonFiniteError: exits.NONFINITE,
-    DataError: exits.DATA,
-    StorageError: exits.STORAGE,
-  }
-  found = (code for kind, code in codes.items() if isinstance(error, kind))
-  return next(found, getattr(error, 'exit_code', 1))
+  """Returns that of a command which `error` ends."""
+  if isinstance(error, flags.Error):
+    return errors.USAGE
+  return getattr(error, 'exit_code', 1)
 
 
 def run(main: Callable[[Sequence[str]], Any], usage: str) -> None:
@@ -52,20 +40,17 @@ def run(main: Callable[[Sequence[str]], Any], usage: str) -> None:
     sys.exit(0)
   try:
     main(sys.argv)
-  except (
-    ConfigError, flags.Error, OutOfMemoryError, NonFiniteError, DataError,
-    StorageError, hosts.HostError,
-  ) as error:  # fmt: skip
-    _fail(f'error: {error}', exit_code(error))
   except Preempted as error:
-    # Not told: it is true of all hosts.
+    # Not told to the other hosts: it is true of all of them.
     print(f'{hosts.label()}{error}', file=sys.stderr, flush=True)
-    _end(exits.PREEMPTED)
+    _end(error.exit_code)
+  except (CommandError, flags.Error) as error:
+    _fail(f'error: {error}', exit_code(error))
   except KeyboardInterrupt:
     if hosts.count() == 1:
       raise
     # At once: at its end, JAX would wait for hosts that wait for this one.
-    os._exit(exits.INTERRUPTED)
+    os._exit(errors.INTERRUPTED)
   except Exception as error:
     if hosts.count() == 1:
       raise

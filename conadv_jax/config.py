@@ -8,52 +8,13 @@ after that reads attributes, so a misspelt field cannot fall back to a default.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-
-class ConfigError(ValueError):
-  """A wrong setting; the message names field, value and fix. Exit code 2."""
-
-
-_URL = re.compile(
-  r"""([a-z][\w+.-]*://)(?:[^\s/?'"@]*@)?([^\s?'"]*)(\?[^\s'"]*)?""",
-  re.IGNORECASE,
-)
-
-
-def redact(text: str) -> str:
-  """`text` with every URL cut down to what names a file.
-
-  User, password and query, such as a signature, may be credentials.
-  """
-  return _URL.sub(lambda m: f'{m[1]}{m[2]}{"?..." if m[3] else ""}', text)
-
-
-def check_no_credentials(field: str, path: str) -> None:
-  """Raises ConfigError if `path` is a URL with a password or a signature."""
-  _check(
-    redact(path) == path,
-    field,
-    redact(path),
-    'holds what may be a credential, which would be in logs and files; leave '
-    'it out: buckets are opened with application-default credentials',
-  )
-
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-  """The error for `name`, which is not among `known`; names the nearest."""
-  known = sorted(known)
-  near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-  hint = f'did you mean {near[0]!r}? ' if near else ''
-  return ConfigError(
-    f'unknown {kind} {name!r}; {hint}known: {", ".join(known)}'
-  )
+from conadv_jax.base.errors import ConfigError, check_no_credentials, unknown
 
 
 def _check(ok: bool, field: str, value: Any, fix: str) -> None:
@@ -99,15 +60,15 @@ METHODS = {
 # images are standardised before a step that assumes [-1, 1].
 ATTACK_PRESETS: dict[str, dict[str, Any]] = {
   'fgsm': dict(
-    norm='linf', epsilon_px=4.0, step_size_px=None, steps=1, targeted=False,
+    norm='linf', epsilon=4.0, step_size=None, steps=1, targeted=False,
     random_start_prob=0.0, train_mode=True, update_batch_stats=False,
   ),
   'paper': dict(
-    norm='linf', epsilon_px=4.0, step_size_px=None, steps=1, targeted=True,
+    norm='linf', epsilon=4.0, step_size=None, steps=1, targeted=True,
     random_start_prob=0.8, train_mode=True, update_batch_stats=False,
   ),
   'pgd': dict(
-    norm='linf', epsilon_px=4.0, step_size_px=None, steps=5, targeted=False,
+    norm='linf', epsilon=4.0, step_size=None, steps=5, targeted=False,
     random_start_prob=1.0, train_mode=True, update_batch_stats=False,
   ),
 }  # fmt: skip
@@ -197,8 +158,8 @@ class Attack(_Group):
 
   preset: str
   norm: str = _choice('linf', 'l2')
-  epsilon_px: float = _number('>= 0', 'in grey levels of 255')
-  step_size_px: float = _number('>= 0', 'in grey levels of 255')
+  epsilon: float = _number('>= 0', 'in grey levels of 255')
+  step_size: float = _number('>= 0', 'in grey levels of 255')
   steps: int = _number('>= 1')
   targeted: bool
   random_start_prob: float = _number('in [0, 1]', 'a probability')
@@ -312,7 +273,7 @@ class Eval(_Group):
   batch_size: int = _number('>= 1')
   every_steps: int = _number('>= 0', '0 = only at the end')
   attack: str = _choice('none', 'fgsm', 'pgd', 'all')
-  epsilon_px: float = _number('>= 0', 'in grey levels of 255')
+  epsilon: float = _number('>= 0', 'in grey levels of 255')
   pgd_steps: int = _number('>= 1')
   route: str
   use_ema: bool
@@ -495,9 +456,9 @@ def _fill_presets(values: dict[str, Any]) -> None:
     for field, value in ATTACK_PRESETS[attack['preset']].items():
       if attack.get(field, 0) is None:
         attack[field] = value
-    epsilon = attack.get('epsilon_px')
-    if attack.get('step_size_px', 0) is None and isinstance(epsilon, float):
-      attack['step_size_px'] = epsilon if attack['steps'] == 1 else epsilon / 4
+    epsilon = attack.get('epsilon')
+    if attack.get('step_size', 0) is None and isinstance(epsilon, float):
+      attack['step_size'] = epsilon if attack['steps'] == 1 else epsilon / 4
   if values.get('grad_buckets', 0) is None:
     values['grad_buckets'] = int(values.get('xla_flags', 'none') != 'none')
   optimizer = values.get('optimizer')

@@ -1,6 +1,6 @@
 """Config -> everything static of a run: mesh, network, optimizer, steps.
 
-Training, evaluation and audits build the same `Experiment`, so that what is
+Training, evaluation and audits build the same `Run`, so that what is
 measured or audited is what trains. It needs neither data nor TensorFlow.
 """
 
@@ -16,16 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from conadv_jax import mesh as mesh_lib
-from conadv_jax import models, optim, schedules, xla_flags
-from conadv_jax.config import Config, ConfigError, Steps
+from conadv_jax import models
+from conadv_jax.base.errors import ConfigError
+from conadv_jax.config import Config, Steps
 from conadv_jax.data import datasets
-from conadv_jax.state import Snapshot, Stream, TrainState, stream_key
-from conadv_jax.train_step import StepFn, make_train_step, no_spikes
+from conadv_jax.devices import mesh as mesh_lib
+from conadv_jax.devices import xla_flags
+from conadv_jax.method import optim, schedules
+from conadv_jax.method.state import Snapshot, Stream, TrainState, stream_key
+from conadv_jax.method.step import StepFn, make_train_step, no_spikes
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class Run:
   """What a run does not change; made by `build`."""
 
   config: Config
@@ -161,10 +164,8 @@ class Experiment:
     )
 
 
-def build(
-  config: Config, devices: Sequence[jax.Device] | None = None
-) -> Experiment:
-  """Builds the `Experiment` of `config` on `devices` (default: all).
+def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
+  """Builds the `Run` of `config` on `devices` (default: all).
 
   Raises:
     ConfigError: for an unknown data set or model, a batch that does not divide
@@ -206,7 +207,7 @@ def build(
   )
   optimizer = optim.make_optimizer(config.optimizer, schedule)
   apply_fn = models.make_apply_fn(model)
-  return Experiment(
+  return Run(
     config=config,
     spec=spec,
     steps=steps,

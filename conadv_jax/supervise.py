@@ -19,9 +19,9 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from conadv_jax import exits
+from conadv_jax.base import errors
 
-_AGAIN = {exits.PREEMPTED, exits.HANG, exits.HOST}
+_AGAIN = {errors.PREEMPTED, errors.HANG, errors.HOST}
 _TRIALS = 5
 _PAUSE_SECONDS = 60  # the longest
 
@@ -64,7 +64,7 @@ def supervise(
         flush=True,
       )
       if child.signalled.wait(pause):
-        return exits.PREEMPTED
+        return errors.PREEMPTED
 
 
 class _Child:
@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
   found = [a[len(prefix) :] for a in argv if a.startswith(prefix)]
   if not found:
     print('error: missing --workdir=DIR', file=sys.stderr)
-    return exits.USAGE
+    return errors.USAGE
   return supervise(command(argv[1:]), epath.Path(found[-1]) / 'checkpoints')
 
 

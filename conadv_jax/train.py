@@ -31,58 +31,49 @@ import jax
 import numpy as np
 from etils import epath
 
-from conadv_jax import (
-  bad_steps,
-  checksum,
-  cli,
-  config,
-  evaluate,
-  experiment,
-  faults,
-  feed,
-  finish,
-  hosts,
-  metrics,
-  optim,
-  preflight,
-  replay,
-  supervise,
-  workdir,
-)
-from conadv_jax.checkpoint import Checkpoints
-from conadv_jax.config import Config, ConfigError
-from conadv_jax.data import cache
+from conadv_jax import cli, experiment, hosts, supervise
+from conadv_jax.base import faults
+from conadv_jax.base.errors import ConfigError, HostError, Preempted
+from conadv_jax.checkpoints import checksum
+from conadv_jax.checkpoints.checkpoint import Checkpoints
+from conadv_jax.config import Config, describe, from_config_dict
 from conadv_jax.data.prefetch import Prefetcher
 from conadv_jax.data.quarantine import Quarantine
-from conadv_jax.experiment import Experiment
-from conadv_jax.lock import RunLock
-from conadv_jax.state import TrainState
-from conadv_jax.stop import Agreement, Stopped, StopRequest
-from conadv_jax.train_step import (
+from conadv_jax.data.sources import cache
+from conadv_jax.debug import replay
+from conadv_jax.experiment import Run
+from conadv_jax.hosts.stop import Agreement, Stopped, StopRequest
+from conadv_jax.hosts.watchdog import Watchdog
+from conadv_jax.method import optim
+from conadv_jax.method.state import TrainState
+from conadv_jax.method.step import (
   Metrics,
   make_attack_stats_fn,
   pending_perturbation,
 )
-from conadv_jax.watchdog import Watchdog
+from conadv_jax.run import bad_steps, feed, metrics, preflight, workdir
+from conadv_jax.run import summary as finish
+from conadv_jax.run.evaluator import Evaluator, weights_of
+from conadv_jax.run.lock import RunLock
 
 NOTHING_TO_SAVE = 'no step was taken since the last checkpoint'
 
 
 def train(
-  settings: Config, directory: str, stop_request: StopRequest | None = None
+  config: Config, directory: str, stop_request: StopRequest | None = None
 ) -> dict[str, Any]:
-  """Trains `settings` in the work directory; returns the run's summary.
+  """Trains `config` in the work directory; returns the run's summary.
 
   Args:
-    settings: of the run.
+    config: of the run.
     directory: the work directory.
     stop_request: of a caller that handles signals already.
 
   Raises:
     ConfigError: for a wrong setting, missing data, a directory of another run
       or in use, or hosts that differ.
-    cli.Preempted: when asked to stop; the state is saved.
-    cli.NonFiniteError: after `max_nonfinite_steps` such steps in a row.
+    Preempted: when asked to stop; the state is saved.
+    NonFiniteError: after `max_nonfinite_steps` such steps in a row.
     StorageError: if the state cannot be saved, or no checkpoint is good.
     Exception: what the input raised, after the state was saved.
   """
@@ -90,18 +81,18 @@ def train(
     stop_request = stop_request or stack.enter_context(StopRequest())
     setup = stack.enter_context(contextlib.ExitStack())
     setup.enter_context(stop_request.leaving_at_once(NOTHING_TO_SAVE))
-    watchdog = stack.enter_context(Watchdog(settings.hang_timeout_seconds))
+    watchdog = stack.enter_context(Watchdog(config.hang_timeout_seconds))
 
     # ---- 1. Everything static ----------------------------------------------
-    preflight.check_program(settings)
-    run = experiment.build(settings)
-    hosts.say(config.describe(settings))
+    preflight.check_program(config)
+    run = experiment.build(config)
+    hosts.say(describe(config))
     hosts.say(_describe(run))
 
     # ---- 2. Data -----------------------------------------------------------
     watchdog.phase('data', limited=False)
-    source = cache.load(run.spec, 'train', settings.dataset)
-    eval_source = cache.load(run.spec, 'eval', settings.dataset)
+    source = cache.load(run.spec, 'train', config.dataset)
+    eval_source = cache.load(run.spec, 'eval', config.dataset)
     preflight.check_input(run, source.num_examples, eval_source.num_examples)
     data = feed.identity(run, source, eval_source)
     path = workdir.prepare(directory, run, data)
@@ -110,13 +101,13 @@ def train(
       stop_request.leaving_at_once(NOTHING_TO_SAVE, run_lock.release)
     )
     workdir.write_config(path, run, data)
-    quarantine = workdir.quarantine(path, settings)
-    evaluator = evaluate.Evaluator(run, eval_source, quarantine)
+    quarantine = workdir.quarantine(path, config)
+    evaluator = Evaluator(run, eval_source, quarantine)
 
     # ---- 3. State: restored or new -----------------------------------------
     watchdog.phase('restore')
     checkpoints = Checkpoints(
-      path, settings.checkpoint.keep, strict=settings.checkpoint.strict
+      path, config.checkpoint.keep, strict=config.checkpoint.strict
     )
     stack.callback(checkpoints.close)
     stop = run.steps.stop
@@ -132,18 +123,18 @@ def train(
     # ---- 4. The step, compiled once, and the perturbation that it needs ----
     watchdog.phase('compile', limited=False)
     step_fn = _compile(run)
-    example_ids = feed.ExampleIds(start, keep=settings.max_nonfinite_steps + 8)
+    example_ids = feed.ExampleIds(start, keep=config.max_nonfinite_steps + 8)
     batches = feed.batches(
       run, source, quarantine, example_ids, start, stop - start + 1
     )
     batch = next(batches)
     hosts.say(f'first batch of the input: {batches.wait_seconds:.1f} s')
-    state = pending_perturbation(settings, step_fn, state, batch)
+    state = pending_perturbation(config, step_fn, state, batch)
     attack_stats_fn = _attack_stats_fn(run)
 
     # ---- 5. Steps ----------------------------------------------------------
     progress = metrics.Progress(
-      start, stop, settings.batch_size, batches.wait_seconds
+      start, stop, config.batch_size, batches.wait_seconds
     )
     watch = bad_steps.NonFiniteWatch(run, path, example_ids, checkpoints.steps)
     agreed_stop = Agreement(stop_request, run.mesh)
@@ -157,7 +148,7 @@ def train(
         faults.point('train/evaluate', step)
         agreed_stop.check()
 
-      weights = evaluate.weights_of(settings, state)
+      weights = weights_of(config, state)
       row = evaluator(weights, before_batch=before_batch)
       writer.write(step, 'test', row)
 
@@ -176,7 +167,7 @@ def train(
         state, values = step_fn(state, batch, next_batch)
         batch = next_batch
         watch.check(step, values)
-        if step % settings.log_every_steps == 0 or step == stop:
+        if step % config.log_every_steps == 0 or step == stop:
           jax.block_until_ready(state)
           row = _readable(values, optim.kernel_names(state.params))
           row |= _rates(step, progress, batches, writer, quarantine)
@@ -186,14 +177,14 @@ def train(
           continue
         jax.block_until_ready(state)
         with progress.paused():
-          if attack_stats_fn and _due(step, settings.attack_stats_every_steps):
+          if attack_stats_fn and _due(step, config.attack_stats_every_steps):
             row = jax.device_get(attack_stats_fn(state, batch))
             writer.write(step, 'attack', row)
-          if step < stop and _due(step, settings.checkpoint.every_steps):
+          if step < stop and _due(step, config.checkpoint.every_steps):
             watchdog.phase('save', step)
             writer.flush()
             checkpoints.save(step, state, _facts(run, state))
-          if step < stop and _due(step, settings.eval.every_steps):
+          if step < stop and _due(step, config.eval.every_steps):
             evaluate_at(step)
     except Stopped as reason:
       stopped = reason
@@ -218,7 +209,7 @@ def train(
 
 
 def _restored(
-  run: Experiment, checkpoints: Checkpoints
+  run: Run, checkpoints: Checkpoints
 ) -> tuple[int, TrainState] | None:
   """Step and state of the newest good checkpoint; None if there is none."""
   faults.point('train/restore')
@@ -235,14 +226,14 @@ def _restored(
   return step, state
 
 
-def _new_state(run: Experiment) -> TrainState:
+def _new_state(run: Run) -> TrainState:
   state = run.init_state()
   # Compiled now, not in the seconds that a preempted run has for its save.
   checksum.checksums(state.replace(perturbation=None))
   return state
 
 
-def _facts(run: Experiment, state: TrainState) -> dict[str, int]:
+def _facts(run: Run, state: TrainState) -> dict[str, int]:
   """What a checkpoint's manifest says of its state."""
   return {
     'seed': run.config.seed,
@@ -252,19 +243,17 @@ def _facts(run: Experiment, state: TrainState) -> dict[str, int]:
   }
 
 
-def _pauses(run: Experiment) -> tuple[int, ...]:
+def _pauses(run: Run) -> tuple[int, ...]:
   """Intervals, in steps, of what is done between steps."""
-  settings = run.config
+  config = run.config
   return (
-    settings.attack_stats_every_steps if settings.staleness_steps else 0,
-    settings.eval.every_steps,
-    settings.checkpoint.every_steps,
+    config.attack_stats_every_steps if config.staleness_steps else 0,
+    config.eval.every_steps,
+    config.checkpoint.every_steps,
   )
 
 
-def _is_missing_evaluation(
-  run: Experiment, path: epath.Path, step: int
-) -> bool:
+def _is_missing_evaluation(run: Run, path: epath.Path, step: int) -> bool:
   """Whether `step` should have one that metrics.jsonl does not hold."""
   if not step or not _due(step, run.config.eval.every_steps):
     return False
@@ -286,17 +275,17 @@ def _ended_early(
 ) -> Exception:
   """What ends a run that has saved its state, on each host."""
   if stopped.signal:
-    return cli.Preempted(
+    return Preempted(
       f'{stopped.signal.name}: {saved}; run the same command again to go on'
     )
   hosts.say(f'{saved}, as the input failed')
   own = batches.failure
   told = own and [f'{hosts.label()}{own}', cli.exit_code(own)]
   message, code = hosts.first('the failed input', told)
-  return own or hosts.HostError(message, code)
+  return own or HostError(message, code)
 
 
-def _compile(run: Experiment):
+def _compile(run: Run):
   start = time.monotonic()
   hosts.say('compiling the training step ...', end=' ')
   faults.point('train/compile')
@@ -305,13 +294,11 @@ def _compile(run: Experiment):
   return step_fn
 
 
-def _attack_stats_fn(run: Experiment):
-  settings = run.config
-  if not settings.staleness_steps or not settings.attack_stats_every_steps:
+def _attack_stats_fn(run: Run):
+  config = run.config
+  if not config.staleness_steps or not config.attack_stats_every_steps:
     return None
-  return jax.jit(
-    make_attack_stats_fn(settings, run.spec, run.apply_fn, run.mesh)
-  )
+  return jax.jit(make_attack_stats_fn(config, run.spec, run.apply_fn, run.mesh))
 
 
 def _readable(values: Metrics, kernels: Sequence[str]) -> dict[str, Any]:
@@ -344,7 +331,7 @@ def _rates(
 
 
 def _progress_line(
-  run: Experiment, step: int, row: dict[str, Any], progress: metrics.Progress
+  run: Run, step: int, row: dict[str, Any], progress: metrics.Progress
 ) -> str:
   accuracy = ' '.join(
     f'{view} {row[f"top1_{view}"]:.1f} %' for view, _ in run.config.views
@@ -356,16 +343,16 @@ def _progress_line(
   )
 
 
-def _describe(run: Experiment) -> str:
+def _describe(run: Run) -> str:
   shapes = run.abstract_state()
   count = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
-  settings = run.config
-  views = ', '.join(f'{view} (route {r})' for view, r in settings.views)
+  config = run.config
+  views = ', '.join(f'{view} (route {r})' for view, r in config.views)
   return (
-    f'\n{settings.model}: {count:,} parameters; views: {views}; '
-    f'{run.groups} batch-norm groups of {settings.bn_group_size}\n'
+    f'\n{config.model}: {count:,} parameters; views: {views}; '
+    f'{run.groups} batch-norm groups of {config.bn_group_size}\n'
     f'{run.spec.num_train:,} training examples, {run.steps.total} steps of '
-    f'{settings.batch_size} = {settings.epochs:g} epochs, warm-up '
+    f'{config.batch_size} = {config.epochs:g} epochs, warm-up '
     f'{run.steps.warmup} steps; stops at step {run.steps.stop}\n'
     f'{run.mesh.size} x {jax.devices()[0].device_kind}'
   )
@@ -382,8 +369,8 @@ def main(argv: Sequence[str]) -> None:
   with StopRequest() as stop_request:
     with stop_request.leaving_at_once(NOTHING_TO_SAVE):
       values, directory = cli.parse_config_file(cli.start_hosts(argv))
-      settings = config.from_config_dict(values)
-    train(settings, directory, stop_request)
+      config = from_config_dict(values)
+    train(config, directory, stop_request)
 
 
 if __name__ == '__main__':

@@ -23,8 +23,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.epochs = 100.0
   c.bn_group_size = min(128, args['batch_size'])
 
-  c.attack.epsilon_px = 4.0
-  c.eval.epsilon_px = 4.0
+  c.attack.epsilon = 4.0
+  c.eval.epsilon = 4.0
 
   c.optimizer.learning_rate = 8.0
   c.optimizer.base_batch_size = 2048

@@ -8,9 +8,10 @@ A field that is None is filled from its preset when the file is read
 import ml_collections
 from ml_collections import config_dict
 
-from conadv_jax import config as config_lib
+from conadv_jax.base.errors import ConfigError
+from conadv_jax.config import parse_args
 
-parse_args = config_lib.parse_args
+parse_args = parse_args
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -93,9 +94,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.attack = ml_collections.ConfigDict()
   c.attack.preset = 'fgsm'  # fgsm, paper, pgd; fills the fields left None
   c.attack.norm = config_dict.placeholder(str)  # linf or l2
-  c.attack.epsilon_px = config_dict.placeholder(float)  # radius, grey levels
+  c.attack.epsilon = config_dict.placeholder(float)  # radius, grey levels
   # Per step, grey levels; None = epsilon for one step, epsilon / 4 for more.
-  c.attack.step_size_px = config_dict.placeholder(float)
+  c.attack.step_size = config_dict.placeholder(float)
   c.attack.steps = config_dict.placeholder(int)  # gradient steps k
   c.attack.targeted = config_dict.placeholder(bool)  # towards a random class
   c.attack.random_start_prob = config_dict.placeholder(float)  # 0 = clean start
@@ -140,7 +141,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.eval.batch_size = 512  # examples, over all devices
   c.eval.every_steps = 0  # clean accuracy while training; 0 = only at the end
   c.eval.attack = 'fgsm'  # none, fgsm, pgd, all: of robust_top1 at the end
-  c.eval.epsilon_px = 4.0  # L-infinity radius, grey levels
+  c.eval.epsilon = 4.0  # L-infinity radius, grey levels
   c.eval.pgd_steps = 10  # step size 2.5 * epsilon / steps
   c.eval.route = 'clean'  # batch-norm row: clean, aa, adv
   c.eval.use_ema = False  # evaluate the averaged weights
@@ -179,7 +180,7 @@ def batch_size_of(text: str, named: dict[str, int]) -> int:
   if text in named:
     return named[text]
   if not text.isdecimal() or not int(text):
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f'batch_size={text!r}: must be a number or one of {", ".join(named)}'
     )
   return int(text)

@@ -20,8 +20,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.epochs = 40.0
   c.bn_group_size = min(64, args['batch_size'])
 
-  c.attack.epsilon_px = 16.0
-  c.eval.epsilon_px = 16.0
+  c.attack.epsilon = 16.0
+  c.eval.epsilon = 16.0
 
   c.optimizer.learning_rate = 8.0
   c.optimizer.base_batch_size = 320

@@ -27,7 +27,7 @@ lars: learning rates and warm-up of Wongpanich et al., recalled, not checked
 again; decay, momentum and end are those of tensorflow/tpu, where an L2 loss of
 1e-5 comes on top. The attack is that of the ResNet-50 recipe; AdvProp
 (arXiv:1911.09665) found a weaker one better for B0 to B3 (recalled): try
---config.attack.epsilon_px=1.0.
+--config.attack.epsilon=1.0.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ import dataclasses
 import ml_collections
 
 from conadv_jax import models
-from conadv_jax.config import ConfigError, unknown
+from conadv_jax.base.errors import ConfigError, unknown
 from configs import common
 
 BATCH_SIZES = {f'{k}k': 1024 * k for k in (4, 8, 16, 32, 64, 96)}
@@ -92,7 +92,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.dataset.eval_crop_ratio = size_px / (size_px + 32)
 
   c.attack.preset = 'paper'
-  c.eval.epsilon_px = 4.0
+  c.eval.epsilon = 4.0
 
   c.ema.decay = EMA_DECAY ** (batch_size / 4096)
   c.eval.use_ema = True

@@ -22,7 +22,7 @@ import dataclasses
 import ml_collections
 
 from conadv_jax import models
-from conadv_jax.config import ConfigError
+from conadv_jax.base.errors import ConfigError
 from configs import common
 
 BATCH_SIZES = {f'{k}k': 1024 * k for k in (4, 8, 16, 32, 64, 96)}
@@ -81,7 +81,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   common.set_imagenet(c, models.get(args['model']).resolution_px)
 
   c.attack.preset = 'paper'
-  c.eval.epsilon_px = 4.0
+  c.eval.epsilon = 4.0
 
   c.optimizer.name = 'lars'
   c.optimizer.learning_rate = recipe.learning_rate

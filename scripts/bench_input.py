@@ -33,6 +33,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
+from conadv_jax.config import from_config_dict
+
 SIZE_PX = 224
 BATCH = 64
 # Bytes that one step moves per device, and images of its share of the batch
@@ -61,10 +63,9 @@ class Row:
 
 
 def _settings(**changes):
-  from conadv_jax import config
   from configs import common
 
-  dataset = config.from_config_dict(common.get_config()).dataset
+  dataset = from_config_dict(common.get_config()).dataset
   return dataclasses.replace(
     dataset, image_size_px=SIZE_PX, random_flip=True, **changes
   )
@@ -73,7 +74,8 @@ def _settings(**changes):
 def _batches(
   root: pathlib.Path, views: tuple[str, ...], num_images: int, **changes
 ) -> Iterator[dict]:
-  from conadv_jax.data import image_folder, pipeline
+  from conadv_jax.data import pipeline
+  from conadv_jax.data.sources import image_folder
 
   source = image_folder.ImageFolder(str(root), 'train')
   return pipeline.train_batches(
@@ -237,7 +239,7 @@ def breakdown(root: pathlib.Path, num_images: int) -> list[dict]:
   """
   import numpy as np
 
-  from conadv_jax.data import image_folder
+  from conadv_jax.data.sources import image_folder
 
   source = image_folder.ImageFolder(str(root), 'train')
   ids = np.random.default_rng(0).integers(source.num_examples, size=num_images)
@@ -271,7 +273,7 @@ def _stages(source) -> tuple[Callable, ...]:
   import numpy as np
   import tensorflow as tf
 
-  from conadv_jax.data import autoaugment, views
+  from conadv_jax.data.images import autoaugment, views
 
   make_views = views.make_train_views(_settings(), ['clean'])
   exact = {'channels': 3, 'dct_method': 'INTEGER_ACCURATE'}
@@ -343,7 +345,8 @@ def _seconds(ids, *stages, batch: bool = False, put: bool = False) -> float:
 def memory(root: pathlib.Path, num_batches: int) -> list[dict]:
   """Resident memory after a tenth of the batches, at the end, and its peak."""
   size = 8
-  from conadv_jax.data import image_folder, pipeline
+  from conadv_jax.data import pipeline
+  from conadv_jax.data.sources import image_folder
 
   batches = pipeline.train_batches(
     image_folder.ImageFolder(str(root), 'train'),

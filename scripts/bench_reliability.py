@@ -35,9 +35,12 @@ from etils import epath
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from conadv_jax import checksum, config, experiment, train_step
-from conadv_jax.checkpoint import Checkpoints
-from conadv_jax.watchdog import Watchdog
+from conadv_jax import experiment
+from conadv_jax.checkpoints import checksum
+from conadv_jax.checkpoints.checkpoint import Checkpoints
+from conadv_jax.config import from_config_dict
+from conadv_jax.hosts.watchdog import Watchdog
+from conadv_jax.method import step as train_step
 from configs import digits, imagenet_resnet50
 
 STEPS_PER_CALL = 20
@@ -64,7 +67,7 @@ def as_trained(state: Any) -> Any:
 def checkpoint_rows(args, directory: pathlib.Path) -> dict[str, Any]:
   fields = imagenet_resnet50.get_config('method=conadv')
   fields.update(model=args.model, batch_size=256, bn_group_size=32)
-  run = experiment.build(config.from_config_dict(fields))
+  run = experiment.build(from_config_dict(fields))
   state = as_trained(run.init_state().replace(perturbation=None))
   first = seconds(lambda: checksum.checksums(state))
   rows = {'ours': [], 'orbax alone': [], 'checksums': []}
@@ -143,7 +146,7 @@ def step_rows(args) -> dict[str, float]:
   for name, (spike, is_finite) in kinds.items():
     fields = digits.get_config('method=conadv,batch_size=320')
     fields.spike.update(spike)
-    run = experiment.build(config.from_config_dict(fields))
+    run = experiment.build(from_config_dict(fields))
     with mock.patch.object(train_step, '_is_finite', is_finite):
       step_fn = run.compile_step()
     calls[name] = stepper(run, step_fn)
@@ -156,7 +159,7 @@ def step_rows(args) -> dict[str, float]:
   }
 
 
-def stepper(run: experiment.Experiment, step_fn) -> Callable[[], None]:
+def stepper(run: experiment.Run, step_fn) -> Callable[[], None]:
   """A call that takes STEPS_PER_CALL steps on a batch of random images."""
   settings = run.config
   rng = np.random.default_rng(0)

@@ -26,8 +26,8 @@ import tensorflow as tf
 from PIL import Image
 from sklearn import datasets as sklearn_datasets
 
-from conadv_jax import config
-from conadv_jax.data import autoaugment, preprocess, views
+from conadv_jax.config import from_config_dict
+from conadv_jax.data.images import autoaugment, preprocess, views
 from configs import common
 
 SIZE_PX = 224
@@ -109,7 +109,7 @@ def views_section(file: bytes, count: int = 8) -> Section:
   """What training sees of a whole photo: a column for each seed."""
   values = common.get_config()
   common.set_imagenet(values, SIZE_PX)
-  settings = config.from_config_dict(values).dataset
+  settings = from_config_dict(values).dataset
   make_views = views.make_train_views(settings, ('clean', 'aa'))
   made = [
     make_views(tf.constant(file), preprocess.example_seed(0, epoch, epoch))

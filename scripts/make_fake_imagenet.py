@@ -7,7 +7,7 @@ python scripts/make_fake_imagenet.py --data_dir=/tmp/fake --num_train=2000
 import argparse
 import sys
 
-from conadv_jax import config
+from conadv_jax.base.errors import ConfigError
 from conadv_jax.data import fake_imagenet
 
 
@@ -43,7 +43,7 @@ def main() -> int:
         args.num_shards,
         args.seed,
       )
-  except config.ConfigError as error:
+  except ConfigError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
   print(directory)

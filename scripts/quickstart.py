@@ -67,7 +67,7 @@ def run(method: str, batch_size: int, workdir: pathlib.Path) -> None:
 
 def report(summaries: dict[str, dict]) -> str:
   """A table: accuracy, robust accuracy and time per step of each method."""
-  epsilon = summaries['conadv']['robust_epsilon_px']
+  epsilon = summaries['conadv']['robust_epsilon']
   lines = [
     'method      clean top-1 %'
     + f'FGSM top-1 % ({epsilon:g} px)'.rjust(26)

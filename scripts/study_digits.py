@@ -20,13 +20,14 @@ from etils import epath
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from conadv_jax import cli, config, train
-from conadv_jax import workdir as workdir_lib
+from conadv_jax import cli, train
+from conadv_jax.config import from_config_dict
+from conadv_jax.run import workdir as workdir_lib
 from configs import digits
 
 COLUMNS = (
   'method', 'batch_size', 'seed', 'steps', 'epochs', 'top1', 'top1_fgsm',
-  'top1_pgd', 'epsilon_px',
+  'top1_pgd', 'epsilon',
 )  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
     values.attack_stats_every_steps = 0
     values.log_every_steps = 100
     values.checkpoint.every_steps = 0
-    train.train(config.from_config_dict(values), str(workdir))
+    train.train(from_config_dict(values), str(workdir))
     done += 1
   rows = read_rows(runs)
   output = pathlib.Path(args.output)
@@ -93,7 +94,7 @@ def read_rows(runs: pathlib.Path) -> list[dict]:
         **{name: s[name] for name in COLUMNS if name in s},
         'top1_fgsm': robust['fgsm'],
         'top1_pgd': robust['pgd'],
-        'epsilon_px': s['robust_epsilon_px'],
+        'epsilon': s['robust_epsilon'],
       }
     )
   order = {'baseline': 0, 'disadv': 1, 'conadv': 2}

@@ -85,7 +85,7 @@ class Server:
 def main() -> None:
   import helpers
 
-  from conadv_jax import models, train  # noqa: F401, loaded before the forks
+  from conadv_jax import models
 
   models.MODELS['tiny'] = models.Entry(helpers.TinyNet, 4)
   for line in sys.stdin:
@@ -102,7 +102,9 @@ def _run(
   import importlib
   import traceback
 
-  from conadv_jax import cli, faults, feed
+  from conadv_jax import cli
+  from conadv_jax.base import faults
+  from conadv_jax.run import feed
 
   output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
   os.dup2(output, 1)

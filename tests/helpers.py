@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conadv_jax import config as config_lib
-from conadv_jax import mesh, models
+from conadv_jax import models
+from conadv_jax.config import Config, from_config_dict
 from conadv_jax.data import datasets
+from conadv_jax.devices import mesh
+from conadv_jax.method.state import Snapshot, TrainState
+from conadv_jax.method.step import no_spikes
 from conadv_jax.models.norm import Layout, RoutedBatchNorm
-from conadv_jax.state import Snapshot, TrainState
-from conadv_jax.train_step import no_spikes
 from configs import common
 
 # Two channels with different means, so that a swapped one shows.
@@ -26,12 +27,12 @@ SPEC = dataclasses.replace(
   name='tiny',
   num_classes=5,
   image_shape=(4, 4, 2),
-  mean_px=(100.0, 140.0),
-  std_px=(60.0, 80.0),
+  mean=(100.0, 140.0),
+  std=(60.0, 80.0),
 )
 
 
-def make_config(fields: dict[str, Any] | None = None) -> config_lib.Config:
+def make_config(fields: dict[str, Any] | None = None) -> Config:
   """configs/common.py for two groups of three, with dotted `fields` changed."""
   values = common.get_config()
   values.update_from_flattened_dict(
@@ -44,7 +45,7 @@ def make_config(fields: dict[str, Any] | None = None) -> config_lib.Config:
     }
     | (fields or {})
   )
-  return config_lib.from_config_dict(values)
+  return from_config_dict(values)
 
 
 class TinyNet(nn.Module):
@@ -88,7 +89,7 @@ class TinyNet(nn.Module):
     return layout.unfold(logits)
 
 
-def tiny_net(config: config_lib.Config) -> tuple[nn.Module, models.ApplyFn]:
+def tiny_net(config: Config) -> tuple[nn.Module, models.ApplyFn]:
   """`TinyNet` for `SPEC` and `config`, and its `apply_fn`."""
   model = TinyNet(
     num_classes=SPEC.num_classes,
@@ -100,7 +101,7 @@ def tiny_net(config: config_lib.Config) -> tuple[nn.Module, models.ApplyFn]:
   return model, models.make_apply_fn(model)
 
 
-def random_weights(config: config_lib.Config, seed: int = 0) -> Snapshot:
+def random_weights(config: Config, seed: int = 0) -> Snapshot:
   """Weights and statistics of `TinyNet`, every row of them different."""
   model, _ = tiny_net(config)
   routes = tuple(range(len(config.routes)))
@@ -127,9 +128,7 @@ def random_weights(config: config_lib.Config, seed: int = 0) -> Snapshot:
   return Snapshot(values['params'], values['batch_stats'])
 
 
-def start_state(
-  config: config_lib.Config, weights: Snapshot, tx: Any
-) -> TrainState:
+def start_state(config: Config, weights: Snapshot, tx: Any) -> TrainState:
   """The state before step 0 from `weights`; no buffer is in it twice."""
   zero = jnp.zeros((), jnp.int32)
   perturbation = None
@@ -153,7 +152,7 @@ def start_state(
   )
 
 
-def one_device(config: config_lib.Config) -> mesh.Mesh:
+def one_device(config: Config) -> mesh.Mesh:
   """The mesh of `config` on the first device."""
   return mesh.make_mesh(
     config.batch_size,
@@ -164,7 +163,7 @@ def one_device(config: config_lib.Config) -> mesh.Mesh:
 
 
 def random_batches(
-  config: config_lib.Config,
+  config: Config,
   count: int,
   seed: int = 0,
   spec: datasets.DatasetSpec = SPEC,

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from conadv_jax.base.errors import StorageError
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = str(pathlib.Path(__file__).resolve())  # this file, as a program
 
@@ -174,7 +176,8 @@ def main() -> None:
 
   import helpers
 
-  from conadv_jax import cli, evaluate, feed, hosts, models, train
+  from conadv_jax import cli, evaluate, hosts, models, train
+  from conadv_jax.run import feed
 
   models.MODELS['tiny'] = models.Entry(helpers.TinyNet, 4)
   if fake := os.environ.get('FAKE_VERSION'):
@@ -196,9 +199,8 @@ def main() -> None:
 
 def _fail_at(feed, number: int) -> None:
   """Batch `number` cannot be read, as if it were of files."""
-  from conadv_jax.storage import StorageError
 
-  put = feed.Experiment.put_batch
+  put = feed.Run.put_batch
   left = iter(range(number))
 
   def put_or_fail(run, batch):
@@ -206,7 +208,7 @@ def _fail_at(feed, number: int) -> None:
       raise StorageError('shard-00007: cannot be read')
     return put(run, batch)
 
-  feed.Experiment.put_batch = put_or_fail
+  feed.Run.put_batch = put_or_fail
 
 
 def _shift_clock(offsets: Sequence[float]) -> None:

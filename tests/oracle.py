@@ -43,11 +43,11 @@ class Setting:
   weight_decay: float
   trust_coefficient: float
   label_smoothing: float
-  mean_px: tuple[float, ...]
-  std_px: tuple[float, ...]
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
   norm: str
-  epsilon_px: float
-  step_size_px: float
+  epsilon: float
+  step_size: float
   attack_steps: int
   targeted: bool
   train_mode: bool
@@ -114,16 +114,16 @@ def _attack(s, params, old_stats, stats, batch, start):
     per_group = []
     for g in range(len(image)):
       net = Network(s, params, old_stats, s.adv_row, s.train_mode)
-      logits = net.forward((image[g] + delta[g] - s.mean_px) / s.std_px)
+      logits = net.forward((image[g] + delta[g] - s.mean) / s.std)
       _, d_logits = _cross_entropy(logits, labels[g], 0.0)
-      d_pixels = net.backward(d_logits) / s.std_px
+      d_pixels = net.backward(d_logits) / s.std
       per_group.append(net.batch_stats)
       if s.norm == 'linf':
         direction = np.sign(d_pixels)
       else:
         direction = d_pixels / _length(d_pixels)
       sign = -1.0 if s.targeted else 1.0
-      delta[g] += sign * s.step_size_px * direction
+      delta[g] += sign * s.step_size * direction
     delta = _project(s, delta, image)
   if s.train_mode:
     stats = _move(s, stats, {s.adv_row: [per_group]})
@@ -137,12 +137,12 @@ def _length(x):
 
 def _project(s, delta, image):
   if s.norm == 'linf':
-    delta = np.clip(delta, -s.epsilon_px, s.epsilon_px)
+    delta = np.clip(delta, -s.epsilon, s.epsilon)
   else:
     length = _length(delta)
     delta = np.where(
-      length > s.epsilon_px,
-      delta * s.epsilon_px / np.where(length, length, 1.0),
+      length > s.epsilon,
+      delta * s.epsilon / np.where(length, length, 1.0),
       delta,
     )
   return np.clip(image + delta, 0.0, 255.0) - image
@@ -160,7 +160,7 @@ def _loss_and_gradient(s, params, stats, batch, delta):
     loss, per_group = 0.0, []
     for g in range(len(labels)):
       net = Network(s, params, stats, row, True)
-      logits = net.forward((images[view][g] - s.mean_px) / s.std_px)
+      logits = net.forward((images[view][g] - s.mean) / s.std)
       each, d_logits = _cross_entropy(logits, labels[g], s.label_smoothing)
       loss += each.sum() / labels.size
       net.backward(d_logits * weight / labels.size)

@@ -14,13 +14,24 @@ import ml_collections
 import pytest
 
 from conadv_jax import cli
-from conadv_jax import config as config_lib
-from conadv_jax.config import Config, ConfigError, Steps
+from conadv_jax.base.errors import ConfigError
+from conadv_jax.config import (
+  ATTACK_PRESETS,
+  METHODS,
+  Attack,
+  Config,
+  Steps,
+  describe,
+  flatten,
+  from_config_dict,
+  parse_args,
+  to_dict,
+)
 from configs import common
 
 ROOT = pathlib.Path(common.__file__).parent.parent
 CONFIG_FILES = sorted((ROOT / 'configs').glob('*.py'))
-METHODS = sorted(config_lib.METHODS)
+METHODS = sorted(METHODS)
 
 
 def values_of(fields=None):
@@ -36,7 +47,7 @@ def values_of(fields=None):
 
 
 def load(fields=None):
-  return config_lib.from_config_dict(values_of(fields))
+  return from_config_dict(values_of(fields))
 
 
 def error_of(fields):
@@ -53,7 +64,7 @@ def error_of(fields):
   [
     ('batchsize', 'batch_size'),
     ('stalenes_steps', 'staleness_steps'),
-    ('attack.epsilon', 'attack.epsilon_px'),
+    ('attack.epsilon', 'attack.epsilon'),
     ('optimizer.learning_rte', 'optimizer.learning_rate'),
     ('schedule.warmup_steps', 'schedule.warmup_epochs'),
   ],
@@ -66,7 +77,7 @@ def test_unknown_field_names_the_nearest(name, nearest):
 def test_unknown_field_lists_those_of_its_group():
   message = error_of({'attack.epz': 4.0})
   assert "unknown config field 'attack.epz'" in message
-  for field in dataclasses.fields(config_lib.Attack):
+  for field in dataclasses.fields(Attack):
     assert f'attack.{field.name}' in message
   assert 'optimizer.' not in message
 
@@ -75,7 +86,7 @@ def test_unknown_field_lists_those_of_its_group():
 @pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 @pytest.mark.parametrize(
   'name, nearest',
-  [('attack.epsilonpx', 'attack.epsilon_px'), ('btch_size', 'batch_size')],
+  [('attack.epsilonpx', 'attack.epsilon'), ('btch_size', 'batch_size')],
 )
 def test_unknown_override_names_the_nearest(name, nearest):
   argv = ['train', f'--config={ROOT}/configs/common.py', '--workdir=unused']
@@ -87,8 +98,8 @@ def test_unknown_override_names_the_nearest(name, nearest):
 @pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 def test_an_override_sets_its_field():
   argv = ['train', f'--config={ROOT}/configs/common.py', '--workdir=unused']
-  values, _ = cli.parse_config_file([*argv, '--config.attack.epsilon_px=3.0'])
-  assert config_lib.from_config_dict(values).attack.epsilon_px == 3.0
+  values, _ = cli.parse_config_file([*argv, '--config.attack.epsilon=3.0'])
+  assert from_config_dict(values).attack.epsilon == 3.0
 
 
 @pytest.mark.parametrize(
@@ -111,7 +122,7 @@ def test_missing_field_is_named(name):
     node = node[group]
   del node[leaf]
   with pytest.raises(ConfigError, match=f'missing config fields: {name};'):
-    config_lib.from_config_dict(values)
+    from_config_dict(values)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +139,7 @@ def test_missing_field_is_named(name):
     ('dataset.random_flip', 1, 'bool'),
     ('dataset.random_flip', 'False', 'bool'),
     ('attack.targeted', 0, 'bool'),
-    ('attack.epsilon_px', 'abc', 'float'),
+    ('attack.epsilon', 'abc', 'float'),
     ('optimizer.eps', 'abc', 'float'),
     ('loss.view_weights.adv', 'abc', 'float'),
   ],
@@ -201,9 +212,9 @@ def test_a_choice_that_resembles_nothing_is_a_config_error_too(name, value):
     ('loss.label_smoothing', 1.0),
     ('loss.label_smoothing', -0.1),
     ('loss.view_weights.adv', -1.0),
-    ('attack.epsilon_px', -1.0),
-    ('attack.epsilon_px', float('nan')),
-    ('attack.step_size_px', -1.0),
+    ('attack.epsilon', -1.0),
+    ('attack.epsilon', float('nan')),
+    ('attack.step_size', -1.0),
     ('attack.steps', 0),
     ('attack.random_start_prob', 1.1),
     ('attack.random_start_prob', -0.1),
@@ -227,7 +238,7 @@ def test_a_choice_that_resembles_nothing_is_a_config_error_too(name, value):
     ('checkpoint.keep', 0),
     ('eval.batch_size', 0),
     ('eval.every_steps', -1),
-    ('eval.epsilon_px', -1.0),
+    ('eval.epsilon', -1.0),
     ('eval.pgd_steps', 0),
     ('log_every_steps', 0),
     ('attack_stats_every_steps', -1),
@@ -239,7 +250,7 @@ def test_value_out_of_range_is_named(name, value):
 
 
 @pytest.mark.parametrize('fields', [
-  {'attack.epsilon_px': 0.0},
+  {'attack.epsilon': 0.0},
   {'bn_momentum': 0.0},
   {'optimizer.momentum': 0.0},
   {'loss.label_smoothing': 0.0},
@@ -328,7 +339,7 @@ def test_flags_say_how_gradients_are_summed_unless_the_field_does(
 
 def test_the_attack_preset_fills_only_what_is_none():
   attack = load({'attack.preset': 'pgd', 'attack.steps': 7}).attack
-  assert (attack.steps, attack.step_size_px) == (7, 1.0)
+  assert (attack.steps, attack.step_size) == (7, 1.0)
   assert attack.random_start_prob == 1.0
   # False and 0.0 are values, not gaps.
   attack = load(
@@ -342,12 +353,12 @@ def test_the_attack_preset_fills_only_what_is_none():
 
 
 def test_steps_are_sized_by_the_ball_unless_set():
-  attack = load({'attack.preset': 'fgsm', 'attack.epsilon_px': 9.0}).attack
-  assert attack.step_size_px == 9.0
-  fields = {'attack.epsilon_px': 9.0, 'attack.step_size_px': 2.0}
-  assert load(fields).attack.step_size_px == 2.0
-  attack = load({'attack.preset': 'pgd', 'attack.epsilon_px': 9.0}).attack
-  assert attack.step_size_px == 9.0 / 4
+  attack = load({'attack.preset': 'fgsm', 'attack.epsilon': 9.0}).attack
+  assert attack.step_size == 9.0
+  fields = {'attack.epsilon': 9.0, 'attack.step_size': 2.0}
+  assert load(fields).attack.step_size == 2.0
+  attack = load({'attack.preset': 'pgd', 'attack.epsilon': 9.0}).attack
+  assert attack.step_size == 9.0 / 4
 
 
 @pytest.mark.parametrize(
@@ -388,11 +399,11 @@ def test_view_weights_sum_to_one():
 
 
 @pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('preset', sorted(config_lib.ATTACK_PRESETS))
+@pytest.mark.parametrize('preset', sorted(ATTACK_PRESETS))
 def test_round_trip_through_json(method, preset):
   config = load({'method': method, 'attack.preset': preset})
-  text = json.dumps(config_lib.to_dict(config), allow_nan=False)
-  assert config_lib.from_config_dict(json.loads(text)) == config
+  text = json.dumps(to_dict(config), allow_nan=False)
+  assert from_config_dict(json.loads(text)) == config
 
 
 def test_a_config_does_not_change():
@@ -400,28 +411,26 @@ def test_a_config_does_not_change():
   with pytest.raises(dataclasses.FrozenInstanceError):
     config.seed = 1
   before = json.dumps(values)
-  config_lib.from_config_dict(values)
+  from_config_dict(values)
   assert json.dumps(values) == before, 'the input was filled in place'
 
 
 def test_flatten_and_describe_name_every_field_once():
   config = load()
-  flat = config_lib.flatten(config_lib.to_dict(config))
-  assert flat['attack.epsilon_px'] == 4.0 and flat['seed'] == 0
-  lines = config_lib.describe(config).splitlines()
+  flat = flatten(to_dict(config))
+  assert flat['attack.epsilon'] == 4.0 and flat['seed'] == 0
+  lines = describe(config).splitlines()
   assert [line.split()[0] for line in lines] == list(flat)
 
 
 def test_arguments_of_a_config_file_are_typed_like_their_defaults():
   defaults = dict(method='conadv', batch_size=320, lr=0.5, flip=False)
-  assert config_lib.parse_args(None, **defaults) == defaults
-  assert config_lib.parse_args('', **defaults) == defaults
-  parsed = config_lib.parse_args(
-    'method=disadv,batch_size=64,lr=2,flip=True', **defaults
-  )
+  assert parse_args(None, **defaults) == defaults
+  assert parse_args('', **defaults) == defaults
+  parsed = parse_args('method=disadv,batch_size=64,lr=2,flip=True', **defaults)
   assert parsed == dict(method='disadv', batch_size=64, lr=2.0, flip=True)
   assert type(parsed['lr']) is float
-  assert config_lib.parse_args('flip=false', **defaults)['flip'] is False
+  assert parse_args('flip=false', **defaults)['flip'] is False
 
 
 @pytest.mark.parametrize(
@@ -439,7 +448,7 @@ def test_arguments_of_a_config_file_are_typed_like_their_defaults():
 def test_bad_arguments_of_a_config_file(arg, message):
   defaults = dict(method='conadv', batch_size=320, flip=False)
   with pytest.raises(ConfigError, match=message):
-    config_lib.parse_args(arg, **defaults)
+    parse_args(arg, **defaults)
 
 
 # ---- Steps ----------------------------------------------------------------
@@ -509,15 +518,13 @@ def read_config(path, method):
 def test_every_config_file_loads_for_each_method(path, method):
   values = read_config(path, method)
   assert isinstance(values, ml_collections.ConfigDict)
-  assert config_lib.from_config_dict(values).method == method
+  assert from_config_dict(values).method == method
 
 
 @pytest.mark.parametrize('path', CONFIG_FILES, ids=lambda path: path.stem)
 def test_every_config_file_has_the_fields_of_common(path):
   values = read_config(path, 'conadv').to_dict()
-  assert (
-    config_lib.flatten(values).keys() == config_lib.flatten(values_of()).keys()
-  )
+  assert flatten(values).keys() == flatten(values_of()).keys()
 
 
 def dataclass_fields(cls, prefix=''):

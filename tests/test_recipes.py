@@ -12,17 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from conadv_jax import (
-  config,
-  experiment,
-  finish,
-  metrics,
-  models,
-  schedules,
-  train,
-)
+from conadv_jax import experiment, models, train
+from conadv_jax.base.errors import ConfigError
+from conadv_jax.config import METHODS, Network, Steps, from_config_dict
 from conadv_jax.data import datasets
+from conadv_jax.method import schedules
 from conadv_jax.models import efficientnet, resnet
+from conadv_jax.run import metrics
+from conadv_jax.run import summary as finish
 from configs import imagenet_efficientnet, imagenet_resnet50
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -41,12 +38,12 @@ def recipe_of(model):
 def load(file, **args):
   """The validated configuration of a file and its arguments."""
   text = ','.join(f'{name}={value}' for name, value in args.items())
-  return config.from_config_dict(file.get_config(text))
+  return from_config_dict(file.get_config(text))
 
 
 def rate(cfg, count):
   """Learning rate of update `count`."""
-  steps = config.Steps.of(cfg, NUM_TRAIN)
+  steps = Steps.of(cfg, NUM_TRAIN)
   peak = cfg.optimizer.peak_learning_rate(cfg.batch_size)
   return float(schedules.make_schedule(cfg.schedule, steps, peak)(count))
 
@@ -54,14 +51,14 @@ def rate(cfg, count):
 # ---- Both -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('method', config.METHODS)
+@pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('batch', BATCHES)
 def test_every_model_loads_with_every_method_and_batch(method, batch):
   for name in models.MODELS:
     cfg = load(recipe_of(name), model=name, method=method, batch_size=batch)
     assert cfg.batch_size == BATCHES[batch]
     assert cfg.dataset.image_size_px == models.get(name).resolution_px
-    assert (cfg.attack.preset, cfg.attack.epsilon_px) == ('paper', 4.0)
+    assert (cfg.attack.preset, cfg.attack.epsilon) == ('paper', 4.0)
 
 
 @pytest.mark.parametrize('family', RECIPES)
@@ -98,7 +95,7 @@ def test_batch_norm_groups_lie_evenly_on_slices(family, batch, cores):
   ],
 )
 def test_wrong_arguments_say_what_is_known(family, args, message):
-  with pytest.raises(config.ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message):
     load(RECIPES[family], **args)
 
 
@@ -119,7 +116,7 @@ def test_wrong_arguments_say_what_is_known(family, args, message):
 )
 def test_paper_settings_by_batch(batch, steps, peak, warmup_epochs, group):
   cfg = load(imagenet_resnet50, batch_size=batch)
-  assert steps in (None, config.Steps.of(cfg, NUM_TRAIN).total)
+  assert steps in (None, Steps.of(cfg, NUM_TRAIN).total)
   assert cfg.optimizer.peak_learning_rate(cfg.batch_size) == peak
   assert cfg.schedule.warmup_epochs == warmup_epochs
   assert cfg.bn_group_size == group
@@ -167,7 +164,7 @@ def test_mlperf_settings_by_batch(
 
 
 def test_mlperf_has_nothing_beyond_64k():
-  with pytest.raises(config.ConfigError, match="'mlperf' ends at 65536"):
+  with pytest.raises(ConfigError, match="'mlperf' ends at 65536"):
     load(imagenet_resnet50, batch_size='96k', recipe='mlperf')
 
 
@@ -183,7 +180,7 @@ def test_efficientnet_sizes_and_crops(number, size_px):
   assert cfg.dataset.image_size_px == size_px
   assert cfg.dataset.eval_crop_ratio == size_px / (size_px + 32)
   assert (cfg.bn_momentum, cfg.bn_epsilon) == (0.99, 1e-3)
-  assert cfg.network == config.Network(False, None, None)  # the model's own
+  assert cfg.network == Network(False, None, None)  # the model's own
 
 
 # tensorflow/tpu, models/official/efficientnet/main.py and utils.py.
@@ -224,7 +221,7 @@ def test_efficientnet_lars_by_batch(batch, peak, warmup_epochs):
     'lars', 'sum_of_norms', 0.0,
   )  # fmt: skip
   assert (optimizer.momentum, optimizer.weight_decay) == (0.9, 1e-5)
-  steps = config.Steps.of(cfg, NUM_TRAIN)
+  steps = Steps.of(cfg, NUM_TRAIN)
   assert steps.warmup == round(warmup_epochs * NUM_TRAIN / BATCHES[batch])
   np.testing.assert_allclose(rate(cfg, steps.warmup), peak, rtol=1e-6)
   middle = (steps.warmup + steps.total) // 2
@@ -238,7 +235,7 @@ def test_the_average_forgets_the_initial_weights(batch):
   """0.9999 per step would keep half of them at 64K, in a run of 6,842 steps."""
   cfg = load(imagenet_efficientnet, batch_size=batch)
   assert cfg.eval.use_ema and cfg.ema.batch_stats
-  steps = config.Steps.of(cfg, NUM_TRAIN).total
+  steps = Steps.of(cfg, NUM_TRAIN).total
   assert cfg.ema.decay**steps < 1e-4
   # The time constant is as many examples as at 4,096.
   examples = cfg.batch_size / -np.log(cfg.ema.decay)
@@ -246,7 +243,7 @@ def test_the_average_forgets_the_initial_weights(batch):
 
 
 def test_rmsprop_is_refused_where_it_collapses():
-  with pytest.raises(config.ConfigError, match=r'40\.3 % .* recipe=lars'):
+  with pytest.raises(ConfigError, match=r'40\.3 % .* recipe=lars'):
     load(imagenet_efficientnet, batch_size='32k', recipe='rmsprop')
   chosen = [load(imagenet_efficientnet, batch_size=b) for b in BATCHES]
   names = [cfg.optimizer.name for cfg in chosen]
@@ -255,7 +252,7 @@ def test_rmsprop_is_refused_where_it_collapses():
 
 @pytest.mark.parametrize('model', ['resnet50', 'efficientnet_b9'])
 def test_the_efficientnet_recipe_is_for_efficientnets(model):
-  with pytest.raises(config.ConfigError, match="unknown model '"):
+  with pytest.raises(ConfigError, match="unknown model '"):
     load(imagenet_efficientnet, model=model)
 
 
@@ -292,7 +289,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('model', SHORT)
-@pytest.mark.parametrize('method', config.METHODS)
+@pytest.mark.parametrize('method', METHODS)
 def test_a_recipe_trains_with_every_method(
   model, method, data_dir, tmp_path, monkeypatch
 ):
@@ -308,7 +305,7 @@ def test_a_recipe_trains_with_every_method(
   values.update_from_flattened_dict(
     SMALL | {'dataset.image_size_px': 32, 'dataset.data_dir': data_dir}
   )
-  cfg = config.from_config_dict(values)
+  cfg = from_config_dict(values)
   assert cfg.dtype == 'bfloat16'
   summary = train.train(cfg, str(tmp_path))
   assert summary['steps'] == 3 and summary['nonfinite_steps'] == 0

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conadv_jax import config, experiment, feed, metrics, models, train
-from conadv_jax.checkpoint import Checkpoints
-from conadv_jax.state import Snapshot
+from conadv_jax import experiment, models, train
+from conadv_jax.checkpoints.checkpoint import Checkpoints
+from conadv_jax.config import from_config_dict
+from conadv_jax.method.state import Snapshot
+from conadv_jax.run import feed, metrics
 from configs import digits
 
 pytestmark = pytest.mark.fault
@@ -58,7 +60,7 @@ def settings(tau):
   method, steps = TAUS[tau]
   values = digits.get_config(f'batch_size=64,method={method}')
   values.update_from_flattened_dict(FIELDS | {'staleness_steps': steps})
-  return config.from_config_dict(values)
+  return from_config_dict(values)
 
 
 def run(server, directory, tau='1', faults='', **fields):
@@ -252,7 +254,7 @@ def half(tmp_path_factory):
   values.update_from_flattened_dict(
     FIELDS | {'staleness_steps': 3, 'max_steps': 12, 'ema.decay': 0.9}
   )
-  settings = config.from_config_dict(values)
+  settings = from_config_dict(values)
   root = tmp_path_factory.mktemp('half')
   train.train(dataclasses.replace(settings, max_steps=5), str(root / 'half'))
   shutil.copytree(root / 'half', root / 'whole')

@@ -10,17 +10,12 @@ import re
 import forked
 import pytest
 
-from conadv_jax import (
-  cli,
-  config,
-  exits,
-  experiment,
-  metrics,
-  preflight,
-  workdir,
-)
-from conadv_jax.config import ConfigError
-from conadv_jax.lock import RunLock
+from conadv_jax import cli, experiment
+from conadv_jax.base import errors
+from conadv_jax.base.errors import ConfigError
+from conadv_jax.config import describe, from_config_dict
+from conadv_jax.run import metrics, preflight, workdir
+from conadv_jax.run.lock import RunLock
 from configs import digits
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -280,7 +275,7 @@ def settings(**fields):
   values = digits.get_config('batch_size=64')
   values.bn_group_size = 8
   values.update_from_flattened_dict(fields)
-  return config.from_config_dict(values)
+  return from_config_dict(values)
 
 
 def written(directory):
@@ -312,7 +307,7 @@ def test_a_workdir_with_a_credential_is_refused_without_saying_it(url):
 def test_a_command_with_a_credential_ends_without_saying_it(capsys):
   with pytest.raises(SystemExit) as info:
     cli.run(lambda argv: settings(**{'dataset.data_dir': SIGNED}), '')
-  assert info.value.code == exits.USAGE
+  assert info.value.code == errors.USAGE
   said = capsys.readouterr()
   assert 'gs://bucket/x?...' in said.err
   assert 'hidden' not in said.err + said.out
@@ -329,7 +324,7 @@ def test_a_work_directory_holds_no_environment(tmp_path, monkeypatch, capsys):
     writer = metrics.make_writer(path, 0)
     writer.write(1, 'train', {'loss': 0.5})
     writer.close()
-    print(config.describe(run.config))
+    print(describe(run.config))
     facts = json.dumps(preflight._program(run.config))
     found = written(tmp_path)
   said = capsys.readouterr()

@@ -13,19 +13,14 @@ import jax
 import numpy as np
 import pytest
 
-from conadv_jax import (
-  cli,
-  config,
-  evaluate,
-  experiment,
-  feed,
-  metrics,
-  models,
-  train,
-)
-from conadv_jax.checkpoint import Checkpoints
+from conadv_jax import cli, evaluate, experiment, models, train
+from conadv_jax.base.errors import ConfigError, NonFiniteError
+from conadv_jax.checkpoints.checkpoint import Checkpoints
+from conadv_jax.config import from_config_dict
 from conadv_jax.data import datasets, sampler
 from conadv_jax.data.quarantine import Quarantine
+from conadv_jax.run import feed, metrics
+from conadv_jax.run.evaluator import Evaluator, weights_of
 from configs import digits
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -54,7 +49,7 @@ def settings(arg='batch_size=64', **fields):
       **{name.replace('__', '.'): value for name, value in fields.items()},
     }
   )
-  return config.from_config_dict(values)
+  return from_config_dict(values)
 
 
 def final_state(run, workdir, step):
@@ -202,7 +197,7 @@ def test_tensorboard_has_the_values_of_metrics_jsonl(unbroken):
 
 
 def test_a_directory_of_another_configuration_is_refused(unbroken):
-  with pytest.raises(config.ConfigError, match=r'seed: 0 -> 7') as error:
+  with pytest.raises(ConfigError, match=r'seed: 0 -> 7') as error:
     train.train(settings('batch_size=64,seed=7'), str(unbroken))
   assert 'another --workdir' in str(error.value)
 
@@ -218,7 +213,7 @@ def test_a_rerun_of_a_finished_run_changes_nothing(unbroken):
 
 
 def test_fewer_steps_than_were_trained_are_refused(unbroken):
-  with pytest.raises(config.ConfigError, match='already at step 20'):
+  with pytest.raises(ConfigError, match='already at step 20'):
     train.train(settings(max_steps=10), str(unbroken))
 
 
@@ -229,7 +224,7 @@ def test_a_nonfinite_run_stops_with_the_example_ids(tmp_path):
     schedule__warmup_epochs=0.0,
     max_nonfinite_steps=3,
   )
-  with pytest.raises(cli.NonFiniteError, match='3 steps in a row') as error:
+  with pytest.raises(NonFiniteError, match='3 steps in a row') as error:
     train.train(cfg, str(tmp_path))
   steps = sorted(int(file.stem) for file in tmp_path.glob('bad_steps/*.json'))
   assert len(steps) == 3 and steps[-1] - steps[0] == 2
@@ -248,9 +243,7 @@ def test_missing_data_is_an_error_with_the_command(tmp_path):
   cfg = settings(
     dataset__name='cifar10', dataset__data_dir=str(tmp_path / 'none')
   )
-  with pytest.raises(
-    config.ConfigError, match='prepare_tfds.py --name=cifar10'
-  ):
+  with pytest.raises(ConfigError, match='prepare_tfds.py --name=cifar10'):
     train.train(cfg, str(tmp_path / 'run'))
 
 
@@ -270,7 +263,7 @@ def test_wrong_settings_fail_before_anything_is_written(
   fields = {field.replace('.', '__'): value}
   if field == 'batch_size':
     fields['bn_group_size'] = 60
-  with pytest.raises(config.ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message):
     train.train(settings(**fields), str(tmp_path / 'run'))
   assert not (tmp_path / 'run').exists()
 
@@ -307,7 +300,7 @@ BROKEN_FILES = {
     ([f'{CONFIG}:metod=conadv', '--workdir=w'], "did you mean 'method'"),
     ([f'{CONFIG}:method=conadw', '--workdir=w'], "did you mean 'conadv'"),
     ([f'{CONFIG}:method=conadv_aa', '--workdir=w'], 'needs colour images'),
-    ([CONFIG, '--workdir=w', '--config.attack.epsilon_px=-1.0'], '>= 0'),
+    ([CONFIG, '--workdir=w', '--config.attack.epsilon=-1.0'], '>= 0'),
     ([CONFIG, '--workdir=w', '--config.staleness_steps=-1'], '>= 0'),
     ([CONFIG, '--workdir=w', '--config.optimizer.name=adam'], 'optimizer.name'),
     (['--config=SYNTAX', '--workdir=w'], 'SyntaxError'),
@@ -327,7 +320,7 @@ def test_bad_usage_exits_with_2_and_says_why(
 
 def test_a_nonfinite_run_exits_with_4(monkeypatch, capsys):
   def main(argv):
-    raise cli.NonFiniteError('5 steps in a row')
+    raise NonFiniteError('5 steps in a row')
 
   assert exit_code(monkeypatch, main) == 4
   assert '5 steps in a row' in capsys.readouterr().err
@@ -354,10 +347,10 @@ def test_evaluate_prints_a_table_and_adds_it_to_the_summary(unbroken, capsys):
   assert summary['evaluations'] == rows + more
 
 
-@pytest.mark.parametrize('name', ['attack.epsilon_px=8.0', 'model=resnet20'])
+@pytest.mark.parametrize('name', ['attack.epsilon=8.0', 'model=resnet20'])
 def test_evaluate_refuses_what_only_training_can_set(name, unbroken):
   argv = ['prog', f'--workdir={unbroken}', f'--config.{name}']
-  with pytest.raises(config.ConfigError, match=f'{name.split("=")[0]}.*eval'):
+  with pytest.raises(ConfigError, match=f'{name.split("=")[0]}.*eval'):
     evaluate.evaluate(argv)
 
 
@@ -373,8 +366,8 @@ def test_evaluation_does_not_depend_on_the_batch_size(unbroken):
     run = experiment.build(settings(eval__batch_size=size))
     state = final_state(run, unbroken, 20)
     source = datasets.load(run.spec, 'eval', '')
-    weights = evaluate.weights_of(run.config, state)
-    evaluator = evaluate.Evaluator(run, source, Quarantine())
+    weights = weights_of(run.config, state)
+    evaluator = Evaluator(run, source, Quarantine())
     results.append(evaluator(weights, 'fgsm'))
   assert results[0]['top1'] == results[1]['top1'] == results[2]['top1']
   np.testing.assert_allclose(

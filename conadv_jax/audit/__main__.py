@@ -29,16 +29,12 @@ import jax
 from etils import epath
 
 from conadv_jax import cli
-from conadv_jax.audit import (
-  forecast,
-  report,
-  report_html,
-  scaling_report,
-  sweep,
-  topology,
-)
+from conadv_jax.audit import report, report_html, sweep, topology
 from conadv_jax.audit.cache import Auditor
-from conadv_jax.config import Config, ConfigError, from_config_dict
+from conadv_jax.audit.scaling import forecast
+from conadv_jax.audit.scaling import report as scaling_report
+from conadv_jax.base.errors import ConfigError, OutOfMemoryError
+from conadv_jax.config import Config, from_config_dict
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -46,7 +42,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
   Raises:
     ConfigError: for a wrong flag or configuration.
-    cli.OutOfMemoryError: if the step does not fit a slice.
+    OutOfMemoryError: if the step does not fit a slice.
   """
   options, rest = _parser().parse_known_args(argv[1:])
   config = from_config_dict(cli.parse_config([argv[0], *rest]))
@@ -77,7 +73,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   print('\n' + report.text(result))
   _write(result, options.json, output)
   if not fits:
-    raise cli.OutOfMemoryError(report.verdict(result))
+    raise OutOfMemoryError(report.verdict(result))
   return result
 
 

@@ -22,7 +22,7 @@ from conadv_jax.audit.compile import (
 )
 from conadv_jax.audit.topology import Topology, load_devices
 from conadv_jax.config import Config
-from conadv_jax.experiment import Experiment
+from conadv_jax.experiment import Run
 
 
 class Auditor:
@@ -71,7 +71,7 @@ class Auditor:
     return f' ({self._done + 1} of {self._total}, {seconds / 60:.0f} min left)'
 
   def _path(
-    self, run: Experiment, topology: Topology, lowered: Lowered
+    self, run: Run, topology: Topology, lowered: Lowered
   ) -> epath.Path | None:
     """The file of a program: named by all that decides on it."""
     if self._folder is None:

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import jax
 
 from conadv_jax import models
-from conadv_jax.audit import hlo, hlo_cost, schedule
+from conadv_jax.audit.hlo import cost as hlo_cost
+from conadv_jax.audit.hlo import program as hlo
+from conadv_jax.audit.hlo import schedule
 from conadv_jax.audit.topology import Topology
 from conadv_jax.config import flatten, to_dict
 from conadv_jax.data import prefetch
-from conadv_jax.experiment import Experiment
+from conadv_jax.experiment import Run
 from conadv_jax.models.summary import multiply_adds
 
 # What a compiler says when a program needs more memory than there is.
@@ -63,14 +65,14 @@ class Lowered(NamedTuple):
   seconds: float
 
 
-def lower_step(run: Experiment) -> Lowered:
+def lower_step(run: Run) -> Lowered:
   """Traces the very step that `train` runs."""
   start = time.monotonic()
   step = run.lower_step()
   return Lowered(step, time.monotonic() - start)
 
 
-def compile_step(run: Experiment, lowered: Lowered) -> Compiled:
+def compile_step(run: Run, lowered: Lowered) -> Compiled:
   """Compiles it for the devices of the run.
 
   Raises:
@@ -95,9 +97,7 @@ def compile_step(run: Experiment, lowered: Lowered) -> Compiled:
   )
 
 
-def report(
-  run: Experiment, topology: Topology, compiled: Compiled
-) -> dict[str, Any]:
+def report(run: Run, topology: Topology, compiled: Compiled) -> dict[str, Any]:
   """What the audit says of one program; keys are those of its JSON."""
   config = run.config
   limit = topology.generation.hbm_limit_bytes
@@ -148,7 +148,7 @@ def report(
 
 
 def _measured(
-  run: Experiment, topology: Topology, compiled: Compiled
+  run: Run, topology: Topology, compiled: Compiled
 ) -> dict[str, Any]:
   """What only a compiled program tells."""
   generation = topology.generation
@@ -182,7 +182,7 @@ def _measured(
 # ---- Memory ------------------------------------------------------------------
 
 
-def state_bytes(run: Experiment) -> dict[str, int]:
+def state_bytes(run: Run) -> dict[str, int]:
   """Bytes per device of what outlives a step, without padding of layouts."""
   state, batch = run.abstract_state(), run.abstract_batch()
   batches = 2 if run.config.staleness_steps else 1
@@ -215,7 +215,7 @@ def hbm_parts(
 
 
 def remedies(
-  run: Experiment, parts: Mapping[str, int], limit_bytes: int
+  run: Run, parts: Mapping[str, int], limit_bytes: int
 ) -> list[dict[str, Any]]:
   """Options that lower the peak, the least costly that fits first.
 
@@ -282,7 +282,7 @@ def _required_bytes(error: str) -> int:
 # ---- FLOPs -------------------------------------------------------------------
 
 
-def analytic_flops(run: Experiment) -> float:
+def analytic_flops(run: Run) -> float:
   """FLOPs of convolutions and dense layers of a step, per device.
 
   With F for a forward pass over the clean images, V trained views and an attack

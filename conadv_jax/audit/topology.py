@@ -19,8 +19,7 @@ from collections.abc import Mapping
 import jax
 from jax.experimental import topologies
 
-from conadv_jax import config as config_lib
-from conadv_jax.config import ConfigError
+from conadv_jax.base.errors import ConfigError, unknown
 
 _GIB = 2**30
 _DOCS = 'docs.cloud.google.com/tpu/docs/'
@@ -348,7 +347,7 @@ def parse(text: str, slices: int = 1) -> Topology:
     )
   name, sides, count = match.groups()
   if name not in _GENERATION_OF:
-    raise config_lib.unknown('TPU generation', name, _GENERATION_OF)
+    raise unknown('TPU generation', name, _GENERATION_OF)
   if slices < 1:
     raise ConfigError(f'slices={slices}: must be >= 1')
   generation = _GENERATION_OF[name]

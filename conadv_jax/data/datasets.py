@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from etils import epath
 
-from conadv_jax import config
+from conadv_jax.base.errors import ConfigError, unknown
+from conadv_jax.config import Dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,8 @@ class DatasetSpec:
     num_eval: examples in the eval split.
     image_shape: (H, W, C) in pixels and channels; H and W are 0 in the registry
       where images are of any size, until `resolve` puts the size of the crop.
-    mean_px: mean of the train split per channel, grey levels of 255.
-    std_px: standard deviation likewise.
+    mean: mean of the train split per channel, grey levels of 255.
+    std: standard deviation likewise.
     allows_flip: whether a mirrored image keeps its label.
     prepare_command: shell command that prepares it in `{data_dir}`; empty for
       an embedded data set.
@@ -52,8 +53,8 @@ class DatasetSpec:
   num_train: int
   num_eval: int
   image_shape: tuple[int, int, int]
-  mean_px: tuple[float, ...]
-  std_px: tuple[float, ...]
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
   allows_flip: bool
   prepare_command: str
   embedded: bool
@@ -63,8 +64,8 @@ class DatasetSpec:
 
 
 # Means and deviations of ImageNet in [0, 1], as torchvision and timm use them.
-_IMAGENET_MEAN_PX = tuple(255 * x for x in (0.485, 0.456, 0.406))
-_IMAGENET_STD_PX = tuple(255 * x for x in (0.229, 0.224, 0.225))
+_IMAGENET_MEAN = tuple(255 * x for x in (0.485, 0.456, 0.406))
+_IMAGENET_STD = tuple(255 * x for x in (0.229, 0.224, 0.225))
 _FOLDER = 'image_folder'
 
 DATASETS = {
@@ -79,8 +80,8 @@ DATASETS = {
       num_train=1437,
       num_eval=360,
       image_shape=(8, 8, 1),
-      mean_px=(77.8,),
-      std_px=(95.9,),
+      mean=(77.8,),
+      std=(95.9,),
       allows_flip=False,
       prepare_command='',
       embedded=True,
@@ -94,8 +95,8 @@ DATASETS = {
       num_train=60_000,
       num_eval=10_000,
       image_shape=(28, 28, 1),
-      mean_px=(72.9,),
-      std_px=(90.0,),
+      mean=(72.9,),
+      std=(90.0,),
       allows_flip=True,
       prepare_command=(
         'python scripts/prepare_fashion_mnist.py --data_dir={data_dir}'
@@ -111,8 +112,8 @@ DATASETS = {
       num_train=50_000,
       num_eval=10_000,
       image_shape=(32, 32, 3),
-      mean_px=(125.3, 123.0, 113.9),
-      std_px=(63.0, 62.1, 66.7),
+      mean=(125.3, 123.0, 113.9),
+      std=(63.0, 62.1, 66.7),
       allows_flip=True,
       prepare_command=(
         'python scripts/prepare_tfds.py --name=cifar10 --data_dir={data_dir}'
@@ -128,8 +129,8 @@ DATASETS = {
       num_train=50_000,
       num_eval=10_000,
       image_shape=(32, 32, 3),
-      mean_px=(129.3, 124.1, 112.4),
-      std_px=(68.2, 65.4, 70.4),
+      mean=(129.3, 124.1, 112.4),
+      std=(68.2, 65.4, 70.4),
       allows_flip=True,
       prepare_command=(
         'python scripts/prepare_tfds.py --name=cifar100 --data_dir={data_dir}'
@@ -145,8 +146,8 @@ DATASETS = {
       num_train=1_281_167,
       num_eval=50_000,
       image_shape=(0, 0, 3),
-      mean_px=_IMAGENET_MEAN_PX,
-      std_px=_IMAGENET_STD_PX,
+      mean=_IMAGENET_MEAN,
+      std=_IMAGENET_STD,
       allows_flip=True,
       prepare_command=(
         'python scripts/prepare_tfds.py --name=imagenet2012'
@@ -168,8 +169,8 @@ DATASETS = {
       num_train=0,
       num_eval=0,
       image_shape=(0, 0, 3),
-      mean_px=_IMAGENET_MEAN_PX,
-      std_px=_IMAGENET_STD_PX,
+      mean=_IMAGENET_MEAN,
+      std=_IMAGENET_STD,
       allows_flip=True,
       prepare_command='',
       embedded=False,
@@ -182,11 +183,11 @@ DATASETS = {
 def get_spec(name: str) -> DatasetSpec:
   """The registered data set `name`; ConfigError names the nearest known one."""
   if name not in DATASETS:
-    raise config.unknown('dataset.name', name, DATASETS)
+    raise unknown('dataset.name', name, DATASETS)
   return DATASETS[name]
 
 
-def resolve(settings: config.Dataset) -> DatasetSpec:
+def resolve(settings: Dataset) -> DatasetSpec:
   """The data set that `settings` describe.
 
   Sizes come from `num_train` and `num_eval` where those are set, the image
@@ -200,29 +201,29 @@ def resolve(settings: config.Dataset) -> DatasetSpec:
   spec = get_spec(settings.name)
   size = settings.image_size_px
   if not spec.encoded and size:
-    raise config.ConfigError(
+    raise ConfigError(
       f'dataset.image_size_px={size}: images of {spec.name!r} are'
       f' {spec.image_shape[0]} px and used as they are; set it to 0'
     )
   if spec.encoded:
     if not size:
-      raise config.ConfigError(
+      raise ConfigError(
         f'dataset.image_size_px=0: images of {spec.name!r} are of any size; set'
         ' the height and width of the crops, such as 224'
       )
     if settings.crop_padding_px:
-      raise config.ConfigError(
+      raise ConfigError(
         f'dataset.crop_padding_px={settings.crop_padding_px}: images of'
         f' {spec.name!r} are cropped to dataset.image_size_px; set it to 0'
       )
     spec = dataclasses.replace(spec, image_shape=(size, size, 3))
   elif settings.cache != 'none':
-    raise config.ConfigError(
+    raise ConfigError(
       f'dataset.cache={settings.cache!r}: {spec.name!r} is in memory anyway;'
       " set it to 'none'"
     )
   if spec.name == _FOLDER:
-    from conadv_jax.data import image_folder
+    from conadv_jax.data.sources import image_folder
 
     directory = str(_resolve(settings.data_dir))
     folder = image_folder.scan(directory, (spec.train_split, spec.eval_split))
@@ -276,14 +277,14 @@ def load(
   }[split]
   root = _resolve(data_dir)
   if spec.name == _FOLDER:
-    from conadv_jax.data import image_folder
+    from conadv_jax.data.sources import image_folder
 
     source = image_folder.ImageFolder(str(root), name)
     if source.num_ignored:
       print(f'{root}/{name}: {source.num_ignored} entries are no images')
     return source
   if spec.embedded:
-    from conadv_jax.data import digits
+    from conadv_jax.data.sources import digits
 
     hide_gpus()  # Encoding images starts tensorflow.
     directory = epath.Path(digits.prepare(str(root)))
@@ -293,7 +294,7 @@ def load(
   _check_info(spec, builder.info, name, num_examples, directory)
   hide_gpus()
   if not spec.encoded:
-    from conadv_jax.data import in_memory
+    from conadv_jax.data.sources import in_memory
 
     return in_memory.read(builder, name, spec.num_classes)
   return _records(spec, builder, name, window_shards)
@@ -310,16 +311,16 @@ def _records(spec: DatasetSpec, builder, split: str, window_shards: int):
   info = builder.info.splits[split]
   file_format = builder.info.file_format.value
   if file_format == 'array_record':
-    from conadv_jax.data import array_record
+    from conadv_jax.data.sources import array_record
 
     return array_record.ArrayRecords(info.filepaths, info.shard_lengths)
   if file_format == 'tfrecord':
-    from conadv_jax.data import tfrecord
+    from conadv_jax.data.sources import tfrecord
 
     return tfrecord.TfRecords(
       info.filepaths, info.shard_lengths, window_shards=window_shards
     )
-  raise config.ConfigError(
+  raise ConfigError(
     f'dataset.name={spec.name!r}: {builder.data_dir} holds {file_format} files;'
     ' need array_record or tfrecord; see scripts/prepare_imagenet.md'
   )
@@ -338,7 +339,7 @@ def _find(spec: DatasetSpec, root: epath.Path) -> epath.Path:
   versions = [name for name in names if re.fullmatch(r'\d+\.\d+\.\d+', name)]
   if not versions:
     state = 'an unfinished preparation is' if names else 'nothing is'
-    raise config.ConfigError(
+    raise ConfigError(
       f'dataset.name={spec.name!r}: not prepared, {state} in {parent};'
       f' {_remedy(spec, root)}'
     )
@@ -357,8 +358,8 @@ def _open(
 ):
   """The TFDS builder of `directory`, once all files of the split are there."""
 
-  def half_prepared(what: str) -> config.ConfigError:
-    return config.ConfigError(
+  def half_prepared(what: str) -> ConfigError:
+    return ConfigError(
       f'dataset.name={spec.name!r}: {directory} is half-prepared, {what};'
       f' remove that directory, then {_remedy(spec, root)}'
     )
@@ -411,7 +412,7 @@ def _check_info(
     ]
   for what, found, needed, hint in checks:
     if found != needed:
-      raise config.ConfigError(
+      raise ConfigError(
         f'dataset.name={spec.name!r}: {directory} has {what} {found}, need'
         f' {needed}; it is another data set, or was prepared in part{hint}'
       )

@@ -25,7 +25,7 @@ from tensorflow_datasets.datasets.imagenet2012 import (
   imagenet2012_dataset_builder,
 )
 
-from conadv_jax import config
+from conadv_jax.base.errors import ConfigError
 
 CLASSES = tuple(range(0, 1000, 111))  # 0, 111, ..., 999: both ends are used.
 
@@ -117,13 +117,13 @@ def write_folder(
   """
   _check(root, num_train, num_eval, 1)
   if min(num_train, num_eval) < len(CLASSES):
-    raise config.ConfigError(
+    raise ConfigError(
       f'num_train={num_train}, num_eval={num_eval}: a folder needs'
       f' {len(CLASSES)} images or more in each split, one for each class'
     )
   target = pathlib.Path(root)
   if target.exists():
-    raise config.ConfigError(f'{root} exists; remove it or name another')
+    raise ConfigError(f'{root} exists; remove it or name another')
   target.parent.mkdir(parents=True, exist_ok=True)
   work = tempfile.mkdtemp(prefix='incomplete.', dir=target.parent)
   try:
@@ -169,14 +169,14 @@ def synsets() -> tuple[str, ...]:
 
 def _check(root: str, num_train: int, num_eval: int, num_shards: int) -> None:
   if '://' in root:
-    raise config.ConfigError(f'{root}: need a local directory')
+    raise ConfigError(f'{root}: need a local directory')
   if min(num_train, num_eval, num_shards) < 1:
-    raise config.ConfigError(
+    raise ConfigError(
       f'num_train={num_train}, num_eval={num_eval}, num_shards={num_shards}:'
       ' must be 1 or more'
     )
   if num_shards > min(num_train, num_eval):
-    raise config.ConfigError(
+    raise ConfigError(
       f'num_shards={num_shards}: must be at most the examples of each split,'
       f' {num_train} and {num_eval}'
     )
@@ -190,7 +190,7 @@ def _is_prepared(directory: pathlib.Path, identity: str) -> bool:
     return False
   info = directory / 'dataset_info.json'
   if names != [directory.name] or identity not in info.read_text():
-    raise config.ConfigError(
+    raise ConfigError(
       f'{directory.parent} holds another imagenet2012; choose another directory'
       f' or remove it, if it is fake too (wanted: {identity})'
     )

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from conadv_jax import config
-from conadv_jax.data import datasets, preprocess, sampler
-from conadv_jax.data import views as views_lib
+from conadv_jax.config import Dataset
+from conadv_jax.data import datasets, sampler
+from conadv_jax.data.images import preprocess
+from conadv_jax.data.images import views as views_lib
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.data.reader import Reader
 
@@ -19,7 +20,7 @@ Batch = dict[str, np.ndarray]
 
 def train_batches(
   source: Any,
-  settings: config.Dataset,
+  settings: Dataset,
   *,
   num_classes: int,
   views: Sequence[str],
@@ -79,7 +80,7 @@ def train_batches(
 
 def eval_batches(
   source: Any,
-  settings: config.Dataset,
+  settings: Dataset,
   *,
   num_classes: int,
   batch_size: int,

@@ -8,11 +8,8 @@ from typing import Any
 
 from etils import epath
 
-from conadv_jax import storage
-
-
-class DataError(Exception):
-  """Too many examples cannot be used, or a file lacks some of its records."""
+from conadv_jax.base import storage
+from conadv_jax.base.errors import DataError
 
 
 class Quarantine:

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from conadv_jax.config import ConfigError
-from conadv_jax.data.quarantine import DataError, Quarantine
-from conadv_jax.storage import StorageError
+from conadv_jax.base.errors import ConfigError, DataError, StorageError
+from conadv_jax.data.quarantine import Quarantine
 
 # (image, label, id, epoch) -> the arrays of one example, of static shape.
 ExampleFn = Callable[..., dict[str, tf.Tensor]]

@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-from conadv_jax import config
+from conadv_jax.base.errors import ConfigError
 
 
 def example_ids(
@@ -64,4 +64,4 @@ def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
 
 def _check(name: str, value: int, ok: bool, allowed: str) -> None:
   if not ok:
-    raise config.ConfigError(f'{name}={value}: must be {allowed}')
+    raise ConfigError(f'{name}={value}: must be {allowed}')

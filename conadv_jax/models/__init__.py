@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 
-from conadv_jax.config import ConfigError, unknown
+from conadv_jax.base.errors import ConfigError, unknown
 from conadv_jax.models import efficientnet, resnet, resnet_small, stochastic
 
 Variables = dict[str, Any]

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from conadv_jax.config import ConfigError
+from conadv_jax.base.errors import ConfigError
 from conadv_jax.models import layers
 from conadv_jax.models.norm import Layout, RoutedBatchNorm
 from conadv_jax.models.stochastic import DropPath

@@ -18,7 +18,7 @@ from etils import epath
 from flax import traverse_util
 
 from conadv_jax import models
-from conadv_jax.config import ConfigError
+from conadv_jax.base.errors import ConfigError
 
 StateDict = dict[str, np.ndarray]
 

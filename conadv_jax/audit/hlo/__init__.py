@@ -1,0 +1,1 @@
+"""Compiled programs, read: instructions, costs, collectives, schedules."""

@@ -1,0 +1,1 @@
+"""Step times of other slices, predicted from one compiled program."""

@@ -1,0 +1,1 @@
+"""Errors with their exit codes, storage that retries, faults on purpose."""

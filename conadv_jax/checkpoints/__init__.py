@@ -1,0 +1,1 @@
+"""Checkpoints that are complete and checked, and how they are restored."""

@@ -1,0 +1,1 @@
+"""What is done with pixels: decode, crop, resize, AutoAugment, views."""

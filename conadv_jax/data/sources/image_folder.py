@@ -1,0 +1,273 @@
+"""A directory of splits, each a directory of classes: ROOT/SPLIT/CLASS/*.jpg.
+
+This is the layout of `tfds.ImageFolder` and of torchvision. Labels are the
+places of the class names in sorted order, and ids follow (class, file name).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from concurrent import futures
+
+import numpy as np
+from etils import epath
+
+from conadv_jax.base import storage
+from conadv_jax.base.errors import ConfigError
+from conadv_jax.data.sources import records
+
+_SUFFIXES = ('.jpg', '.jpeg', '.png')  # In any case.
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """What the directory of one split holds, without a look into the files.
+
+  Attributes:
+    directory: of the split.
+    class_names: sorted; a name's place is its label.
+    file_names: the images of each class, sorted.
+    num_ignored: files and directories in it that are no images.
+  """
+
+  directory: str
+  class_names: tuple[str, ...]
+  file_names: tuple[tuple[str, ...], ...]
+  num_ignored: int
+
+  @property
+  def num_examples(self) -> int:
+    return sum(len(names) for names in self.file_names)
+
+
+def scan(
+  directory: str, splits: Sequence[str] | None = None, num_threads: int = 32
+) -> dict[str, Split]:
+  """Lists some splits of a folder, by name; None is all of its sub-directories.
+
+  Raises:
+    ConfigError: see `scan_split`; or there is no split, or two splits have
+      different classes.
+  """
+  splits = {
+    name: scan_split(directory, name, num_threads)
+    for name in splits or sorted(_list(_root(directory))[0])
+  }
+  if not splits:
+    raise ConfigError(
+      f'{directory}: has no sub-directories; {_layout(directory)}'
+    )
+  for split in splits.values():
+    check_same_classes(next(iter(splits.values())), split)
+  return splits
+
+
+def scan_split(directory: str, split: str, num_threads: int = 32) -> Split:
+  """Lists the classes and images of one split, several classes at a time.
+
+  Raises:
+    ConfigError: the directory is missing, has no classes, or a class has no
+      image.
+  """
+  parent = os.path.join(_root(directory), split)
+  if not _is_dir(parent):
+    raise ConfigError(f'{parent}: no such directory; {_layout(directory)}')
+  class_names, others = _list(parent)
+  if not class_names:
+    raise ConfigError(
+      f'{parent}: has no sub-directories, one for each class;'
+      f' {_layout(directory)}'
+    )
+  class_names = sorted(class_names)
+  paths = [os.path.join(parent, name) for name in class_names]
+  with futures.ThreadPoolExecutor(num_threads) as pool:
+    listed = list(pool.map(_list_images, paths))
+  empty = [
+    name
+    for name, (images, _) in zip(class_names, listed, strict=True)
+    if not images
+  ]
+  if empty:
+    raise ConfigError(
+      f'{parent}: {len(empty)} classes have no image ({", ".join(_SUFFIXES)}),'
+      f' the first is {empty[0]!r}; remove it or fill it'
+    )
+  return Split(
+    directory=parent,
+    class_names=tuple(class_names),
+    file_names=tuple(images for images, _ in listed),
+    num_ignored=len(others) + sum(ignored for _, ignored in listed),
+  )
+
+
+def check_same_classes(train: Split, evaluation: Split) -> None:
+  """Raises ConfigError unless both splits have the same class names."""
+  for one, other in ((train, evaluation), (evaluation, train)):
+    lacking = sorted(set(one.class_names) - set(other.class_names))
+    if lacking:
+      raise ConfigError(
+        f'{other.directory}: lacks {len(lacking)} of the classes of'
+        f' {one.directory}, the first is {lacking[0]!r}; labels are places in'
+        ' the sorted class names, so that both need the same'
+      )
+
+
+class ImageFolder:
+  """Reads any image file of a split, from any thread.
+
+  Attributes:
+    class_names: sorted; a name's place is its label.
+    labels: int32 [N].
+    num_examples: N.
+    num_ignored: files and directories that are no images.
+  """
+
+  def __init__(self, directory: str, split: str, *, num_threads: int = 16):
+    """Lists the files.
+
+    Args:
+      directory: local or gs://.
+      split: name of a sub-directory.
+      num_threads: files that are waited for at the same time.
+
+    Raises:
+      ConfigError: see `scan_split`.
+    """
+    self._split = scan_split(directory, split)
+    self.class_names = self._split.class_names
+    self.num_ignored = self._split.num_ignored
+    counts = [len(names) for names in self._split.file_names]
+    self._starts = np.concatenate([[0], np.cumsum(counts)])
+    self.num_examples = int(self._starts[-1])
+    self.labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    self._num_threads = num_threads
+    self._pool = futures.ThreadPoolExecutor(num_threads)
+    self._reasons: dict[int, str] = {}
+
+  @functools.cached_property
+  def nbytes(self) -> int:
+    """Bytes of all files; asks for each, at the first call."""
+    paths = [self.path(index) for index in range(self.num_examples)]
+    sizes = np.zeros(len(paths), np.int64)
+
+    def measure(index):
+      sizes[index] = records.file_size(paths[index])
+
+    records.map_in_threads(
+      self._pool, self._num_threads, measure, range(len(paths))
+    )
+    return int(sizes.sum())
+
+  def path(self, example_id: int) -> str:
+    """The file of an example."""
+    if not 0 <= example_id < self.num_examples:
+      raise IndexError(f'id {example_id}: must be in [0, {self.num_examples})')
+    label = int(self.labels[example_id])
+    name = self._split.file_names[label][example_id - self._starts[label]]
+    return os.path.join(self._split.directory, self.class_names[label], name)
+
+  def fetch(self, ids: np.ndarray) -> list[bytes]:
+    """The contents of n files; b'' for one that is gone or empty.
+
+    Raises:
+      StorageError: the storage failed, in spite of some attempts.
+    """
+    output = [b''] * len(ids)
+
+    def read(index):
+      output[index] = self._read(int(ids[index]))
+
+    records.map_in_threads(self._pool, self._num_threads, read, range(len(ids)))
+    return output
+
+  def _read(self, example_id: int) -> bytes:
+    path = self.path(example_id)
+    try:
+      data = records.read_bytes(path)
+    except OSError as error:
+      self._reasons[example_id] = error.strerror or str(error)
+      return b''
+    if not data:
+      self._reasons[example_id] = 'the file is empty'
+    return data
+
+  def parse(self, record, example_id):
+    """(data, label) inside `tf.data.Dataset.map`.
+
+    Args:
+      record: string scalar tensor from `fetch`.
+      example_id: int64 scalar tensor.
+
+    Returns:
+      The record itself, string scalar; its label, int32 scalar, -1 if the
+      record is b''.
+    """
+    import tensorflow as tf
+
+    label = self._label_tensor[example_id]
+    return record, tf.where(tf.equal(record, ''), -1, label)
+
+  @functools.cached_property
+  def _label_tensor(self):
+    import tensorflow as tf
+
+    # Outside the graph being traced, which would hold it as a constant.
+    with tf.init_scope():
+      return tf.constant(self.labels)
+
+  def describe(self, example_id: int) -> str:
+    """The file of an example, and why it could not be read if known."""
+    reason = self._reasons.get(int(example_id))
+    path = self.path(int(example_id))
+    return f'{path}: {reason}' if reason else path
+
+
+def _root(directory: str) -> str:
+  path = os.path.expanduser(directory)
+  if not _is_dir(path):
+    raise ConfigError(f'dataset.data_dir={directory!r}: no such directory')
+  return path
+
+
+def _layout(directory: str) -> str:
+  return f'images are looked for in {directory}/SPLIT/CLASS/*.jpg'
+
+
+def _is_dir(path: str) -> bool:
+  return epath.Path(path).is_dir()
+
+
+def _list_images(path: str) -> tuple[tuple[str, ...], int]:
+  """(sorted names of images, number of other entries) of a directory."""
+  directories, files = _list(path)
+  images = sorted(name for name in files if name.lower().endswith(_SUFFIXES))
+  return tuple(images), len(directories) + len(files) - len(images)
+
+
+def _list(path: str) -> tuple[list[str], list[str]]:
+  """Names of the directories and of the files in `path`, hidden ones left out.
+
+  Of a remote directory, what is named like an image is taken for a file: it
+  would cost a request to ask.
+  """
+  return storage.read(lambda: _list_once(path), path)
+
+
+def _list_once(path: str) -> tuple[list[str], list[str]]:
+  directories, files = [], []
+  if storage.is_remote(path):
+    for entry in epath.Path(path).iterdir():
+      image = entry.name.lower().endswith(_SUFFIXES)
+      to = files if image or not entry.is_dir() else directories
+      to.append(entry.name)
+  else:
+    with os.scandir(path) as entries:
+      for entry in entries:
+        (directories if entry.is_dir() else files).append(entry.name)
+  return (
+    [name for name in directories if not name.startswith('.')],
+    [name for name in files if not name.startswith('.')],
+  )

@@ -1,0 +1,197 @@
+"""What the readers of record files share: ids, file checks, TFDS's schema."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent import futures
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from conadv_jax.base import storage
+from conadv_jax.base.errors import ConfigError
+
+
+class ShardedRecords:
+  """Records 0 .. N-1, laid over files in the order of their names.
+
+  Record `id` is number `id - starts[s]` of file s, with starts[s] <= id <
+  starts[s + 1].
+
+  Attributes:
+    paths: the F files.
+    lengths: int64 [F], records in each.
+    starts: int64 [F + 1], sums of `lengths`.
+    num_examples: N.
+    nbytes: bytes of all files; a little more than those of the records.
+  """
+
+  def __init__(
+    self,
+    paths: Sequence[os.PathLike | str],
+    shard_lengths: Sequence[int],
+    *,
+    num_threads: int,
+  ):
+    """Checks all files, several at a time.
+
+    Args:
+      paths: local or gs://; `builder.info.splits[split].filepaths` of TFDS.
+      shard_lengths: records in each file, as `.shard_lengths` there.
+      num_threads: threads that wait for files.
+
+    Raises:
+      ConfigError: a file is missing or differs from its recorded length; names
+        the first such file and the fix.
+      StorageError: the storage failed, in spite of some attempts.
+    """
+    self.paths = tuple(os.fspath(path) for path in paths)
+    self.lengths = np.array(shard_lengths, np.int64)
+    if not self.paths or self.lengths.shape != (len(self.paths),):
+      raise ValueError(
+        f'{len(self.paths)} files but lengths {self.lengths.shape}'
+      )
+    self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+    self.num_examples = int(self.starts[-1])
+    self._pool = futures.ThreadPoolExecutor(num_threads)
+    self._num_threads = num_threads
+    self._reasons: dict[int, str] = {}
+    self._lock = threading.Lock()
+    sizes = list(self._pool.map(self._size, range(len(self.paths))))
+    self.nbytes = sum(size for size, _ in sizes)
+    problems = [problem for _, problem in sizes if problem]
+    if problems:
+      raise ConfigError(
+        f'{len(problems)} of {len(self.paths)} files cannot be used, the first'
+        f' is {problems[0]}'
+      )
+
+  def _size(self, shard: int) -> tuple[int, str]:
+    """(bytes, what is wrong or '') of one file."""
+    try:
+      size = file_size(self.paths[shard])
+    except FileNotFoundError:
+      return 0, damage(self.paths[shard], 'is missing')
+    except OSError as error:
+      reason = error.strerror or error
+      return 0, f'{self.paths[shard]}: {reason}; see that this user can read it'
+    return size, self._problem(shard, size)
+
+  def _problem(self, shard: int, size: int) -> str:
+    """What is wrong with a file of `size` bytes, '' if nothing."""
+    raise NotImplementedError
+
+  def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(file, place in it) of each id, int64 [n] both.
+
+    Raises:
+      IndexError: an id is outside [0, N).
+    """
+    ids = np.asarray(ids, np.int64)
+    if ids.size and not (0 <= ids.min() and ids.max() < self.num_examples):
+      raise IndexError(f'ids {ids}: must be in [0, {self.num_examples})')
+    shards = np.searchsorted(self.starts, ids, side='right') - 1
+    return shards, ids - self.starts[shards]
+
+  def parse(self, record, example_id):
+    """The image and label of one TFDS record, inside `tf.data.Dataset.map`.
+
+    Args:
+      record: string scalar tensor: a tf.train.Example with 'image' and 'label'.
+      example_id: int64 scalar tensor, not used.
+
+    Returns:
+      (data, label): the encoded image, string scalar, and int32 scalar; b'' and
+      -1 for what the record lacks, so also for an empty one. A record that is
+      no tf.train.Example at all fails with InvalidArgumentError.
+    """
+    import tensorflow as tf
+
+    del example_id
+    features = tf.io.parse_single_example(
+      record,
+      {
+        'image': tf.io.FixedLenFeature([], tf.string, default_value=''),
+        'label': tf.io.FixedLenFeature([], tf.int64, default_value=-1),
+      },
+    )
+    return features['image'], tf.cast(features['label'], tf.int32)
+
+  def describe(self, example_id: int) -> str:
+    """File and place of a record, and why it could not be read if known."""
+    (shard,), (place,) = self.locate(np.array([example_id]))
+    reason = self._reasons.get(int(example_id))
+    text = f'{self.paths[shard]}, record {place}'
+    return f'{text}: {reason}' if reason else text
+
+  def _unreadable(self, shard: int, place: int, reason: str) -> bytes:
+    """Keeps the reason for `describe`; the record is b''."""
+    self._reasons[int(self.starts[shard]) + place] = reason
+    return b''
+
+
+def damage(path: str, what: str) -> str:
+  """The text of an error about one file, with its fix."""
+  return (
+    f'{path}: {what}; copy that file again from its source, or prepare the data'
+    ' set again (scripts/prepare_imagenet.md)'
+  )
+
+
+def count_damage(path: str, found: str, expected: int) -> str:
+  return damage(
+    path, f'holds {found}, but dataset_info.json records {expected} records'
+  )
+
+
+def file_size(path: str) -> int:
+  """Bytes of a file, local or remote.
+
+  Raises:
+    OSError, StorageError: as `storage.read`.
+  """
+  if storage.is_remote(path):
+    return storage.read(lambda: epath.Path(path).stat().length, path)
+  return storage.read(lambda: os.stat(path).st_size, path)
+
+
+def read_bytes(path: str) -> bytes:
+  """Contents of a file, local or remote.
+
+  Raises:
+    OSError, StorageError: as `storage.read`.
+  """
+  return storage.read(lambda: epath.Path(path).read_bytes(), path)
+
+
+def map_in_threads(
+  pool: futures.ThreadPoolExecutor,
+  num_threads: int,
+  function: Callable[[Any], None],
+  items: Iterable[Any],
+) -> None:
+  """Calls `function` with each item, in as few tasks as keep all threads busy.
+
+  Raises:
+    What `function` raised first, once all tasks have ended.
+  """
+  items = list(items)
+  if len(items) < 2:
+    for item in items:
+      function(item)
+    return
+
+  def run(part):
+    for item in part:
+      function(item)
+
+  tasks = [
+    pool.submit(run, items[start::num_threads])
+    for start in range(min(num_threads, len(items)))
+  ]
+  futures.wait(tasks)
+  for task in tasks:
+    task.result()

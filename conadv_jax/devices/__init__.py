@@ -1,0 +1,1 @@
+"""The mesh, what devices exchange, compiler flags: all that names shardings."""

@@ -1,0 +1,1 @@
+"""What a run keeps and tells: work directory, metrics, evaluation, pictures."""

@@ -1,0 +1,70 @@
+"""Training batches on their way to the devices, and the ids of the last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from conadv_jax import hosts
+from conadv_jax.data import datasets, pipeline
+from conadv_jax.data.prefetch import Prefetcher
+from conadv_jax.data.quarantine import Quarantine
+from conadv_jax.experiment import Run
+
+
+class ExampleIds:
+  """The ids of this host's last batches: `ids[t]` for batch t."""
+
+  def __init__(self, start: int, keep: int):
+    self._next = start
+    self._keep = keep
+    self._ids: dict[int, np.ndarray] = {}
+
+  def add(self, ids: np.ndarray) -> None:
+    self._ids[self._next] = ids
+    self._next += 1
+    self._ids.pop(self._next - 1 - self._keep, None)
+
+  def __getitem__(self, batch: int) -> np.ndarray:
+    return self._ids[batch]
+
+
+def identity(run: Run, source: Any, eval_source: Any) -> dict[str, Any]:
+  """What tells the examples of a run from others."""
+  return {
+    'version': datasets.version(run.spec, run.config.dataset.data_dir),
+    'num_train': source.num_examples,
+    'num_eval': eval_source.num_examples,
+  }
+
+
+def batches(
+  run: Run,
+  source: Any,
+  quarantine: Quarantine,
+  example_ids: ExampleIds,
+  start: int,
+  count: int,
+) -> Prefetcher:
+  """Batches start, start + 1, ... on the devices, `count` of them."""
+  config = run.config
+  local = pipeline.train_batches(
+    source,
+    config.dataset,
+    num_classes=run.spec.num_classes,
+    views=run.image_views,
+    seed=config.seed,
+    batch_size=config.batch_size,
+    positions=run.local_positions(),
+    host=(hosts.index(), hosts.count()),
+    start_step=start,
+    num_steps=count,
+    quarantine=quarantine,
+  )
+
+  def put(batch):
+    example_ids.add(batch.pop('id'))
+    return run.put_batch(batch)
+
+  return Prefetcher(local, put, expected=count, start_step=start)

@@ -1,0 +1,215 @@
+"""Where numbers go: `metrics.jsonl`, TensorBoard and the progress line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from conadv_jax import hosts
+from conadv_jax.base import storage
+
+# In a bucket nothing is appended: every change writes the whole file.
+_BUCKET_SECONDS = 60
+
+# Values that two runs of the same configuration do not share.
+TIMINGS = ('images_per_sec', 'input_wait_percent', 'seconds')
+
+
+class MetricWriter:
+  """Adds to `metrics.jsonl` and writes the same values to TensorBoard.
+
+  A line is a JSON object: `step`, `split`, then the values in order. Lines of
+  later steps than `start_step` are dropped when a run resumes there, so that
+  every step is in the file once.
+
+  On a file system, a line is in the file when `write` returns. In a bucket, it
+  is there a minute later, or after `flush`. Where storage fails for good, as a
+  full disk does, all methods raise StorageError.
+  """
+
+  def __init__(self, workdir: epath.Path, start_step: int):
+    # clu imports tensorflow, which the training step must not need.
+    from clu import metric_writers
+
+    self._path = path = epath.Path(workdir) / 'metrics.jsonl'
+    kept = [r for r in read_metrics(workdir) if r['step'] <= start_step]
+    self.seconds_before = max((r.get('seconds', 0) for r in kept), default=0)
+    self._lines = [json.dumps(row) + '\n' for row in kept]
+    self._rewrite()
+    self._file = None
+    if not _is_bucket(path):
+      # Not buffered: what could not be written would be tried again at its end.
+      self._file = storage.write(lambda: open(path, 'ab', buffering=0), path)
+    self._tensorboard = storage.write(
+      lambda: metric_writers.SummaryWriter(str(workdir)), workdir
+    )
+
+  def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+    """Writes numbers and strings; TensorBoard gets the numbers.
+
+    JSON has no word for a number that is not finite: it is written as null.
+    """
+    values = {name: _plain(value) for name, value in values.items()}
+    row = {'step': step, 'split': split, **values}
+    self._append(json.dumps(row) + '\n')
+    scalars = {
+      f'{split}/{name}': value
+      for name, value in values.items()
+      if isinstance(value, int | float)
+    }
+    storage.write(
+      lambda: self._tensorboard.write_scalars(step, scalars), self._path.parent
+    )
+
+  def flush(self) -> None:
+    """Puts all lines into the file, before a checkpoint that needs them."""
+    if self._file is None and self._pending:
+      self._rewrite()
+
+  def close(self) -> None:
+    self.flush()
+    if self._file is not None:
+      self._file.close()
+    storage.write(self._tensorboard.close, self._path.parent)
+
+  def _append(self, line: str) -> None:
+    if self._file is not None:
+      self._append_to_file(line.encode())
+      return
+    self._lines.append(line)
+    self._pending = True
+    if time.monotonic() - self._written > _BUCKET_SECONDS:
+      self._rewrite()
+
+  def _append_to_file(self, line: bytes) -> None:
+    def size() -> int:
+      return os.fstat(self._file.fileno()).st_size
+
+    before = storage.read(size, self._path)
+
+    def attempt() -> None:
+      if size() != before:
+        self._file.truncate(before)  # what a failed attempt has left
+      rest = line
+      while rest:
+        rest = rest[self._file.write(rest) :]
+
+    storage.write(attempt, self._path)
+
+  def _rewrite(self) -> None:
+    storage.write_text(self._path, ''.join(self._lines))
+    self._pending, self._written = False, time.monotonic()
+
+
+class NoWriter:
+  """The `MetricWriter` of a host that writes nothing."""
+
+  seconds_before = 0.0
+
+  def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+    """Leaves the values to host 0, which has the same."""
+
+  def flush(self) -> None:
+    """Nothing is pending."""
+
+  def close(self) -> None:
+    """Nothing is open."""
+
+
+Writer = MetricWriter | NoWriter
+
+
+def make_writer(workdir: epath.Path, start_step: int) -> Writer:
+  """What `write` needs on this host: host 0 writes, the others do not."""
+  return MetricWriter(workdir, start_step) if hosts.is_writer() else NoWriter()
+
+
+def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
+  """Rows of `metrics.jsonl`; a last line that was cut short is left out."""
+  path = epath.Path(workdir) / 'metrics.jsonl'
+  if not path.exists():
+    return []
+  rows = []
+  for line in storage.read(path.read_text, path).splitlines():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+class Progress:
+  """Rates over the steps since the last report, without what was paused."""
+
+  def __init__(
+    self,
+    start_step: int,
+    stop_step: int,
+    batch_size: int,
+    waited_seconds: float = 0.0,
+  ):
+    self._stop_step = stop_step
+    self._batch_size = batch_size
+    self._step = self._start_step = start_step
+    self._waited = waited_seconds  # for input, before the first step
+    self._since = time.monotonic()
+    self.seconds = 0.0  # spent training, over all reports
+
+  def report(self, step: int, waited_seconds: float) -> dict[str, float]:
+    """`images_per_sec` and the share of time spent waiting for input."""
+    now = time.monotonic()
+    elapsed = max(now - self._since, 1e-9)
+    images = (step - self._step) * self._batch_size
+    rates = {
+      'images_per_sec': images / elapsed,
+      'input_wait_percent': 100 * (waited_seconds - self._waited) / elapsed,
+    }
+    self.seconds += elapsed
+    self._step, self._waited, self._since = step, waited_seconds, now
+    return rates
+
+  @contextlib.contextmanager
+  def paused(self):
+    """Around work that is not training, such as an evaluation."""
+    start = time.monotonic()
+    yield
+    self._since += time.monotonic() - start
+
+  @property
+  def images_per_sec(self) -> float:
+    """Over all reports; 0 before the first."""
+    images = (self._step - self._start_step) * self._batch_size
+    return images / self.seconds if self.seconds else 0.0
+
+  def eta(self) -> str:
+    """Time left, 'h:mm:ss', at the mean rate so far."""
+    if not self.images_per_sec:
+      return '?'
+    images = (self._stop_step - self._step) * self._batch_size
+    return clock(images / self.images_per_sec)
+
+
+def clock(seconds: float) -> str:
+  """12345.6 -> '3:25:46'."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}'
+
+
+def _is_bucket(path: epath.Path) -> bool:
+  return '://' in str(path)
+
+
+def _plain(value: Any) -> Any:
+  """Numbers of any library -> int, float, or None if not finite, for JSON."""
+  if isinstance(value, str):
+    return value
+  value = np.asarray(value).item()
+  return value if np.isfinite(value) else None

@@ -1,0 +1,168 @@
+"""The end of a run: the last evaluation, summary.json and the pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from conadv_jax import hosts
+from conadv_jax.base import faults
+from conadv_jax.experiment import Run
+from conadv_jax.hosts.watchdog import Watchdog
+from conadv_jax.method.state import TrainState
+from conadv_jax.run import metrics, plots, workdir
+from conadv_jax.run.evaluator import (
+  Evaluator,
+  attack_names,
+  attacked,
+  eval_attack,
+  weights_of,
+)
+
+
+def write_results(
+  run: Run,
+  path: epath.Path,
+  state: TrainState,
+  evaluator: Evaluator,
+  writer: metrics.Writer,
+  watchdog: Watchdog,
+  progress: metrics.Progress,
+) -> dict[str, Any]:
+  """Evaluates the last weights, writes summary.json and plots/.
+
+  Args:
+    run: what was trained, to its last step.
+    path: the work directory.
+    state: after that step.
+    evaluator: of the test split.
+    writer: of the metrics.
+    watchdog: told what is done.
+    progress: of this start of the run.
+
+  Returns:
+    The summary.
+  """
+  top1 = _evaluate(run, state, evaluator, writer, watchdog)
+  watchdog.phase('pictures')
+  seconds = writer.seconds_before + progress.seconds
+
+  def write() -> dict[str, Any]:
+    summary = _summarized(run, state, path, top1, seconds)
+    workdir.write_json(path / 'summary.json', summary)
+    _draw(run, state, evaluator, path)
+    return summary
+
+  summary = hosts.on_writer('the summary and the plots', write)
+  hosts.say(describe(summary, path))
+  return summary
+
+
+def _evaluate(
+  run: Run,
+  state: TrainState,
+  evaluator: Evaluator,
+  writer: metrics.Writer,
+  watchdog: Watchdog,
+) -> dict[str, float]:
+  """Top-1 of the last weights: `none` for clean images, and by attack."""
+  config = run.config
+  step = run.steps.stop
+
+  def before_batch() -> None:
+    watchdog.phase('evaluate', step)
+    faults.point('train/last_evaluation', step)
+
+  weights = weights_of(config, state)
+  names = ('none', *attack_names(config.eval.attack))
+  rows = {
+    name: evaluator(weights, name, before_batch=before_batch) for name in names
+  }
+  # All at the end: half of them would be there twice after a rerun.
+  top1 = {name: row['top1'] for name, row in rows.items()}
+  writer.write(step, 'test', rows['none'])
+  for name in names[1:]:
+    writer.write(step, f'test_{name}', {'top1': top1[name]})
+  writer.flush()
+  return top1
+
+
+def _summarized(
+  run: Run,
+  state: TrainState,
+  path: epath.Path,
+  top1: dict[str, float],
+  seconds: float,
+) -> dict[str, Any]:
+  """The numbers of the run, from `_evaluate` and metrics.jsonl."""
+  config, spikes = run.config, state.spikes
+  robust = {name: value for name, value in top1.items() if name != 'none'}
+  rates = [
+    row['images_per_sec']
+    for row in metrics.read_metrics(path)
+    if row['split'] == 'train'
+  ]
+  return {
+    'method': config.method,
+    'staleness_steps': config.staleness_steps,
+    'model': config.model,
+    'dataset': config.dataset.name,
+    'batch_size': config.batch_size,
+    'seed': config.seed,
+    'steps': run.steps.stop,
+    'epochs': run.steps.stop / run.steps.per_epoch,
+    'top1': top1['none'],
+    'robust_top1': min(robust.values(), default=None),
+    'robust_top1_by_attack': robust,
+    'robust_epsilon': config.eval.epsilon,
+    'images_per_sec': float(np.median(rates)) if rates else None,
+    'seconds': seconds,
+    'nonfinite_steps': int(jax.device_get(state.nonfinite_steps)),
+    'spike_steps': int(jax.device_get(spikes.steps)) if spikes else 0,
+  }
+
+
+def describe(summary: dict[str, Any], path: epath.Path) -> str:
+  """The summary in a line."""
+  robust = ', '.join(
+    f'{name} {top1:.2f} %'
+    for name, top1 in summary['robust_top1_by_attack'].items()
+  )
+  return (
+    f'done: top-1 {summary["top1"]:.2f} % clean'
+    + (f', {robust} at {summary["robust_epsilon"]:g} px' if robust else '')
+    + f'; {summary["seconds"]:.0f} s of training; pictures in {path}/plots'
+  )
+
+
+def _draw(
+  run: Run,
+  state: TrainState,
+  evaluator: Evaluator,
+  path: epath.Path,
+) -> None:
+  """Writes plots/training_curves.png and plots/adversarial_images.png."""
+  config = run.config
+  title = (
+    f'{config.method}, {config.model}, {config.dataset.name}, batch '
+    f'{config.batch_size}, {run.steps.stop} steps'
+  )
+  rows = metrics.read_metrics(path)
+  plots.training_curves(rows, title, path / 'plots' / 'training_curves.png')
+
+  attack = eval_attack(config, 'fgsm')
+  weights = weights_of(config, state)
+  clean, labels = evaluator.first_examples(12)
+  delta, logits = attacked(run, attack, weights, clean, labels)
+  names = [[str(i) for i in row.argmax(-1)] for row in logits]
+  plots.adversarial_grid(
+    clean,
+    delta,
+    *names,
+    [str(i) for i in labels],
+    f'FGSM, {attack.epsilon:g} of 255 grey levels: {title}',
+    path / 'plots' / 'adversarial_images.png',
+  )

@@ -1,0 +1,272 @@
+"""The work directory of a run: its `config.json` and what guards it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from conadv_jax import hosts
+from conadv_jax.base import storage
+from conadv_jax.base.errors import ConfigError, check_no_credentials
+from conadv_jax.config import Config, changes, from_config_dict, to_dict
+from conadv_jax.data.quarantine import Quarantine
+from conadv_jax.experiment import Run
+
+_PACKAGES = (
+  'conadv_jax', 'jax', 'jaxlib', 'libtpu', 'flax', 'optax', 'orbax-checkpoint',
+  'tensorflow', 'tensorflow-cpu', 'tensorflow-datasets', 'numpy',
+)  # fmt: skip
+
+# Fields that a rerun may change: they do not alter the weights of any step, but
+# for rounding, as the number of devices does.
+_FREE = (
+  'max_steps', 'log_every_steps', 'attack_stats_every_steps',
+  'max_nonfinite_steps', 'microbatches', 'remat', 'xla_flags', 'grad_buckets',
+  'dataset.data_dir', 'dataset.cache',
+  'dataset.max_bad_share', 'checkpoint.', 'eval.', 'hang_timeout_seconds',
+)  # fmt: skip
+
+
+def prepare(workdir: str, run: Run, data: Mapping[str, Any]) -> epath.Path:
+  """Makes `workdir`, or checks the run that is there.
+
+  Host 0 does so; the others return when it is done.
+
+  Args:
+    workdir: the directory, or a bucket's.
+    run: the run that is to go on there.
+    data: what identifies the examples, as `write_config` gets it.
+
+  Raises:
+    ConfigError: if the directory holds a run of another configuration, with
+      the fields that differ, cannot be written, or is another directory on
+      another host.
+    StorageError: if the storage fails, in spite of some attempts.
+  """
+  check_no_credentials('workdir', workdir)
+  path = epath.Path(workdir)
+
+  def make() -> None:
+    try:
+      path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise ConfigError(
+        f'workdir={workdir!r}: cannot be made: {error}'
+      ) from error
+    if (path / 'config.json').exists():
+      _check_same(path, run.config, data)
+
+  hosts.on_writer('the work directory', make)
+  _check_shared(path)
+  return path
+
+
+def write_config(path: epath.Path, run: Run, data: Mapping[str, Any]) -> None:
+  """Writes `config.json`: the resolved configuration and what it ran on.
+
+  Args:
+    path: the work directory.
+    run: the run.
+    data: what identifies the examples; JSON can hold it.
+
+  Raises:
+    StorageError: if that fails.
+  """
+  hosts.on_writer('config.json', lambda: _write_config(path, run, data))
+
+
+def read_config(workdir: str) -> dict[str, Any]:
+  """The resolved configuration of the run in `workdir`, as nested dicts.
+
+  Raises:
+    ConfigError: if there is no run.
+    StorageError: if the storage fails, in spite of some attempts.
+  """
+  check_no_credentials('workdir', workdir)
+  return _read_run(epath.Path(workdir))['config']
+
+
+def _read_run(workdir: epath.Path) -> dict[str, Any]:
+  """Content of `config.json`; raises ConfigError if there is none."""
+  path = workdir / 'config.json'
+  if not path.exists():
+    raise ConfigError(
+      f'workdir={str(workdir)!r}: holds no run (no config.json); train one '
+      f'with python -m conadv_jax.train --config=... --workdir={workdir}'
+    )
+  try:
+    content = json.loads(storage.read(path.read_text, path))
+    return content | {'config': content['config']}
+  except (json.JSONDecodeError, TypeError, KeyError) as error:
+    raise ConfigError(f'{path}: not readable: {error!r}') from error
+
+
+def quarantine(path: epath.Path, config: Config) -> Quarantine:
+  """The run's list of bad examples, of this host."""
+  host = f'_host{hosts.index()}' if hosts.count() > 1 else ''
+  return Quarantine(
+    path / f'quarantine{host}.jsonl', max_share=config.dataset.max_bad_share
+  )
+
+
+def finished(path: epath.Path) -> dict[str, Any] | None:
+  """summary.json of a run that reached its end, or None."""
+
+  def read() -> dict[str, Any] | None:
+    file = path / 'summary.json'
+    if not file.exists():
+      return None
+    summary = json.loads(storage.read(file.read_text, file))
+    return summary if 'top1' in summary else None
+
+  return hosts.on_writer('summary.json', read)
+
+
+def write_json(path: epath.Path, content: Any) -> None:
+  """Writes through a temporary file, so that no reader sees half of it.
+
+  Raises:
+    StorageError: as `storage.write`.
+  """
+  storage.write_text(path, json.dumps(content, indent=2) + '\n')
+
+
+def git_commit() -> str:
+  """Commit of the code, '+changes' if it is edited, '' outside git."""
+  folder = epath.Path(__file__).parent
+
+  def git(*args: str) -> str:
+    command = ['git', '-C', str(folder), *args]
+    return subprocess.run(
+      command, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+  try:
+    commit = git('rev-parse', 'HEAD')
+    return commit + ('+changes' if git('status', '--porcelain') else '')
+  except (OSError, subprocess.CalledProcessError):
+    return ''
+
+
+def versions() -> dict[str, str]:
+  """{package: version} of what the results of a run may depend on."""
+  found = {}
+  for name in _PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue  # tensorflow and tensorflow-cpu: one of the two is installed
+  return found
+
+
+def _write_config(path: epath.Path, run: Run, data: Mapping[str, Any]) -> None:
+  content = {
+    'config': to_dict(run.config),
+    'data': dict(data),
+    'steps': vars(run.steps),
+    'git_commit': git_commit(),
+  } | _built_with()
+  write_json(path / 'config.json', content)
+
+
+def _check_shared(path: epath.Path) -> None:
+  """Checks that all hosts see a file that host 0 writes."""
+  if hosts.count() == 1:
+    return
+  token = path / '.seen_by_all_hosts'
+
+  def write() -> str:
+    text = uuid.uuid4().hex
+    storage.write(lambda: token.write_text(text), token)
+    return text
+
+  text = hosts.on_writer('a file in the work directory', write)
+  seen = hosts.gather('its readers', _comes_to_hold(token, text))
+
+  def judge() -> None:
+    token.unlink()
+    blind = [host for host, sees in enumerate(seen) if not sees]
+    if blind:
+      raise ConfigError(
+        f'workdir={str(path)!r}: what host 0 writes there is not seen by host'
+        f'{"s" * (len(blind) > 1)} {hosts.ranges(blind)}; use a directory that '
+        'all hosts share: a bucket (gs://...) or a network file system'
+      )
+
+  hosts.on_writer('the check of the work directory', judge)
+
+
+def _comes_to_hold(path: epath.Path, text: str) -> bool:
+  """Waits a little: network file systems show new files late."""
+  for wait_seconds in (0, 0.1, 0.5, 1, 2, 4):
+    time.sleep(wait_seconds)
+    try:
+      if path.read_text() == text:
+        return True
+    except OSError:
+      continue
+  return False
+
+
+def _check_same(
+  path: epath.Path, config: Config, data: Mapping[str, Any]
+) -> None:
+  content = _read_run(path)
+  differences = changes(from_config_dict(content['config']), config, _FREE)
+  old, new = differences.get('epochs', (0, 0))
+  if new > old:
+    del differences['epochs']
+    print(
+      f'epochs: {old:g} -> {new:g}: from here on the learning rate follows the '
+      'longer schedule'
+    )
+  old_data = content.get('data', {})
+  differences |= {
+    f'data.{name}': (old_data.get(name), value)
+    for name, value in data.items()
+    if old_data.get(name) != value
+  }
+  if differences:
+    raise ConfigError(
+      f'workdir={str(path)!r}: holds a run of another configuration:\n  '
+      + '\n  '.join(_diff(differences))
+      + '\nuse another --workdir, or the configuration of that run'
+    )
+  built = _built_with()
+  rebuilt = {
+    f'{group}.{name}': (content.get(group, {}).get(name), value)
+    for group, values in built.items()
+    for name, value in values.items()
+    if content.get(group, {}).get(name) != value
+  }
+  if rebuilt:
+    print(
+      'not as when this run was last started, so that numbers may differ in '
+      'their last bits:\n  ' + '\n  '.join(_diff(rebuilt))
+    )
+
+
+def _diff(differences: Mapping[str, tuple[Any, Any]]) -> list[str]:
+  return [
+    f'{name}: {old!r} -> {new!r}' for name, (old, new) in differences.items()
+  ]
+
+
+def _built_with() -> dict[str, dict[str, Any]]:
+  """What the last bits of a run's numbers depend on, besides its settings."""
+  return {
+    'versions': versions(),
+    'devices': {
+      'kind': jax.devices()[0].device_kind,
+      'count': jax.device_count(),
+      'hosts': hosts.count(),
+    },
+  }

@@ -1,0 +1,809 @@
+"""Data sets are read whole or refused; batches depend on (seed, step) only."""
+
+import dataclasses
+import errno
+import gzip
+import hashlib
+import importlib.util
+import itertools
+import os
+import pathlib
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+
+import helpers
+import numpy as np
+import pytest
+import tensorflow as tf
+from sklearn import datasets as sklearn_datasets
+
+from conadv_jax.base.errors import ConfigError
+from conadv_jax.config import from_config_dict
+from conadv_jax.data import datasets, pipeline, sampler
+from conadv_jax.data.images import preprocess
+from conadv_jax.data.sources import digits, in_memory
+from configs import common
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+DIGITS = datasets.get_spec('digits')
+# The same files, treated as a data set that users prepare themselves.
+MANUAL = dataclasses.replace(
+  DIGITS, embedded=False, prepare_command='make-digits --to={data_dir}'
+)
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+  path = tmp_path_factory.mktemp('tfds')
+  digits.prepare(str(path))
+  return path
+
+
+@pytest.fixture
+def broken_dir(data_dir, tmp_path):
+  """A copy of the prepared digits, for a test to damage."""
+  shutil.copytree(data_dir / 'digits', tmp_path / 'digits')
+  return tmp_path / 'digits' / '1.0.0'
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+  def refuse(*args, **kwargs):
+    raise AssertionError('opened a socket')
+
+  monkeypatch.setattr(socket, 'socket', refuse)
+  monkeypatch.setattr(socket, 'create_connection', refuse)
+  monkeypatch.setattr(socket, 'getaddrinfo', refuse)
+
+
+def make_source(num_examples=10, size=4, num_classes=10):
+  """Images of random pixels from 1 to 255: zero is padding only."""
+  rng = np.random.default_rng(0)
+  shape = (num_examples, size, size, 2)
+  return in_memory.InMemory(
+    rng.integers(1, 256, shape, np.uint8),
+    (np.arange(num_examples) % num_classes).astype(np.int32),
+    num_classes,
+  )
+
+
+SETTINGS = from_config_dict(common.get_config()).dataset
+
+
+def train(source, *, crop_padding_px=2, random_flip=True, **kwargs):
+  settings = dataclasses.replace(
+    SETTINGS, crop_padding_px=crop_padding_px, random_flip=random_flip
+  )
+  defaults = dict(
+    num_classes=10,
+    views=('clean',),
+    seed=5,
+    batch_size=4,
+    start_step=0,
+    num_steps=8,
+  )
+  batches = pipeline.train_batches(source, settings, **(defaults | kwargs))
+  return list(batches)
+
+
+def evaluation(source, **kwargs):
+  batches = pipeline.eval_batches(source, SETTINGS, num_classes=10, **kwargs)
+  return list(batches)
+
+
+# ---- Data sets --------------------------------------------------------------
+
+
+def test_the_registry_needs_no_tensorflow():
+  code = (
+    'import sys\n'
+    'from conadv_jax.data import datasets, sampler\n'
+    'datasets.get_spec("digits")\n'
+    'heavy = {"tensorflow", "tensorflow_datasets", "sklearn", "jax"}\n'
+    'print(sorted(heavy & set(sys.modules)))\n'
+  )
+  run = subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=REPOSITORY,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert run.stdout == '[]\n'
+
+
+def test_registered_specs_are_consistent():
+  for name, spec in datasets.DATASETS.items():
+    assert spec.name == name
+    assert len(spec.mean) == len(spec.std) == spec.image_shape[-1]
+    assert all(1 < value < 255 for value in spec.mean + spec.std)
+    prepared = bool(spec.prepare_command)
+    assert prepared != (spec.embedded or name == 'image_folder')
+    assert spec.encoded == (spec.image_shape[:2] == (0, 0))
+
+
+def test_unknown_data_set_names_the_nearest():
+  with pytest.raises(ConfigError) as error:
+    datasets.get_spec('cifar_10')
+  assert "unknown dataset.name 'cifar_10'; did you mean 'cifar10'?" in str(
+    error.value
+  )
+
+
+def test_digits_are_those_of_scikit_learn(data_dir):
+  train_source = datasets.load(DIGITS, 'train', str(data_dir))
+  eval_source = datasets.load(DIGITS, 'eval', str(data_dir))
+  assert train_source.num_examples == DIGITS.num_train == 1437
+  assert eval_source.num_examples == DIGITS.num_eval == 360
+  reference = sklearn_datasets.load_digits()
+  is_eval = np.arange(1797) % 5 == 0
+  for source, chosen in ((train_source, ~is_eval), (eval_source, is_eval)):
+    assert source.images.dtype == np.uint8
+    assert source.labels.dtype == np.int32
+    assert source.images.shape[1:] == DIGITS.image_shape
+    assert source.images.min() == 0
+    assert source.images.max() == 255
+    np.testing.assert_array_equal(source.labels, reference.target[chosen])
+    np.testing.assert_allclose(
+      source.images[..., 0] * (16 / 255), reference.images[chosen], atol=0.04
+    )
+    assert np.bincount(source.labels).min() >= 26
+  assert abs(train_source.images.mean() - DIGITS.mean[0]) < 0.1
+  assert abs(train_source.images.std() - DIGITS.std[0]) < 0.1
+
+
+def test_digits_are_prepared_without_network_or_noise(
+  tmp_path, no_network, capfd
+):
+  source = datasets.load(DIGITS, 'eval', str(tmp_path / 'new' / 'dir'))
+  assert source.num_examples == 360
+  out, err = capfd.readouterr()
+  assert out == ''
+  assert 'ownload' not in err
+  made = tmp_path / 'new' / 'dir' / 'digits'
+  assert [path.name for path in made.iterdir()] == ['1.0.0']
+
+
+def test_data_dir_defaults_to_that_of_tfds(data_dir, monkeypatch):
+  monkeypatch.setenv('TFDS_DATA_DIR', str(data_dir))
+  assert datasets.load(MANUAL, 'eval', '').num_examples == 360
+  monkeypatch.delenv('TFDS_DATA_DIR')
+  monkeypatch.setenv('HOME', '/somewhere')
+  with pytest.raises(ConfigError, match='/somewhere/tensorflow_data'):
+    datasets.load(MANUAL, 'eval', '')
+
+
+def test_digits_prepared_by_two_processes_at_once(tmp_path):
+  code = (
+    'import sys, tensorflow\n'
+    'from conadv_jax.data import digits\n'
+    'print("ready", flush=True)\n'
+    'sys.stdin.readline()\n'
+    'print(digits.prepare(sys.argv[1]))\n'
+  )
+  with subprocess.Popen(
+    [sys.executable, '-c', code, str(tmp_path)],
+    cwd=REPOSITORY,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as other:
+    assert other.stdout.readline() == 'ready\n'
+    other.stdin.write('go\n')
+    other.stdin.flush()
+    made = digits.prepare(str(tmp_path))
+    assert other.communicate(timeout=60)[0] == f'{made}\n'
+  assert other.returncode == 0
+  assert [path.name for path in (tmp_path / 'digits').iterdir()] == ['1.0.0']
+
+
+def test_the_second_to_finish_digits_drops_its_copy(
+  data_dir, tmp_path, monkeypatch
+):
+  build = digits._build
+
+  def overtaken(root):
+    shutil.copytree(data_dir / 'digits' / '1.0.0', tmp_path / 'digits/1.0.0')
+    return build(root)
+
+  monkeypatch.setattr(digits, '_build', overtaken)
+  assert datasets.load(DIGITS, 'eval', str(tmp_path)).num_examples == 360
+  assert [path.name for path in (tmp_path / 'digits').iterdir()] == ['1.0.0']
+
+
+def test_digits_appear_whole_or_not_at_all(tmp_path, monkeypatch):
+  target = tmp_path / 'digits' / '1.0.0'
+  rename = os.rename
+
+  def full_disk(source, destination, **kwargs):
+    if pathlib.Path(destination) == target:
+      raise OSError(errno.ENOSPC, 'No space left on device')
+    rename(source, destination, **kwargs)
+
+  monkeypatch.setattr(os, 'rename', full_disk)
+  with pytest.raises(ConfigError, match='No space left'):
+    datasets.load(DIGITS, 'eval', str(tmp_path))
+  assert list((tmp_path / 'digits').iterdir()) == []
+
+
+def test_a_data_dir_that_cannot_be_written_is_named(tmp_path):
+  (tmp_path / 'file').touch()
+  with pytest.raises(ConfigError, match='cannot write .*/file/digits'):
+    datasets.load(DIGITS, 'train', str(tmp_path / 'file'))
+
+
+def test_digits_refuse_a_remote_data_dir():
+  with pytest.raises(ConfigError, match='gs://bucket.*local directory'):
+    datasets.load(DIGITS, 'train', 'gs://bucket/tfds')
+
+
+def test_missing_data_set_says_how_to_make_it(tmp_path, no_network):
+  start = time.monotonic()
+  for name, command in (
+    ('cifar10', 'prepare_tfds.py --name=cifar10 --data_dir='),
+    ('cifar100', 'prepare_tfds.py --name=cifar100 --data_dir='),
+    ('fashion_mnist', 'python scripts/prepare_fashion_mnist.py --data_dir='),
+  ):
+    with pytest.raises(ConfigError) as error:
+      datasets.load(datasets.get_spec(name), 'train', str(tmp_path))
+    assert f'{tmp_path}/{name}' in str(error.value)
+    assert f'{command}{tmp_path}' in str(error.value)
+  assert time.monotonic() - start < 5
+
+
+def test_interrupted_preparation_is_reported(tmp_path):
+  (tmp_path / 'digits' / 'incomplete.ABC_1.0.0').mkdir(parents=True)
+  with pytest.raises(ConfigError, match='unfinished preparation') as e:
+    datasets.load(MANUAL, 'train', str(tmp_path))
+  assert f'make-digits --to={tmp_path}' in str(e.value)
+
+
+@pytest.mark.parametrize(
+  ('name', 'damage', 'message'),
+  [
+    ('dataset_info.json', pathlib.Path.unlink, 'no dataset_info.json'),
+    ('features.json', pathlib.Path.unlink, 'no features.json'),
+    (
+      'dataset_info.json',
+      lambda path: path.write_text('{"name": '),
+      'metadata is not readable',
+    ),
+    (
+      'dataset_info.json',
+      lambda path: path.write_text(path.read_text().replace('"train"', '"x"')),
+      "no split 'train'",
+    ),
+    (
+      'digits-train.tfrecord-00000-of-00001',
+      pathlib.Path.unlink,
+      'digits-train.tfrecord-00000-of-00001 is missing',
+    ),
+  ],
+)
+def test_half_prepared_data_set_is_refused(
+  broken_dir, no_network, name, damage, message
+):
+  damage(broken_dir / name)
+  root = broken_dir.parents[1]
+  start = time.monotonic()
+  with pytest.raises(ConfigError, match=message) as error:
+    datasets.load(MANUAL, 'train', str(root))
+  assert time.monotonic() - start < 5
+  assert f'{broken_dir} is half-prepared' in str(error.value)
+  assert f'make-digits --to={root}' in str(error.value)
+
+
+def cut_at_record(path):
+  """Drops the last records whole: no check sum can tell."""
+  records = [r.numpy() for r in tf.data.TFRecordDataset(str(path))]
+  with tf.io.TFRecordWriter(str(path)) as writer:
+    for record in records[:-3]:
+      writer.write(record)
+
+
+def repeat_record(path):
+  records = [r.numpy() for r in tf.data.TFRecordDataset(str(path))]
+  with tf.io.TFRecordWriter(str(path)) as writer:
+    for record in [*records, records[0]]:
+      writer.write(record)
+
+
+def flip_byte(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+@pytest.mark.parametrize('damage', [cut_at_record, repeat_record, flip_byte])
+def test_damaged_records_are_refused(broken_dir, damage):
+  damage(broken_dir / 'digits-train.tfrecord-00000-of-00001')
+  with pytest.raises(ConfigError, match='cannot be read') as error:
+    datasets.load(MANUAL, 'train', str(broken_dir.parents[1]))
+  assert str(broken_dir) in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'num_classes': 11}, 'classes 10, need 11'),
+    ({'num_train': 1436}, 'train examples 1437, need 1436'),
+    ({'image_shape': (8, 8, 3)}, r'image shape \(8, 8, 1\), need \(8, 8, 3\)'),
+  ],
+)
+def test_another_data_set_of_that_name_is_refused(data_dir, change, message):
+  spec = dataclasses.replace(DIGITS, **change)
+  with pytest.raises(ConfigError, match=message):
+    datasets.load(spec, 'train', str(data_dir))
+
+
+def test_the_newest_version_is_read(broken_dir):
+  root = broken_dir.parents[1]
+  (root / 'digits' / '0.9.0').mkdir()
+  broken_dir.rename(root / 'digits' / '0.10.0')
+  assert datasets.load(MANUAL, 'eval', str(root)).num_examples == 360
+  (root / 'digits' / '0.10.1').mkdir()
+  with pytest.raises(ConfigError, match=r'digits/0\.10\.1 is half'):
+    datasets.load(MANUAL, 'eval', str(root))
+
+
+@pytest.mark.parametrize('label', [-1, 10])
+def test_a_label_out_of_range_names_its_example(label):
+  labels = np.array([0, 9, label, 3], np.int32)
+  with pytest.raises(
+    ConfigError, match=rf'example 2 has label {label}, .*\[0, 10\)'
+  ):
+    in_memory.InMemory(np.zeros((4, 2, 2, 1), np.uint8), labels, 10)
+
+
+@pytest.mark.parametrize(
+  ('images', 'labels', 'message'),
+  [
+    (np.zeros((2, 3, 3, 1), np.float32), np.zeros(2, np.int32), 'images'),
+    (np.zeros((2, 3, 3), np.uint8), np.zeros(2, np.int32), 'images'),
+    (np.zeros((2, 3, 3, 1), np.uint8), np.zeros(2, np.int64), 'labels'),
+    (np.zeros((2, 3, 3, 1), np.uint8), np.zeros(3, np.int32), '2 images'),
+  ],
+)
+def test_a_source_of_wrong_arrays_is_refused(images, labels, message):
+  with pytest.raises(ConfigError, match=message):
+    in_memory.InMemory(images, labels, 10)
+
+
+# ---- Augmentation -----------------------------------------------------------
+
+
+def per_seed(function, count):
+  """[function(seed of example 0), function(seed of example 1), ..]"""
+
+  def of_example(example_id):
+    epoch = tf.constant(0, tf.int64)
+    return function(preprocess.example_seed(0, epoch, example_id))
+
+  return list(tf.data.Dataset.range(count).map(of_example).as_numpy_iterator())
+
+
+def test_example_seeds_differ_in_each_argument():
+  big = 2**32
+  values = [0, 1, 2, big, big + 1]
+  made = {
+    tuple(
+      preprocess.example_seed(
+        seed, tf.constant(epoch, tf.int64), tf.constant(i, tf.int64)
+      ).numpy()
+    )
+    for seed, epoch, i in itertools.product(values, repeat=3)
+  }
+  assert len(made) == len(values) ** 3
+
+
+def test_golden_example_seed():
+  """Fails if a TensorFlow release changes the stream of a seed."""
+  seed = preprocess.example_seed(
+    1, tf.constant(2, tf.int64), tf.constant(3, tf.int64)
+  )
+  assert seed.dtype == tf.int32
+  assert seed.numpy().tolist() == [-92544939, 1528043550]
+  assert preprocess.op_seed(seed, 1).numpy().tolist() == [
+    -8119626956730371523,
+    1,
+  ]
+
+
+def test_crop_is_one_of_the_windows_of_the_padded_image():
+  padded = np.array(
+    [[0, 0, 0, 0], [0, 1, 2, 0], [0, 3, 4, 0], [0, 0, 0, 0]], np.uint8
+  )
+  windows = {
+    padded[y : y + 2, x : x + 2].tobytes(): 0
+    for y in range(3)
+    for x in range(3)
+  }
+  image = tf.constant(padded[1:3, 1:3, None])
+  for crop in per_seed(
+    lambda seed: preprocess.random_crop_with_padding(image, 1, seed), 900
+  ):
+    assert crop.shape == (2, 2, 1)
+    windows[crop.tobytes()] += 1
+  assert len(windows) == 9
+  # Mean 100, standard deviation 9.4.
+  assert min(windows.values()) > 55
+  assert max(windows.values()) < 145
+
+
+def test_crop_keeps_the_shape_of_an_oblong_image():
+  image = tf.zeros([3, 5, 2], tf.uint8)
+  crop = preprocess.random_crop_with_padding(image, 4, tf.constant([1, 2]))
+  assert crop.shape == (3, 5, 2)
+
+
+def test_flip_mirrors_half_of_the_images():
+  image = np.arange(6, dtype=np.uint8).reshape(2, 3, 1)
+  flips = 0
+  for out in per_seed(
+    lambda seed: preprocess.random_flip(tf.constant(image), seed), 400
+  ):
+    flipped = out[0, 0, 0] == 2
+    np.testing.assert_array_equal(out, image[:, ::-1] if flipped else image)
+    flips += flipped
+  # Mean 200, standard deviation 10.
+  assert 150 < flips < 250
+
+
+def test_crop_and_flip_are_independent():
+  """All shifts and directions of a row of two pixels are equally likely."""
+  source = in_memory.InMemory(
+    np.array([[[[1], [2]]]], np.uint8), np.zeros(1, np.int32), 10
+  )
+  counts = {}
+  for batch in train(source, batch_size=200, num_steps=6, crop_padding_px=1):
+    for image in batch['clean']:
+      counts[image.tobytes()] = counts.get(image.tobytes(), 0) + 1
+  # A third of the crops hold the row: then 3 shifts and 2 directions.
+  for row in ([1, 2], [2, 1], [0, 1], [1, 0], [2, 0], [0, 2]):
+    # Mean 67, standard deviation 8.
+    assert 35 < counts[bytes(row)] < 105
+
+
+# ---- Training batches -------------------------------------------------------
+
+
+def test_batches_hold_the_examples_of_the_sampler():
+  source = make_source(10)
+  batches = train(source, crop_padding_px=0, random_flip=False)
+  for step, batch in enumerate(batches):
+    ids, _ = sampler.example_ids(5, step, 4, 10)
+    assert batch['clean'].dtype == np.uint8
+    assert batch['label'].dtype == np.int32
+    np.testing.assert_array_equal(batch['clean'], source.images[ids])
+    np.testing.assert_array_equal(batch['label'], source.labels[ids])
+
+
+def test_images_are_flipped_only_when_asked():
+  source = make_source(10)
+  mirrored = 0
+  for step, batch in enumerate(train(source, crop_padding_px=0)):
+    ids, _ = sampler.example_ids(5, step, 4, 10)
+    for image, original in zip(batch['clean'], source.images[ids], strict=True):
+      same = (image == original).all()
+      assert same or (image == original[:, ::-1]).all()
+      mirrored += not same
+  assert 0 < mirrored < 32
+  for step, batch in enumerate(train(source, random_flip=False)):
+    ids, _ = sampler.example_ids(5, step, 4, 10)
+    for image, original in zip(batch['clean'], source.images[ids], strict=True):
+      padded = np.pad(original, [(2, 2), (2, 2), (0, 0)])
+      assert any(
+        (image == padded[y : y + 4, x : x + 4]).all()
+        for y in range(5)
+        for x in range(5)
+      )
+
+
+def test_each_op_has_a_stream_of_its_own(monkeypatch):
+  streams = []
+  op_seed = preprocess.op_seed
+
+  def record(seed, stream):
+    streams.append(stream)
+    return op_seed(seed, stream)
+
+  monkeypatch.setattr(preprocess, 'op_seed', record)
+  train(make_source(3), num_steps=1)
+  assert len(streams) == len(set(streams)) == 2
+
+
+def test_two_runs_are_equal_and_two_seeds_are_not():
+  source = make_source(50)
+  first = train(source, batch_size=16, num_steps=12)
+  helpers.assert_batches_equal(
+    train(source, batch_size=16, num_steps=12), first
+  )
+  other = train(source, batch_size=16, num_steps=12, seed=6)
+  assert (other[0]['clean'] != first[0]['clean']).any()
+
+
+def test_resumed_batches_are_the_tail():
+  source = make_source(10)  # Epochs end in the middle of step 2, after step 4.
+  whole = train(source)
+  for start in range(8):
+    tail = train(source, start_step=start, num_steps=8 - start)
+    helpers.assert_batches_equal(tail, whole[start:])
+
+
+def test_a_late_step_starts_at_once():
+  source = make_source(10)
+  start = time.monotonic()
+  batches = train(source, batch_size=8, start_step=2**40, num_steps=2)
+  assert len(batches) == 2
+  assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize('num_hosts', [1, 2, 4])
+def test_hosts_split_the_same_global_batch(num_hosts):
+  source = make_source(10)
+  whole = train(source, batch_size=8, num_steps=4)
+  places = np.arange(8).reshape(-1, num_hosts).T
+  hosts = [
+    train(source, batch_size=8, num_steps=4, positions=host) for host in places
+  ]
+  for step, batch in enumerate(whole):
+    for host, positions in zip(hosts, places, strict=True):
+      for key, values in batch.items():
+        np.testing.assert_array_equal(host[step][key], values[positions])
+
+
+def test_augmentation_is_keyed_by_epoch_and_id_not_by_place():
+  source = make_source(10)
+
+  def by_key(batch_size, num_steps):
+    images = {}
+    batches = train(source, batch_size=batch_size, num_steps=num_steps)
+    for step, batch in enumerate(batches):
+      ids, epochs = sampler.example_ids(5, step, batch_size, 10)
+      for i, epoch, image in zip(ids, epochs, batch['clean'], strict=True):
+        images[i, epoch] = image.tobytes()
+    return images
+
+  small, large = by_key(3, 20), by_key(30, 2)
+  assert len(small) == 60
+  assert small == large
+  # An example looks different in most epochs.
+  assert len({small[0, epoch] for epoch in range(6)}) >= 4
+
+
+def test_slow_examples_keep_their_places():
+  """Also: the pipeline needs `num_examples` and `lookup`, no arrays."""
+
+  class SlowSource:
+    num_examples = 20
+
+    def lookup(self, example_id):
+      def read(i):
+        time.sleep(0.02 * (i % 2))
+        return np.full((2, 2, 1), i, np.uint8), np.int32(i)
+
+      image, label = tf.numpy_function(read, [example_id], [tf.uint8, tf.int32])
+      return tf.ensure_shape(image, (2, 2, 1)), tf.ensure_shape(label, ())
+
+  for step, batch in enumerate(train(SlowSource(), crop_padding_px=0)):
+    ids, _ = sampler.example_ids(5, step, 4, 20)
+    assert batch['label'].tolist() == ids.tolist()
+    assert batch['clean'][:, 0, 0, 0].tolist() == ids.tolist()
+
+
+def test_a_batch_may_exceed_the_data_set():
+  batches = train(make_source(3), batch_size=10, num_steps=3)
+  labels = np.concatenate([batch['label'] for batch in batches])
+  assert np.bincount(labels).tolist() == [10, 10, 10]
+
+
+def test_batch_of_one():
+  batches = train(make_source(3), batch_size=1, num_steps=3)
+  assert sorted(int(batch['label'][0]) for batch in batches) == [0, 1, 2]
+
+
+def test_gpus_are_hidden_before_tensorflow_starts(tmp_path, monkeypatch):
+  calls = []
+  build = digits._build
+  monkeypatch.setattr(
+    tf.config, 'set_visible_devices', lambda *args: calls.append(args)
+  )
+  monkeypatch.setattr(
+    digits, '_build', lambda root: calls.append('build') or build(root)
+  )
+  datasets.load(DIGITS, 'eval', str(tmp_path))
+  assert calls[:2] == [([], 'GPU'), 'build']
+  del calls[:]
+  datasets.load(MANUAL, 'eval', str(tmp_path))
+  assert calls == [([], 'GPU')]
+  train(make_source(3), num_steps=1)
+  evaluation(make_source(3), batch_size=2)
+  assert calls == [([], 'GPU')] * 3
+
+
+@pytest.mark.parametrize('positions', [[-1], [4], [0, 0], []])
+def test_wrong_positions_are_refused(positions):
+  with pytest.raises(ValueError, match=r'in \[0, 4\)'):
+    train(make_source(3), positions=np.array(positions))
+  with pytest.raises(ValueError, match=r'in \[0, 4\)'):
+    evaluation(make_source(3), batch_size=4, positions=positions)
+
+
+def test_a_wrong_seed_is_a_config_error():
+  with pytest.raises(ConfigError, match='seed=-1'):
+    train(make_source(3), seed=-1)
+
+
+# ---- Evaluation batches -----------------------------------------------------
+
+
+@pytest.mark.parametrize('num_examples', [1, 7, 8])
+@pytest.mark.parametrize(
+  ('batch_size', 'num_hosts'), [(1, 1), (4, 1), (4, 2), (20, 1), (20, 4)]
+)
+def test_evaluation_sees_each_example_once(num_examples, batch_size, num_hosts):
+  source = make_source(num_examples)
+  seen = []
+  for positions in np.arange(batch_size).reshape(num_hosts, -1):
+    batches = evaluation(source, batch_size=batch_size, positions=positions)
+    assert len(batches) == -(-num_examples // batch_size)
+    for batch in batches:
+      mask, ids = batch['mask'], batch['id']
+      assert mask.dtype == bool
+      assert ids.dtype == np.int64
+      assert mask.shape == ids.shape == batch['label'].shape == positions.shape
+      np.testing.assert_array_equal(mask, ids >= 0)
+      np.testing.assert_array_equal(
+        batch['clean'][mask], source.images[ids[mask]]
+      )
+      np.testing.assert_array_equal(
+        batch['label'][mask], source.labels[ids[mask]]
+      )
+      assert not batch['clean'][~mask].any()
+      assert not batch['label'][~mask].any()
+      assert (ids[~mask] == -1).all()
+      seen += ids[mask].tolist()
+  assert sorted(seen) == list(range(num_examples))
+
+
+def test_evaluation_feeds_all_positions_by_default():
+  batches = evaluation(make_source(5), batch_size=3)
+  assert [batch['id'].tolist() for batch in batches] == [[0, 1, 2], [3, 4, -1]]
+
+
+# ---- scripts/prepare_fashion_mnist.py ---------------------------------------
+
+
+@pytest.fixture(scope='module')
+def script():
+  path = REPOSITORY / 'scripts' / 'prepare_fashion_mnist.py'
+  spec = importlib.util.spec_from_file_location('prepare_fashion_mnist', path)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module
+  spec.loader.exec_module(module)
+  yield module
+  del sys.modules[spec.name]
+
+
+def idx_bytes(array):
+  header = struct.pack(f'>HBB{array.ndim}I', 0, 8, array.ndim, *array.shape)
+  return header + array.tobytes()
+
+
+@pytest.fixture
+def idx(script, tmp_path):
+  """(directory of four small IDX files, what they hold, their arrays)."""
+  rng = np.random.default_rng(0)
+  directory = tmp_path / 'idx'
+  directory.mkdir()
+  files, arrays = {}, {}
+  for prefix, count in (('train', 7), ('t10k', 3)):
+    for name, array in (
+      (f'{prefix}-images-idx3-ubyte', rng.integers(0, 256, (count, 28, 28))),
+      (f'{prefix}-labels-idx1-ubyte', rng.integers(0, 10, count)),
+    ):
+      arrays[name] = array.astype(np.uint8)
+      data = idx_bytes(arrays[name])
+      files[name] = script.IdxFile(
+        array.shape, hashlib.sha256(data).hexdigest()
+      )
+      (directory / f'{name}.gz').write_bytes(gzip.compress(data))
+  return directory, files, arrays
+
+
+def sorted_pairs(images, labels):
+  return sorted(
+    (image.tobytes(), int(label))
+    for image, label in zip(images, labels, strict=True)
+  )
+
+
+def test_fashion_mnist_is_built_from_idx_files(
+  script, idx, tmp_path, no_network, capsys
+):
+  directory, files, arrays = idx
+  plain = directory / 't10k-labels-idx1-ubyte'  # One of them not gzipped.
+  packed = plain.with_name(f'{plain.name}.gz')
+  plain.write_bytes(gzip.decompress(packed.read_bytes()))
+  packed.unlink()
+  made = script.prepare(str(directory), str(tmp_path / 'tfds'), files)
+  assert made == str(tmp_path / 'tfds' / 'fashion_mnist' / '3.0.1')
+  spec = dataclasses.replace(
+    datasets.get_spec('fashion_mnist'), num_train=7, num_eval=3
+  )
+  for split, prefix in (('train', 'train'), ('eval', 't10k')):
+    source = datasets.load(spec, split, str(tmp_path / 'tfds'))
+    # TFDS orders by a hash of the index.
+    assert sorted_pairs(source.images, source.labels) == sorted_pairs(
+      arrays[f'{prefix}-images-idx3-ubyte'],
+      arrays[f'{prefix}-labels-idx1-ubyte'],
+    )
+  capsys.readouterr()
+  shutil.rmtree(directory)
+  assert script.prepare(str(directory), str(tmp_path / 'tfds'), files) == made
+  assert capsys.readouterr().out == f'already prepared: {made}\n'
+
+
+def test_missing_idx_files_are_listed(script, tmp_path, capsys):
+  (tmp_path / 'train-images-idx3-ubyte.gz').touch()
+  with pytest.raises(SystemExit) as error:
+    script.main([f'--idx_dir={tmp_path}', f'--data_dir={tmp_path}/tfds'])
+  assert error.value.code == 2
+  message = capsys.readouterr().err
+  assert f'not in {tmp_path}: train-labels-idx1-ubyte.gz, t10k' in message
+  assert 'apt install dataset-fashion-mnist' in message
+  assert not (tmp_path / 'tfds').exists()
+
+
+def of_another_data_set(data):
+  return data[:-1] + bytes([data[-1] ^ 1])
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (of_another_data_set, 'SHA-256'),
+    (lambda data: data[:-1], 'has 5503 bytes after gunzip, need 5504'),
+    (lambda data: b'\x00' + data, r'not an IDX file of \[7, 28, 28\]'),
+  ],
+)
+def test_wrong_idx_files_are_refused(script, idx, tmp_path, change, message):
+  directory, files, _ = idx
+  path = directory / 'train-images-idx3-ubyte.gz'
+  path.write_bytes(gzip.compress(change(gzip.decompress(path.read_bytes()))))
+  with pytest.raises(script.IdxError, match=message) as error:
+    script.prepare(str(directory), str(tmp_path / 'tfds'), files)
+  assert str(path) in str(error.value)
+
+
+def test_truncated_gzip_is_refused(script, idx, tmp_path):
+  directory, files, _ = idx
+  path = directory / 'train-images-idx3-ubyte.gz'
+  path.write_bytes(path.read_bytes()[:-20])
+  with pytest.raises(script.IdxError, match='cannot be read'):
+    script.prepare(str(directory), str(tmp_path / 'tfds'), files)
+
+
+def test_half_prepared_fashion_mnist_is_not_reused(script, idx, tmp_path):
+  directory, files, _ = idx
+  (tmp_path / 'tfds' / 'fashion_mnist' / '3.0.1').mkdir(parents=True)
+  with pytest.raises(script.IdxError, match='half-prepared'):
+    script.prepare(str(directory), str(tmp_path / 'tfds'), files)
+
+
+@pytest.mark.slow
+def test_the_packaged_fashion_mnist_is_complete(script, tmp_path):
+  if not pathlib.Path(script.DEFAULT_IDX_DIR).is_dir():
+    pytest.skip('needs `apt install dataset-fashion-mnist`')
+  script.prepare(script.DEFAULT_IDX_DIR, str(tmp_path))
+  spec = datasets.get_spec('fashion_mnist')
+  source = datasets.load(spec, 'train', str(tmp_path))
+  assert np.bincount(source.labels).tolist() == [6000] * 10
+  assert abs(source.images.mean() - spec.mean[0]) < 0.1
+  assert abs(source.images.std() - spec.std[0]) < 0.1
+  source = datasets.load(spec, 'eval', str(tmp_path))
+  assert np.bincount(source.labels).tolist() == [1000] * 10

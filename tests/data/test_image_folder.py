@@ -1,0 +1,218 @@
+"""A folder of class sub-folders: order, labels, and odd files."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from etils import epath
+
+from conadv_jax.base import storage
+from conadv_jax.base.errors import ConfigError, StorageError
+from conadv_jax.data import fake_imagenet
+from conadv_jax.data.sources import image_folder, records
+
+
+@pytest.fixture(scope='module')
+def fake(tmp_path_factory):
+  root = str(tmp_path_factory.mktemp('folder') / 'fake')
+  return fake_imagenet.write_folder(root, num_train=30, num_eval=10)
+
+
+def write(root, *paths):
+  for path in paths:
+    file = root / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(path.encode())
+  return str(root)
+
+
+def test_files_and_labels_are_those_of_tfds(fake):
+  folder = image_folder.ImageFolder(fake, 'train')
+  theirs = tfds.ImageFolder(fake)
+  assert list(folder.class_names) == theirs.info.features['label'].names
+  dataset = theirs.as_dataset(
+    split='train', decoders={'image': tfds.decode.SkipDecoding()}
+  )
+  expected = {
+    e['image/filename'].decode(): (e['image'], e['label'])
+    for e in tfds.as_numpy(dataset)
+  }
+  ids = np.arange(folder.num_examples)
+  found = {
+    folder.path(i): (data, label)
+    for i, data, label in zip(
+      ids, folder.fetch(ids), folder.labels, strict=True
+    )
+  }
+  assert found == expected
+
+
+def test_the_order_is_that_of_the_names_not_of_the_disk(tmp_path):
+  names = ['b/10.jpg', 'b/9.jpg', 'a/z.png', 'a/é.jpeg', 'B/x.JPG']
+  root = write(tmp_path, *(f'train/{name}' for name in names))
+  folder = image_folder.ImageFolder(root, 'train')
+  assert folder.class_names == ('B', 'a', 'b')
+  paths = [os.path.relpath(folder.path(i), root) for i in range(5)]
+  assert paths == [
+    'train/B/x.JPG',
+    'train/a/z.png',
+    'train/a/é.jpeg',
+    'train/b/10.jpg',
+    'train/b/9.jpg',
+  ]
+  assert folder.labels.tolist() == [0, 1, 1, 2, 2]
+  assert folder.labels.dtype == np.int32
+  assert folder.fetch([4, 0]) == [b'train/b/9.jpg', b'train/B/x.JPG']
+  assert folder.nbytes == sum(len(f'train/{name}'.encode()) for name in names)
+
+
+def test_what_is_no_image_is_counted_and_hidden_files_are_not(tmp_path):
+  root = write(
+    tmp_path,
+    'train/a/1.jpg',
+    'train/a/notes.txt',
+    'train/a/2.jpg.part',
+    'train/a/deeper/3.jpg',
+    'train/README',
+    'train/a/.DS_Store',
+    'train/.cache/x.jpg',
+  )
+  folder = image_folder.ImageFolder(root, 'train')
+  assert (folder.num_examples, folder.num_ignored) == (1, 4)
+  assert folder.class_names == ('a',)
+
+
+def test_scan_lists_all_splits_without_reading(fake, monkeypatch):
+  monkeypatch.setattr(type(epath.Path(fake)), 'read_bytes', None)
+  monkeypatch.setattr(records, 'file_size', None)
+  splits = image_folder.scan(fake)
+  counts = {name: split.num_examples for name, split in splits.items()}
+  assert counts == {'train': 30, 'val': 10}
+  assert [len(names) for names in splits['train'].file_names] == [3] * 10
+  synsets = [fake_imagenet.synsets()[label] for label in fake_imagenet.CLASSES]
+  assert list(splits['val'].class_names) == sorted(synsets)
+
+
+def test_scan_leaves_out_splits_that_are_not_named(tmp_path):
+  root = write(tmp_path, 'train/a/1.jpg', 'val/a/2.jpg', 'test/3.jpg')
+  assert list(image_folder.scan(root, ['train', 'val'])) == ['train', 'val']
+  with pytest.raises(ConfigError, match='test: has no sub-directories'):
+    image_folder.scan(root)
+
+
+@pytest.mark.parametrize(
+  ('files', 'message'),
+  [
+    (['other/a/1.jpg'], 'train: no such directory'),
+    (['train/1.jpg'], 'train: has no sub-directories, one for each class'),
+    (['train/a/1.jpg', 'train/b/1.txt'], "1 classes have no image .*'b'"),
+  ],
+)
+def test_a_folder_of_another_layout_is_named(tmp_path, files, message):
+  root = write(tmp_path, *files)
+  with pytest.raises(ConfigError, match=message):
+    image_folder.ImageFolder(root, 'train')
+
+
+def test_a_missing_or_empty_root_is_named(tmp_path):
+  with pytest.raises(ConfigError, match='dataset.data_dir='):
+    image_folder.scan(str(tmp_path / 'none'))
+  with pytest.raises(ConfigError, match='SPLIT/CLASS'):
+    image_folder.scan(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ('lacks', 'missing'), [('val', 'train'), ('train', 'val')]
+)
+def test_splits_of_different_classes_are_refused(tmp_path, lacks, missing):
+  root = write(
+    tmp_path, 'train/a/1.jpg', 'val/a/1.jpg', f'{missing}/only/1.jpg'
+  )
+  with pytest.raises(ConfigError, match=f"{lacks}: lacks 1 .*'only'"):
+    image_folder.scan(root)
+
+
+def test_an_unreadable_file_is_empty_and_says_why(tmp_path):
+  root = write(tmp_path, 'train/a/1.jpg', 'train/a/2.jpg', 'train/a/3.jpg')
+  folder = image_folder.ImageFolder(root, 'train')
+  (tmp_path / 'train/a/1.jpg').unlink()
+  (tmp_path / 'train/a/2.jpg').write_bytes(b'')
+  assert folder.fetch([0, 1, 2]) == [b'', b'', b'train/a/3.jpg']
+  assert folder.describe(0).endswith('a/1.jpg: No such file or directory')
+  assert folder.describe(1).endswith('a/2.jpg: the file is empty')
+  assert folder.describe(2).endswith('a/3.jpg')
+
+
+def test_a_failing_disk_is_asked_again(tmp_path, monkeypatch):
+  monkeypatch.setattr(storage, '_sleep', lambda seconds: None)
+  root = write(tmp_path, 'train/a/1.jpg')
+  folder = image_folder.ImageFolder(root, 'train')
+  calls = []
+
+  def read_bytes(path):
+    calls.append(path)
+    if len(calls) < 3 or len(calls) > 3:
+      raise OSError(5, 'Input/output error')
+    return b'data'
+
+  monkeypatch.setattr(type(epath.Path(root)), 'read_bytes', read_bytes)
+  assert folder.fetch([0]) == [b'data']
+  with pytest.raises(StorageError, match='a/1.jpg: .*output error'):
+    folder.fetch([0])
+  assert ': ' not in folder.describe(0)  # it is no bad example
+  assert len(calls) == 3 + 5
+
+
+def test_ids_out_of_range_are_refused(fake):
+  folder = image_folder.ImageFolder(fake, 'val')
+  for example_id in (-1, 10):
+    with pytest.raises(IndexError, match=r'must be in \[0, 10\)'):
+      folder.fetch([example_id])
+
+
+def test_parse_gives_label_minus_one_to_what_is_empty(fake):
+  folder = image_folder.ImageFolder(fake, 'train')
+
+  def example(example_id):
+    record = tf.numpy_function(
+      lambda i: folder.fetch([i])[0] if i % 2 else b'', [example_id], tf.string
+    )
+    return folder.parse(tf.ensure_shape(record, []), example_id)
+
+  dataset = tf.data.Dataset.range(folder.num_examples).map(example)
+  for i, (data, label) in enumerate(dataset.as_numpy_iterator()):
+    assert label.dtype == np.int32
+    assert (data, label) == (
+      (folder.fetch([i])[0], folder.labels[i]) if i % 2 else (b'', -1)
+    )
+
+
+def test_threads_read_the_same_bytes(fake):
+  folder = image_folder.ImageFolder(fake, 'train')
+  expected = [folder.fetch([i])[0] for i in range(30)]
+  ids = np.random.RandomState(0).randint(30, size=(8, 100))
+  output = [None] * 8
+
+  def run(thread):
+    output[thread] = folder.fetch(ids[thread])
+
+  threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert output == [[expected[i] for i in row] for row in ids]
+
+
+def test_a_folder_is_scanned_without_tensorflow(fake):
+  code = (
+    'import sys; from conadv_jax.data import image_folder;'
+    f' f = image_folder.ImageFolder({fake!r}, "val"); f.fetch([0]); f.nbytes;'
+    ' assert "tensorflow" not in sys.modules'
+  )
+  subprocess.run([sys.executable, '-c', code], check=True)

@@ -1,0 +1,542 @@
+"""ImageNet's input: order, views, and examples that cannot be used."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+import time
+
+import helpers
+import hypothesis
+import numpy as np
+import odd_images
+import pytest
+import tensorflow as tf
+from hypothesis import strategies as st
+from PIL import Image
+
+from conadv_jax.base.errors import ConfigError, DataError
+from conadv_jax.config import from_config_dict
+from conadv_jax.data import datasets, fake_imagenet, pipeline, sampler
+from conadv_jax.data.prefetch import Prefetcher
+from conadv_jax.data.quarantine import Quarantine
+from conadv_jax.data.sources import cache, in_memory
+from configs import common
+
+FORMATS = ('array_record', 'tfrecord')
+NUM_TRAIN, NUM_EVAL = 23, 13
+
+
+@pytest.fixture(scope='session')
+def fake_dirs(tmp_path_factory):
+  """The same images as ArrayRecord, as TFRecord and in folders."""
+  root = tmp_path_factory.mktemp('fake')
+  for name in FORMATS:
+    fake_imagenet.prepare(str(root / name), name, NUM_TRAIN, NUM_EVAL, 3)
+  fake_imagenet.write_folder(str(root / 'folder'), NUM_TRAIN, NUM_EVAL)
+  return root
+
+
+def settings_of(**changes):
+  dataset = from_config_dict(common.get_config()).dataset
+  changes = {
+    'name': 'imagenet2012',
+    'image_size_px': 32,
+    'num_train': NUM_TRAIN,
+    'num_eval': NUM_EVAL,
+    'random_flip': True,
+  } | changes
+  return dataclasses.replace(dataset, **changes)
+
+
+def load(root, split='train', **changes):
+  settings = settings_of(data_dir=str(root), **changes)
+  spec = datasets.resolve(settings)
+  return cache.load(spec, split, settings)
+
+
+def train(source, views=('clean', 'aa'), *, changes=None, **kwargs):
+  defaults = dict(
+    num_classes=1000, seed=3, batch_size=4, start_step=0, num_steps=8
+  )
+  batches = pipeline.train_batches(
+    source,
+    settings_of(**(changes or {})),
+    views=views,
+    **(defaults | kwargs),
+  )
+  return list(batches)
+
+
+@pytest.fixture(scope='module')
+def batches(fake_dirs):
+  """What `train` makes of the ArrayRecord files."""
+  return train(load(fake_dirs / 'array_record'))
+
+
+def evaluation(source, **kwargs):
+  defaults = dict(num_classes=1000, batch_size=4)
+  return list(
+    pipeline.eval_batches(source, settings_of(), **(defaults | kwargs))
+  )
+
+
+def by_id(batches):
+  """{id: bytes of all views}, of batches that lie within an epoch."""
+  return {
+    example_id: [batch[v][i].tobytes() for v in ('clean', 'aa') if v in batch]
+    for batch in batches
+    for i, example_id in enumerate(batch['id'].tolist())
+  }
+
+
+# ---- Data set ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_batches_hold_the_labels_of_their_images(fake_dirs, name):
+  for batch in train(load(fake_dirs / name)):
+    assert batch['clean'].shape == batch['aa'].shape == (4, 32, 32, 3)
+    assert batch['clean'].dtype == batch['aa'].dtype == np.uint8
+    assert batch['label'].dtype == np.int32
+    classes = [fake_imagenet.class_of(image) for image in batch['clean']]
+    assert batch['label'].tolist() == classes
+  (batch,) = evaluation(load(fake_dirs / name, 'eval'), batch_size=NUM_EVAL)
+  classes = [fake_imagenet.class_of(image) for image in batch['clean']]
+  assert batch['label'].tolist() == classes
+  assert {0, 999} <= set(classes)
+
+
+def test_a_folder_is_a_data_set_of_its_classes(fake_dirs):
+  changes = {'name': 'image_folder', 'num_train': 0, 'num_eval': 0}
+  settings = settings_of(**changes, data_dir=str(fake_dirs / 'folder'))
+  spec = datasets.resolve(settings)
+  assert (spec.num_classes, spec.num_train, spec.num_eval) == (
+    10, NUM_TRAIN, NUM_EVAL,
+  )  # fmt: skip
+  for batch in train(datasets.load(spec, 'train', settings.data_dir)):
+    classes = [fake_imagenet.class_of(image) for image in batch['clean']]
+    assert [fake_imagenet.CLASSES[i] for i in batch['label']] == classes
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'image_size_px': 0}, 'image_size_px=0: images .* are of any size'),
+    ({'crop_padding_px': 4}, 'crop_padding_px=4'),
+    ({'num_train': 0}, 'train examples 23, need 1281167.*dataset.num_train'),
+    ({'num_eval': 14}, 'validation examples 13, need 14.*dataset.num_eval'),
+    ({'name': 'digits'}, "image_size_px=32: images of 'digits' are 8 px"),
+    (
+      {'name': 'digits', 'image_size_px': 0, 'cache': 'raw'},
+      "cache='raw'.*in memory anyway",
+    ),
+  ],
+)
+def test_settings_that_do_not_fit_the_data_set(fake_dirs, changes, message):
+  with pytest.raises(ConfigError, match=message):
+    load(fake_dirs / 'array_record', **changes)
+    load(fake_dirs / 'array_record', 'eval', **changes)
+
+
+def test_another_order_of_the_classes_is_refused(fake_dirs, tmp_path):
+  shutil.copytree(fake_dirs / 'array_record', tmp_path / 'data')
+  (labels,) = tmp_path.glob('data/imagenet2012/*/label.labels.txt')
+  names = labels.read_text().split()
+  labels.write_text('\n'.join(['background', *names[:-1]]))
+  with pytest.raises(ConfigError, match='first label background'):
+    load(tmp_path / 'data')
+
+
+def test_a_missing_imagenet_says_how_to_prepare_it(tmp_path):
+  with pytest.raises(ConfigError, match='prepare_tfds.py --name=imagenet2012'):
+    load(tmp_path)
+  with pytest.raises(ConfigError, match=str(tmp_path / 'none')):
+    load(tmp_path / 'none', name='image_folder')
+
+
+# ---- Order ------------------------------------------------------------------
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(
+  seed=st.integers(0, 2**31 - 1),
+  num_examples=st.integers(1, 40),
+  num_hosts=st.sampled_from([1, 2, 3, 4]),
+  per_host=st.integers(1, 12),
+  epoch=st.integers(0, 3),
+)
+def test_each_id_once_per_epoch_on_any_number_of_hosts(
+  seed, num_examples, num_hosts, per_host, epoch
+):
+  """Of the order itself; the next test runs it through tf.data."""
+  batch_size = num_hosts * per_host
+  first = epoch * num_examples // batch_size
+  last = -(-(epoch + 1) * num_examples // batch_size)
+  seen = []
+  for step in range(first, last):
+    ids, epochs = sampler.example_ids(seed, step, batch_size, num_examples)
+    hosts = np.split(np.arange(batch_size), num_hosts)
+    assert sorted(np.concatenate(hosts)) == list(range(batch_size))
+    for host in hosts:
+      seen += ids[host][epochs[host] == epoch].tolist()
+  assert sorted(seen) == list(range(num_examples))
+
+
+def check_hosts(seed, num_examples, num_hosts, per_host, start, depth):
+  """The global batches of `num_hosts` hosts through tf.data and prefetching."""
+  images = np.arange(num_examples, dtype=np.uint8).reshape(-1, 1, 1, 1)
+  source = in_memory.InMemory(images, np.zeros(num_examples, np.int32), 1)
+  batch_size, steps = num_hosts * per_host, 3
+
+  def host_batches(positions):
+    batches = pipeline.train_batches(
+      source,
+      settings_of(image_size_px=0, random_flip=False),
+      num_classes=1,
+      views=('clean',),
+      seed=seed,
+      batch_size=batch_size,
+      positions=positions,
+      start_step=start,
+      num_steps=steps,
+    )
+    return list(Prefetcher(batches, lambda x: x, depth, expected=steps))
+
+  whole = np.split(np.arange(batch_size), num_hosts)
+  hosts = [host_batches(positions) for positions in whole]
+  for step in range(steps):
+    ids = np.concatenate([host[step]['id'] for host in hosts])
+    expected, _ = sampler.example_ids(
+      seed, start + step, batch_size, num_examples
+    )
+    np.testing.assert_array_equal(ids, expected)
+    clean = np.concatenate([host[step]['clean'] for host in hosts])
+    np.testing.assert_array_equal(clean[:, 0, 0, 0], expected)
+
+
+CASES = dict(
+  seed=st.integers(0, 2**31 - 1),
+  num_examples=st.integers(1, 40),
+  num_hosts=st.sampled_from([1, 2, 3]),
+  per_host=st.integers(1, 6),
+  start=st.integers(0, 50),
+  depth=st.integers(0, 3),
+)
+
+
+@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.given(**CASES)
+def test_hosts_share_one_order(**case):
+  check_hosts(**case)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(**CASES)
+def test_hosts_share_one_order_in_many_cases(**case):
+  check_hosts(**case)
+
+
+def test_two_runs_give_the_same_bytes(fake_dirs, batches):
+  helpers.assert_batches_equal(train(load(fake_dirs / 'array_record')), batches)
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_a_fresh_pipeline_from_any_step_gives_the_tail(fake_dirs, name):
+  steps = dict(batch_size=13, views=('clean',))  # of 23: from epoch 0 to 2
+  whole = train(load(fake_dirs / name), num_steps=4, **steps)
+  for start in range(1, 4):
+    source = load(fake_dirs / name)
+    tail = train(source, start_step=start, num_steps=4 - start, **steps)
+    helpers.assert_batches_equal(tail, whole[start:])
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_an_image_is_the_same_on_any_number_of_hosts(fake_dirs, name):
+  # 5 batches of 4 are within the first epoch of 23, on each of two hosts too.
+  steps = dict(num_steps=5, views=('clean',))
+  one = by_id(train(load(fake_dirs / name), **steps))
+  two = {}
+  for host in range(2):
+    positions = np.arange(4).reshape(2, 2)[host]
+    batches = train(
+      load(fake_dirs / name), positions=positions, host=(host, 2), **steps
+    )
+    mine = by_id(batches)
+    assert not mine.keys() & two.keys()
+    two |= mine
+  assert len(one) == len(two) == 20  # each id at most once
+  both = one.keys() & two.keys()
+  assert len(both) == 20 if name == 'array_record' else len(both) >= 17
+  assert all(one[key] == two[key] for key in both)
+
+
+def test_both_formats_give_the_same_image_for_an_id(fake_dirs, batches):
+  one = by_id(batches[:5])  # within an epoch
+  other = by_id(train(load(fake_dirs / 'tfrecord'), num_steps=5))
+  both = one.keys() & other.keys()
+  assert len(both) >= 17
+  assert all(one[key] == other[key] for key in both)
+
+
+# ---- Views ------------------------------------------------------------------
+
+
+def test_views_have_crops_of_their_own_unless_shared(fake_dirs, batches):
+  source = load(fake_dirs / 'array_record')
+  alone = train(source, views=('clean',))
+  shared = train(source, changes={'aa_shares_crop': True})
+  for a, b, c in zip(batches, alone, shared, strict=True):
+    # The clean view does not depend on what else is made.
+    np.testing.assert_array_equal(a['clean'], b['clean'])
+    np.testing.assert_array_equal(a['clean'], c['clean'])
+  assert 'aa' not in alone[0]
+  images = np.concatenate([x['clean'] for x in shared]).reshape(32, -1)
+  augmented = np.concatenate([x['aa'] for x in shared]).reshape(32, -1)
+  # Sub-policies do nothing at all now and then: then a shared crop is equal.
+  assert 0 < (images == augmented).all(1).sum() < 32
+
+
+def test_the_policy_of_the_settings_is_applied(fake_dirs, batches):
+  made = {'v0': batches}
+  for policy in ('reduced_imagenet', 'randaugment'):
+    source = load(fake_dirs / 'array_record')
+    made[policy] = train(source, changes={'autoaugment': policy})
+  for one, other in itertools.combinations(made.values(), 2):
+    for a, b in zip(one, other, strict=True):
+      np.testing.assert_array_equal(a['clean'], b['clean'])
+      assert (a['aa'] != b['aa']).any()
+
+
+# ---- Evaluation -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('name', 'batch_size', 'num_hosts'),
+  [('array_record', 40, 4), ('array_record', 6, 3), ('tfrecord', 4, 2)],
+)
+def test_evaluation_sees_each_example_once(
+  fake_dirs, name, batch_size, num_hosts
+):
+  source, seen = load(fake_dirs / name, 'eval'), []
+  for positions in np.arange(batch_size).reshape(num_hosts, -1):
+    batches = evaluation(source, batch_size=batch_size, positions=positions)
+    assert len(batches) == -(-NUM_EVAL // batch_size)
+    for batch in batches:
+      mask = batch['mask']
+      np.testing.assert_array_equal(mask, batch['id'] >= 0)
+      assert not batch['clean'][~mask].any()
+      classes = [fake_imagenet.class_of(x) for x in batch['clean'][mask]]
+      assert batch['label'][mask].tolist() == classes
+      seen += batch['id'][mask].tolist()
+  assert sorted(seen) == list(range(NUM_EVAL))
+
+
+# ---- Bad examples -----------------------------------------------------------
+
+
+class Folder:
+  """Files in memory, with the interface of the readers."""
+
+  def __init__(self, files, labels=None):
+    self._files = list(files)
+    self._labels = [0] * len(self._files) if labels is None else labels
+    self.num_examples = len(self._files)
+
+  def fetch(self, ids):
+    return [self._files[i] for i in ids]
+
+  def parse(self, record, example_id):
+    return record, tf.gather(tf.constant(self._labels, tf.int32), example_id)
+
+  def describe(self, example_id):
+    return f'file{example_id}'
+
+  @property
+  def nbytes(self):
+    return sum(map(len, self._files))
+
+
+def plain(grey):
+  return odd_images.encode(Image.new('RGB', (50, 40), (grey,) * 3))
+
+
+GREYS = [10 * i for i in range(1, 13)]
+
+
+def damaged(*bad):
+  return Folder([b'nonsense' if i in bad else plain(g)
+                 for i, g in enumerate(GREYS)])  # fmt: skip
+
+
+def greys(batch):
+  return [round(float(image.mean()) / 10) - 1 for image in batch['clean']]
+
+
+def test_a_bad_example_is_replaced_by_the_next_good_one(tmp_path):
+  quarantine = Quarantine(tmp_path / 'q.jsonl', max_share=0.5)
+  batches = train(
+    damaged(4, 7, 8, 11), ('clean',), num_steps=6, quarantine=quarantine
+  )
+  instead = {4: 5, 7: 9, 8: 9, 11: 0}
+  for batch in batches:
+    expected = [instead.get(i, i) for i in batch['id'].tolist()]
+    assert greys(batch) == expected
+  rows = [json.loads(x) for x in (tmp_path / 'q.jsonl').read_text().split('\n')
+          if x]  # fmt: skip
+  assert {row['id'] for row in rows} == {4, 7, 8, 11} and len(rows) == 4
+  for row in rows:
+    assert row['split'] == 'train' and row['place'] == f'file{row["id"]}'
+    assert 'neither JPEG nor PNG' in row['reason']
+  # On two hosts, and from the middle, the same.
+  for positions in ([0, 1], [2, 3]):
+    half = train(
+      damaged(4, 7, 8, 11), ('clean',), start_step=1, num_steps=5,
+      positions=np.array(positions), quarantine=quarantine,
+    )  # fmt: skip
+    for got, expected in zip(half, batches[1:], strict=True):
+      np.testing.assert_array_equal(got['clean'], expected['clean'][positions])
+  assert len(quarantine) == 4
+
+
+def test_the_run_stops_when_too_many_are_bad(tmp_path):
+  for bad, share in (((2, 3), 0.1), (range(12), 0.99)):
+    quarantine = Quarantine(max_share=share)
+    with pytest.raises(DataError, match='dataset.max_bad_share'):
+      train(damaged(*bad), ('clean',), quarantine=quarantine)
+  with pytest.raises(DataError, match='1 of the 12 examples'):
+    train(damaged(2), ('clean',))
+
+
+def test_the_quarantine_goes_on_after_a_restart(tmp_path):
+  path = tmp_path / 'q.jsonl'
+  train(damaged(1, 2), ('clean',), quarantine=Quarantine(path, max_share=0.2))
+  again = Quarantine(path, max_share=0.2)
+  assert len(again) == again.count('train') == 2
+  train(damaged(1, 2), ('clean',), quarantine=again)
+  with pytest.raises(DataError, match='3 of the 12'):
+    train(damaged(1, 2, 3), ('clean',), quarantine=again)
+
+
+def test_a_label_out_of_range_is_a_bad_example():
+  files = [plain(grey) for grey in GREYS]
+  labels = [0] * 12
+  labels[5], labels[6] = 3, -1
+  quarantine = Quarantine(max_share=0.5)
+  batches = train(
+    Folder(files, labels), ('clean',), num_classes=3, quarantine=quarantine
+  )
+  assert len(quarantine) == 2
+  for batch in batches:
+    assert not batch['label'].any()
+    assert 5 not in greys(batch) and 6 not in greys(batch)
+
+
+class Flaky(Folder):
+  """Storage that fails once."""
+
+  failures = 1
+
+  def fetch(self, ids):
+    if self.failures and 4 in ids:
+      self.failures -= 1
+      return [b''] * len(ids)
+    return super().fetch(ids)
+
+
+def test_an_example_that_can_be_read_later_is_used():
+  files = [plain(grey) for grey in GREYS]
+  expected = train(Folder(files), ('clean',), num_steps=3)
+  helpers.assert_batches_equal(
+    train(Flaky(files), ('clean',), num_steps=3), expected
+  )
+  expected = evaluation(Folder(files), batch_size=12)
+  helpers.assert_batches_equal(
+    evaluation(Flaky(files), batch_size=12), expected
+  )
+
+
+def test_evaluation_leaves_bad_examples_out_and_names_them():
+  quarantine = Quarantine(max_share=0.5)
+  batches = evaluation(damaged(2, 9), batch_size=5, quarantine=quarantine)
+  left = [i for b in batches for i in b['id'][b['mask']].tolist()]
+  assert sorted(left) == [i for i in range(12) if i not in (2, 9)]
+  assert quarantine.count('eval') == 2
+  with pytest.raises(DataError):
+    evaluation(damaged(2), batch_size=5)
+
+
+@pytest.mark.parametrize('size', [1, 33])
+def test_any_batch_size_keeps_the_places(size):
+  quarantine = Quarantine(max_share=0.5)
+  (batch, *_) = train(
+    damaged(3), ('clean',), batch_size=size, quarantine=quarantine
+  )
+  ids, _ = sampler.example_ids(3, 0, size, 12)
+  assert batch['id'].tolist() == ids.tolist()
+  assert greys(batch) == [4 if i == 3 else i for i in ids]
+
+
+def test_a_short_tfrecord_file_stops_the_run(fake_dirs, tmp_path):
+  shutil.copytree(fake_dirs / 'tfrecord', tmp_path / 'data')
+  paths = sorted(tmp_path.glob('data/imagenet2012/*/*train.tfrecord*'))
+  records = [r.numpy() for r in tf.data.TFRecordDataset(str(paths[1]))]
+  with tf.io.TFRecordWriter(str(paths[1])) as writer:
+    for record in records[:-1]:
+      writer.write(record)
+  quarantine = Quarantine(max_share=0.9)
+  with pytest.raises(DataError, match=paths[1].name):
+    train(load(tmp_path / 'data'), num_steps=12, quarantine=quarantine)
+
+
+def test_a_slow_file_does_not_change_the_order(fake_dirs, batches):
+  """Threads finish in another order than they start."""
+  source = load(fake_dirs / 'array_record')
+  fetch = source.fetch
+
+  def slow(ids):
+    time.sleep(0.05 * (int(ids[0]) % 3))
+    return fetch(ids)
+
+  source.fetch = slow
+  helpers.assert_batches_equal(train(source), batches)
+
+
+# ---- Cache ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kind', ['raw', 'decoded'])
+def test_a_cache_changes_no_pixel(fake_dirs, batches, kind):
+  cached = load(fake_dirs / 'array_record', cache=kind)
+  helpers.assert_batches_equal(train(cached), batches)
+
+
+def test_a_cache_changes_no_pixel_of_the_evaluation(fake_dirs):
+  root = fake_dirs / 'array_record'
+  cached = evaluation(load(root, 'eval', cache='decoded'))
+  helpers.assert_batches_equal(cached, evaluation(load(root, 'eval')))
+
+
+def test_a_cache_gives_tfrecords_the_order_of_random_access(fake_dirs, batches):
+  cached = load(fake_dirs / 'tfrecord', cache='raw')
+  helpers.assert_batches_equal(train(cached), batches)
+
+
+def test_a_cache_that_does_not_fit_is_refused(fake_dirs, monkeypatch):
+  monkeypatch.setattr(cache, 'available_bytes', lambda: 10_000)
+  for kind in ('raw', 'decoded'):
+    with pytest.raises(ConfigError, match=f"dataset.cache='{kind}'.*GB"):
+      load(fake_dirs / 'array_record', cache=kind)
+
+
+def test_a_bad_example_stays_bad_in_a_cache(tmp_path):
+  source = damaged(2)
+  for kind in ('raw', 'decoded'):
+    quarantine = Quarantine(max_share=0.5)
+    cached = cache.Cached(source, kind)
+    batches = train(cached, ('clean',), quarantine=quarantine)
+    helpers.assert_batches_equal(
+      batches, train(source, ('clean',), quarantine=quarantine)
+    )
+    assert len(quarantine) == 1

@@ -1,0 +1,477 @@
+"""Exported files hold the network that was evaluated, and say what it is."""
+
+import functools
+import json
+import sys
+
+import jax
+import networks
+import numpy as np
+import pytest
+import safetensors
+from PIL import Image
+from references import make
+
+from conadv_jax import cli, evaluate, experiment, models, train
+from conadv_jax.base.errors import ConfigError
+from conadv_jax.checkpoints.checkpoint import Checkpoints
+from conadv_jax.config import from_config_dict
+from conadv_jax.data import datasets
+from conadv_jax.export import __main__ as export
+from conadv_jax.export import model_card
+from conadv_jax.method.state import Snapshot
+from conadv_jax.models import efficientnet, resnet, weights
+from conadv_jax.run import summary as finish
+from conadv_jax.run import workdir
+from conadv_jax.run.evaluator import Evaluator
+from conadv_jax.run.reopen import restore_newest
+from configs import digits, imagenet_efficientnet, imagenet_resnet50
+
+STEPS = 3
+
+
+@pytest.fixture(scope='module')
+def directory(tmp_path_factory):
+  """A run of three steps on digits: a thin beginning of a ResNet-18, `thin`."""
+  path = tmp_path_factory.mktemp('run')
+  thin = functools.partial(resnet.resnet18, width=4, blocks=(1, 1))
+  entry = models.Entry(thin, 8, timm_module=resnet.timm_module)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(models.MODELS, 'thin', entry)
+    values = digits.get_config('batch_size=64')
+    values.update_from_flattened_dict(
+      {
+        'model': 'thin',
+        'bn_group_size': 8,
+        'max_steps': STEPS,
+        'attack_stats_every_steps': 0,
+        'optimizer.learning_rate': 40.0,
+        'schedule.warmup_epochs': 0.0,
+        'ema.decay': 0.5,
+        'eval.attack': 'fgsm',
+      }
+    )
+    train.train(from_config_dict(values), str(path))
+    yield path
+
+
+def run_export(directory, output, *flags):
+  argv = ['prog', f'--workdir={directory}', f'--output={output}', *flags]
+  return export.export(argv)
+
+
+def saved_state(directory):
+  values = workdir.read_config(str(directory))
+  run = experiment.build(from_config_dict(values))
+  checkpoints = Checkpoints(directory, read_only=True)
+  return run, checkpoints.restore(run.abstract_state(), STEPS)[1]
+
+
+def logits_of(directory, images, row=0):
+  """The network in evaluation mode, on images normalised by NumPy."""
+  run, state = saved_state(directory)
+  x = (images.astype(np.float32) - 77.8) / 95.9
+  variables = jax.tree.map(
+    np.asarray, {'params': state.params, 'batch_stats': state.batch_stats}
+  )
+  apply_fn = jax.jit(run.apply_fn, static_argnums=(2, 3))
+  return np.asarray(apply_fn(variables, x[None, None], (row,), False)[0][0, 0])
+
+
+def eval_split():
+  source = datasets.load(datasets.get_spec('digits'), 'eval', '')
+  return source.images, source.labels
+
+
+# ---- Weights for timm -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  'flags, name, row',
+  [
+    ((), 'params', 0),
+    (('--config.eval.route=adv',), 'params', 1),
+    (('--config.eval.use_ema=true',), 'ema', 0),
+  ],
+)
+def test_the_file_holds_the_chosen_weights(
+  flags, name, row, directory, tmp_path
+):
+  output = run_export(directory, tmp_path / 'm.safetensors', *flags)
+  _, state = saved_state(directory)
+  chosen = state.ema if name == 'ema' else state
+  expected = weights.to_state_dict(
+    'thin', chosen.params, chosen.batch_stats, row
+  )
+  actual = weights.load(str(output))
+  assert actual.keys() == expected.keys()
+  for key, value in expected.items():
+    np.testing.assert_array_equal(actual[key], value, key)
+  card = json.loads((tmp_path / 'm.json').read_text())
+  assert card['use_ema'] == (name == 'ema')
+  assert card['route'] == ('clean', 'adv')[row]
+
+
+def test_the_metadata_are_those_that_timm_knows(directory, tmp_path):
+  output = run_export(directory, tmp_path / 'm.safetensors')
+  with safetensors.safe_open(str(output), 'numpy') as file:
+    metadata = file.metadata()
+  assert metadata['format'] == 'pt'
+  assert (metadata['architecture'], metadata['num_classes']) == (
+    'thin', '10',
+  )  # fmt: skip
+  assert json.loads(metadata['input_size']) == [1, 8, 8]
+  np.testing.assert_allclose(json.loads(metadata['mean']), [77.8 / 255])
+  np.testing.assert_allclose(json.loads(metadata['std']), [95.9 / 255])
+  assert json.loads(metadata['crop_pct']) == 1.0
+
+
+@pytest.mark.parametrize(
+  'model, epsilon, theirs',
+  [
+    ('resnet18', 1e-5, 1e-5),
+    ('resnet18', 1e-3, 1e-5),
+    ('efficientnet_b0', 1e-3, 1e-3),
+    ('efficientnet_b0', 1e-5, 1e-3),
+  ],
+)
+def test_another_epsilon_goes_into_the_variance(model, epsilon, theirs):
+  file = {'r': imagenet_resnet50, 'e': imagenet_efficientnet}[model[0]]
+  values = file.get_config(f'model={model},method=baseline,batch_size=8')
+  values.bn_epsilon = epsilon
+  cfg = from_config_dict(values)
+  run = experiment.build(cfg, jax.devices()[:1])
+  state = run.abstract_state()
+  rng = np.random.default_rng(0)
+
+  def draw(leaf):
+    return rng.uniform(0.01, 2.0, leaf.shape).astype(leaf.dtype)
+
+  ours = jax.tree.map(draw, Snapshot(state.params, state.batch_stats))
+  before = weights.to_state_dict(model, ours.params, ours.batch_stats, 0)
+  after = export.to_timm(run, ours)
+  changed = {k for k in before if np.any(before[k] != after[k])}
+  variances = {k for k in before if k.endswith('.running_var')}
+  assert changed == (variances if epsilon != theirs else set())
+  for key in variances:
+    np.testing.assert_allclose(
+      after[key] + theirs, before[key] + epsilon, rtol=1e-6
+    )
+
+
+# ---- Functions --------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kind', ['stablehlo', 'saved_model'])
+def test_the_function_has_the_logits_and_accuracy_of_the_run(
+  kind, directory, tmp_path, monkeypatch
+):
+  """On all 360 images, and on the sizes of batches that the card runs."""
+  name = {'stablehlo': 'm.stablehlo', 'saved_model': 'm'}[kind]
+  run_export(directory, tmp_path / name, f'--format={kind}')
+  card = json.loads((tmp_path / 'm.json').read_text())
+  monkeypatch.chdir(tmp_path)
+  scope = {}
+  exec(card['usage'], scope)
+  assert scope['logits'].shape == (2, 10)
+  if kind == 'stablehlo':
+    predict = export.load_stablehlo(name)
+  else:
+    predict = scope['model'].predict
+  images, labels = eval_split()
+  logits = np.asarray(predict(images))
+  expected = logits_of(directory, images)
+  np.testing.assert_allclose(
+    logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+  )
+  summary = json.loads((directory / 'summary.json').read_text())
+  top1 = 100 * (logits.argmax(-1) == labels).mean()
+  np.testing.assert_allclose(top1, summary['top1'], rtol=1e-6)
+  assert card['top1'] == summary['top1']
+
+
+def test_a_route_has_a_function_of_its_own(directory, tmp_path):
+  flags = ('--format=stablehlo', '--config.eval.route=adv')
+  output = run_export(directory, tmp_path / 'm.stablehlo', *flags)
+  images, _ = eval_split()
+  logits = export.load_stablehlo(str(output))(images[:7])
+  expected = logits_of(directory, images[:7], row=1)
+  np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+  assert not np.allclose(logits, logits_of(directory, images[:7]), rtol=1e-3)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_depthwise_convolutions_are_exported_for_any_batch(
+  dtype, tmp_path, monkeypatch
+):
+  """They have code of their own on a CPU, where sizes are known."""
+  thin = functools.partial(
+    efficientnet.efficientnet_b0,
+    width_factor=0.25,
+    stages=efficientnet.STAGES[:2],
+  )
+  entry = models.Entry(thin, 32)
+  monkeypatch.setitem(models.MODELS, 'efficientnet_b0', entry)
+  values = imagenet_efficientnet.get_config('model=efficientnet_b0')
+  values.dtype = dtype
+  run = experiment.build(from_config_dict(values), jax.devices()[:1])
+  variables = networks.random_variables(run.model)
+  chosen = Snapshot(variables['params'], variables['batch_stats'])
+  path = tmp_path / 'm.stablehlo'
+  path.write_bytes(export.to_stablehlo(run, chosen).serialize())
+  predict = export.load_stablehlo(str(path))
+  images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+  expected = jax.jit(export.make_predict_fn(run, chosen))(images)
+  tolerance = {'float32': 1e-5, 'bfloat16': 0.03}[dtype]  # bfloat16: 2**-8
+  for count in (1, 5):
+    logits = predict(images[:count])
+    assert networks.relative_error(logits, expected[:count]) < tolerance
+
+
+def test_stablehlo_is_for_all_platforms(directory, tmp_path):
+  output = run_export(directory, tmp_path / 'm.stablehlo', '--format=stablehlo')
+  exported = jax.export.deserialize(bytearray(output.read_bytes()))
+  assert exported.platforms == ('cpu', 'cuda', 'tpu')
+  (images,) = exported.in_avals
+  assert (images.dtype, str(images.shape)) == (np.uint8, '(b, 8, 8, 1)')
+
+
+@pytest.mark.parametrize('content', [None, b'', b'not one'])
+def test_a_file_that_is_no_function_is_refused(content, tmp_path):
+  path = tmp_path / 'm.stablehlo'
+  if content is not None:
+    path.write_bytes(content)
+  with pytest.raises(ConfigError, match='m.stablehlo'):
+    export.load_stablehlo(str(path))
+
+
+# ---- The model card ---------------------------------------------------------
+
+
+def test_the_card_says_what_the_network_is(directory, tmp_path):
+  run_export(directory, tmp_path / 'm.safetensors')
+  card = json.loads((tmp_path / 'm.json').read_text())
+  summary = json.loads((directory / 'summary.json').read_text())
+  origin = json.loads((directory / 'config.json').read_text())
+  assert (card['model'], card['method'], card['step']) == (
+    'thin', 'conadv', STEPS,
+  )  # fmt: skip
+  assert card['evaluations'] == [
+    {'attack': 'none', 'epsilon': 0.0, 'attack_steps': 0,
+     'top1': summary['top1']},
+    {'attack': 'fgsm', 'epsilon': 16.0, 'attack_steps': 1,
+     'top1': summary['robust_top1']},
+  ]  # fmt: skip
+  for name in ('git_commit', 'versions', 'devices'):
+    assert card[name] == origin[name]
+  assert card['config']['optimizer'] == origin['config']['optimizer']
+  assert 'data_dir' not in card['config']['dataset']
+  page = (tmp_path / 'm.md').read_text()
+  for text in (
+    '# thin, conadv, digits',
+    f'| fgsm | 16 | 1 | {summary["robust_top1"]:.2f} |',
+    f'| none |  |  | {summary["top1"]:.2f} |',
+    'conadv (staleness 1)',
+    'Apache-2.0',
+    'arxiv.org/abs/2106.00221',
+    card['usage'],
+    f'{card["parameters"]:,}',
+  ):
+    assert text in page
+  assert 'not evaluated' not in page
+
+
+def test_numbers_of_other_weights_are_left_out(directory, tmp_path):
+  """The run was evaluated on the route clean, without the average."""
+  for flag in ('--config.eval.use_ema=true', '--config.eval.route=adv'):
+    run_export(directory, tmp_path / 'm.safetensors', flag)
+    card = json.loads((tmp_path / 'm.json').read_text())
+    assert card['top1'] is None and card['evaluations'] == []
+    page = (tmp_path / 'm.md').read_text()
+    assert '| none |  |  | not evaluated |' in page
+    assert '| any |  |  | not evaluated |' in page
+
+
+def test_a_later_evaluation_is_in_the_card(directory, tmp_path):
+  summary = (directory / 'summary.json').read_text()
+  try:
+    rows = evaluate.evaluate(
+      ['prog', f'--workdir={directory}', '--config.eval.route=adv',
+       '--config.eval.attack=pgd', '--config.eval.pgd_steps=2']
+    )  # fmt: skip
+    output = tmp_path / 'm.safetensors'
+    run_export(directory, output, '--config.eval.route=adv')
+  finally:
+    (directory / 'summary.json').write_text(summary)
+  card = json.loads((tmp_path / 'm.json').read_text())
+  assert card['top1'] == rows[0]['top1']
+  assert card['evaluations'][1] == {
+    'attack': 'pgd', 'epsilon': 16.0, 'attack_steps': 2,
+    'top1': rows[1]['top1'],
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize('routes', [1, 3])
+def test_parameters_are_counted_as_the_papers_do(routes):
+  model = resnet.resnet50(num_classes=1000, num_routes=routes)
+  params = networks.abstract_variables(model)['params']
+  assert model_card.count_parameters(params) == 25_557_032
+
+
+# ---- Wrong usage ------------------------------------------------------------
+
+
+def exit_code(monkeypatch, *argv):
+  monkeypatch.setattr(sys, 'argv', ['prog', *map(str, argv)])
+  with pytest.raises(SystemExit) as exit_:
+    cli.run(export.export, 'usage')
+  return exit_.value.code
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (['--output='], 'missing --output'),
+    (['--output=m.pt'], 'must end in .safetensors'),
+    (['--output=m.stablehlo'], 'set --format=stablehlo'),
+    (['--output=m.safetensors', '--format=stablehlo'], '--format=safetensors'),
+    (['--output=m.onnx', '--format=onnx'], "unknown --format 'onnx'"),
+    (['--output=FILE/m.safetensors'], 'cannot be written'),
+    (['--output=run.safetensors'], 'would replace'),
+    (['--output=page.safetensors'], 'would replace'),
+    (['--output=m.safetensors', '--config.seed=3'], 'trained with 0'),
+    (['--output=m.safetensors', '--config.eval.rout=adv'], 'eval.route'),
+    (['--output=m.safetensors', '--ouput=x'], 'ouput'),
+  ],
+)
+def test_wrong_usage_exits_with_2_and_says_why(
+  flags, message, directory, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.chdir(tmp_path)
+  for name in ('FILE', 'run.json', 'page.md'):
+    (tmp_path / name).write_text('{"config": {}}')
+  assert exit_code(monkeypatch, f'--workdir={directory}', *flags) == 2
+  assert message in capsys.readouterr().err
+  assert {p.name for p in tmp_path.iterdir()} == {'FILE', 'run.json', 'page.md'}
+
+
+def test_a_card_of_an_earlier_export_is_replaced(directory, tmp_path):
+  run_export(directory, tmp_path / 'm.safetensors')
+  run_export(directory, tmp_path / 'm.stablehlo', '--format=stablehlo')
+  card = json.loads((tmp_path / 'm.json').read_text())
+  assert (card['format'], card['file']) == ('stablehlo', 'm.stablehlo')
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (['m.stablehlo', '--format=stablehlo'], 'holds no checkpoint yet'),
+    (['m.safetensors'], 'timm has no network'),
+  ],
+)
+def test_what_cannot_be_exported_says_why(flags, message, tmp_path):
+  """A run of resnet8, which timm does not have, before its first checkpoint."""
+  settings = from_config_dict(digits.get_config())
+  run = experiment.build(settings, jax.devices()[:1])
+  workdir.write_config(workdir.prepare(str(tmp_path / 'run'), run, {}), run, {})
+  output, *rest = flags
+  with pytest.raises(ConfigError, match=message):
+    run_export(tmp_path / 'run', tmp_path / output, *rest)
+  with pytest.raises(ConfigError, match='holds no run'):
+    run_export(tmp_path / 'none', tmp_path / output, *rest)
+
+
+# ---- timm -------------------------------------------------------------------
+
+
+def timm_logits(usage, images, folder, monkeypatch):
+  """Runs the card's own lines; returns the logits of images [N, H, W, 3].
+
+  These have their final size, so of timm's preprocessing only the last two
+  parts are applied to them: to [0, 1], and normalisation.
+  """
+  import torch
+
+  make.import_timm()
+  Image.new('RGB', (50, 40)).save(folder / 'image.jpg')
+  monkeypatch.chdir(folder)
+  scope = {}
+  exec(usage, scope)
+  assert scope['logits'].shape == (1, 1000)
+  *_, to_tensor, normalize = scope['transform'].transforms
+  x = [normalize(to_tensor(Image.fromarray(image))) for image in images]
+  with torch.no_grad():
+    return scope['model'](torch.stack(x)).numpy()
+
+
+@pytest.mark.parity
+def test_timm_has_the_logits_and_top1_of_a_run(tmp_path, monkeypatch):
+  from conadv_jax.data import fake_imagenet
+  from conadv_jax.data.sources import cache
+
+  fake_imagenet.prepare(str(tmp_path), 'array_record', 40, 16, 2)
+  values = imagenet_resnet50.get_config('model=resnet18,batch_size=8')
+  values.update_from_flattened_dict(
+    {
+      'dataset.num_train': 40,
+      'dataset.num_eval': 16,
+      'dataset.image_size_px': 32,
+      'dataset.data_dir': str(tmp_path),
+      'dtype': 'float32',
+      'max_steps': 2,
+      'eval.attack': 'none',
+      'eval.batch_size': 16,
+      'attack_stats_every_steps': 0,
+    }
+  )
+  settings = from_config_dict(values)
+  build = functools.partial(experiment.build, devices=jax.devices()[:1])
+  with monkeypatch.context() as patch:
+    patch.setattr(experiment, 'build', build)
+    patch.setattr(finish, '_draw', lambda *_: None)  # compiles an attack
+    train.train(settings, str(tmp_path / 'run'))
+  run_export(tmp_path / 'run', tmp_path / 'm.safetensors')
+
+  run = build(settings)
+  source = cache.load(run.spec, 'eval', settings.dataset)
+  quarantine = workdir.quarantine(tmp_path, settings)
+  evaluator = Evaluator(run, source, quarantine)
+  images, labels = evaluator.first_examples(16)
+  _, state = restore_newest(tmp_path / 'run', run)
+  state = Snapshot(state.params, state.batch_stats)
+  ours = np.asarray(jax.jit(export.make_predict_fn(run, state))(images))
+  card = json.loads((tmp_path / 'm.json').read_text())
+  theirs = timm_logits(card['usage'], images, tmp_path, monkeypatch)
+  assert networks.relative_error(ours, theirs) < 1e-4
+  np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
+  top1 = 100 * (theirs.argmax(-1) == labels).mean()
+  np.testing.assert_allclose(top1, card['top1'], rtol=1e-6)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize('epsilon', [1e-3, 1e-5])
+def test_timm_has_the_logits_of_an_efficientnet_of_any_epsilon(
+  epsilon, tmp_path, monkeypatch
+):
+  values = imagenet_efficientnet.get_config(
+    'model=efficientnet_b0,method=conadv_aa,batch_size=8'
+  )
+  values.update_from_flattened_dict(
+    {'bn_epsilon': epsilon, 'dtype': 'float32', 'dataset.image_size_px': 64}
+  )
+  run = experiment.build(from_config_dict(values), jax.devices()[:1])
+  variables = networks.random_variables(run.model)
+  chosen = Snapshot(variables['params'], variables['batch_stats'])
+  arrays = export.to_timm(run, chosen)
+  weights.save(str(tmp_path / 'm.safetensors'), arrays)
+  card = {
+    'model': 'efficientnet_b0',
+    'dataset': {'num_classes': 1000},
+    'input': model_card.input_of(run.config, run.spec),
+    'file': 'm.safetensors',
+  }
+  images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+  ours = np.asarray(jax.jit(export.make_predict_fn(run, chosen))(images))
+  usage = export.USAGES['safetensors'](card)
+  theirs = timm_logits(usage, images, tmp_path, monkeypatch)
+  assert networks.relative_error(ours, theirs) < 1e-4

@@ -1,0 +1,69 @@
+"""JAX's cache of compiled programs: damaged or shared, it changes no number."""
+
+from __future__ import annotations
+
+import contextlib
+
+import multihost
+import pytest
+
+from conadv_jax.run import metrics
+
+
+@contextlib.contextmanager
+def started(directory, cache, logs):
+  """A run of two steps that keeps every program that it compiles in `cache`."""
+  arguments = [
+    multihost.TINY, 'train', '--config=configs/digits.py:batch_size=32',
+    f'--workdir={directory}', '--config.model=tiny', '--config.bn_group_size=8',
+    '--config.max_steps=2', '--config.log_every_steps=1',
+    '--config.eval.attack=none',
+  ]  # fmt: skip
+  variables = {
+    'JAX_COMPILATION_CACHE_DIR': str(cache),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+  }
+  with multihost.Hosts(logs, 1, arguments, environment=variables) as run:
+    yield run
+    run.ends_with(0)
+
+
+def rows(directory):
+  return [
+    {name: value for name, value in row.items() if name not in metrics.TIMINGS}
+    for row in metrics.read_metrics(directory)
+  ]
+
+
+def damage(data, how):
+  if how == 'cut':
+    return data[: len(data) // 2]
+  if how == 'empty':
+    return b''
+  flipped = bytearray(data)
+  flipped[len(data) // 3] ^= 4
+  return bytes(flipped)
+
+
+@pytest.mark.fault
+def test_a_damaged_compile_cache_changes_no_number(tmp_path):
+  """Test 29: entries that are cut, flipped or empty, and two writers."""
+  cache = tmp_path / 'cache'
+  # Two runs that fill it at the same time.
+  with (
+    started(tmp_path / 'one', cache, tmp_path / 'logs1'),
+    started(tmp_path / 'two', cache, tmp_path / 'logs2'),
+  ):
+    pass
+  expected = rows(tmp_path / 'one')
+  assert len(expected) >= 3 and rows(tmp_path / 'two') == expected
+  entries = sorted(cache.glob('*-cache'))
+  assert len(entries) > 20
+  for i, entry in enumerate(entries):
+    how = ('cut', 'flipped', 'empty')[i % 3]
+    entry.write_bytes(damage(entry.read_bytes(), how))
+  with started(tmp_path / 'three', cache, tmp_path / 'logs3') as run:
+    run.ends_with(0)
+    assert 'Error reading persistent compilation cache' in run.log(0)
+  assert rows(tmp_path / 'three') == expected

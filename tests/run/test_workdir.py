@@ -1,0 +1,110 @@
+"""What a rerun in a work directory may change, and what not."""
+
+import json
+
+import pytest
+
+from conadv_jax import experiment
+from conadv_jax.base.errors import ConfigError
+from conadv_jax.config import from_config_dict
+from conadv_jax.run import workdir
+from configs import digits
+
+DATA = {'version': '1.0.0', 'num_train': 1437, 'num_eval': 360}
+
+
+def build(**fields):
+  values = digits.get_config('batch_size=64')
+  values.bn_group_size = 8
+  values.update_from_flattened_dict(
+    {name.replace('__', '.'): value for name, value in fields.items()}
+  )
+  return experiment.build(from_config_dict(values))
+
+
+@pytest.fixture
+def run(tmp_path):
+  """A work directory in which a run has begun."""
+  first = build()
+  path = workdir.prepare(str(tmp_path / 'run'), first, DATA)
+  workdir.write_config(path, first, DATA)
+  return path
+
+
+@pytest.mark.parametrize(
+  'name, value',
+  [
+    ('batch_size', 128),
+    ('seed', 1),
+    ('model', 'resnet20'),
+    ('method', 'baseline'),
+    ('dtype', 'bfloat16'),  # restored as bfloat16 without a word by orbax
+    ('optimizer.momentum', 0.5),
+    ('attack.epsilon', 1.0),
+    ('dataset.num_train', 1000),
+    ('bn_group_size', 16),
+    ('spike.sigmas', 6.0),
+    ('shard_optimizer', True),
+  ],
+)
+def test_a_change_that_alters_the_run_is_refused_with_a_diff(name, value, run):
+  before = (run / 'config.json').read_text()
+  with pytest.raises(ConfigError) as info:
+    workdir.prepare(str(run), build(**{name.replace('.', '__'): value}), DATA)
+  assert f'{name}: ' in str(info.value)
+  assert f' -> {value!r}' in str(info.value)
+  assert (run / 'config.json').read_text() == before
+
+
+@pytest.mark.parametrize('name', DATA)
+def test_other_data_is_refused(name, run):
+  other = DATA | {name: 'other'}
+  with pytest.raises(ConfigError, match=f'data.{name}: .* -> .other.'):
+    workdir.prepare(str(run), build(), other)
+
+
+@pytest.mark.parametrize(
+  'name, value',
+  [
+    ('log_every_steps', 7),
+    ('checkpoint.every_steps', 11),
+    ('checkpoint.keep', 1),
+    ('max_steps', 50),
+    ('eval.every_steps', 3),
+    ('hang_timeout_seconds', 60),
+    ('microbatches', 2),
+    ('xla_flags', 'overlap'),
+    ('dataset.max_bad_share', 0.1),
+  ],
+)
+def test_a_change_that_does_not_alter_the_run_passes(name, value, run):
+  changed = build(**{name.replace('.', '__'): value})
+  assert workdir.prepare(str(run), changed, DATA) == run
+
+
+def test_epochs_can_be_added_but_not_taken_away(run, capsys):
+  epochs = build().config.epochs
+  workdir.prepare(str(run), build(epochs=epochs + 10), DATA)
+  assert 'follows the longer schedule' in capsys.readouterr().out
+  with pytest.raises(ConfigError, match='epochs: '):
+    workdir.prepare(str(run), build(epochs=epochs - 10), DATA)
+
+
+def test_other_versions_and_devices_are_said(run, capsys):
+  workdir.prepare(str(run), build(), DATA)
+  assert 'last bits' not in capsys.readouterr().out
+  content = json.loads((run / 'config.json').read_text())
+  content['versions']['jax'] = '0.1'
+  content['devices']['count'] = 512
+  (run / 'config.json').write_text(json.dumps(content))
+  workdir.prepare(str(run), build(), DATA)
+  said = capsys.readouterr().out
+  assert "versions.jax: '0.1' -> " in said
+  assert 'devices.count: 512 -> 8' in said
+
+
+@pytest.mark.parametrize('content', ['', '{}', '[]', '{"config": 1', 'null'])
+def test_an_unreadable_config_names_its_path(content, run):
+  (run / 'config.json').write_text(content)
+  with pytest.raises(ConfigError, match='config.json'):
+    workdir.read_config(str(run))
