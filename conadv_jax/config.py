@@ -156,6 +156,7 @@ class Attack(_Group):
 
   _prefix = 'attack.'
 
+  rule = 'gradient'
   preset: str
   norm: str = _choice('linf', 'l2')
   epsilon: float = _number('>= 0', 'in grey levels of 255')
@@ -383,6 +384,17 @@ class Config(_Group):
   @property
   def routes(self) -> tuple[str, ...]:
     return METHODS[self.method].routes
+
+  @property
+  def attacked(self) -> str:
+    return 'clean'
+
+  @property
+  def fed_views(self) -> tuple[str, ...]:
+    return tuple(view for view, _ in self.views if view != 'adv')
+
+  def route_of(self, view: str) -> int:
+    return self.routes.index(dict(self.views)[view])
 
   @property
   def is_adversarial(self) -> bool:

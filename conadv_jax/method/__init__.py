@@ -1,1 +1,3 @@
-"""The method: one training step, staleness, attacks, and what they are made of."""
+"""The method: one training step, and what it is made of."""
+
+"""The method: one training step, and what it is made of."""
