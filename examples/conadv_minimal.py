@@ -169,6 +169,7 @@ def main():
   images, labels = datasets.load_digits(return_X_y=True)
   images = np.rint(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype('float32')
   test = np.arange(len(images)) % 5 == 0
+  unseen = images[None, test], labels[None, test]
   rng = np.random.default_rng(args.seed)
   feed = batches(images[~test], labels[~test], args.batch_size, rng)
   epoch_steps = (~test).sum() / args.batch_size
@@ -178,17 +179,16 @@ def main():
   optimizer = make_optimizer(params, peak, round(5 * epoch_steps), steps)
   fixed = dict(optimizer=optimizer, tau=args.tau, epsilon=args.epsilon)
   step_fn = jax.jit(train_step, static_argnames=tuple(fixed))
+  start_fn = jax.jit(initial_state, static_argnames=tuple(fixed))
   evaluate = jax.jit(accuracy)
-
   batch = next(feed)
-  state = initial_state(params, stats, batch, **fixed)
+  state = start_fn(params, stats, batch, **fixed)
   start = time.monotonic()
   for step, next_batch in zip(range(1, steps + 1), feed, strict=False):
     state, (clean, adv) = step_fn(state, batch, next_batch, **fixed)
     batch = next_batch
     if step % 20 == 0 or step == steps:
-      held_out = images[None, test], labels[None, test]
-      top1, robust = (evaluate(state, *held_out, e) for e in (0, args.epsilon))
+      top1, robust = (evaluate(state, *unseen, e) for e in (0.0, args.epsilon))
       left = (time.monotonic() - start) / step * (steps - step)
       print(
         f'step {step}/{steps}: loss clean {clean:.3f}, adv {adv:.3f}; '
