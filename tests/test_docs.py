@@ -50,7 +50,8 @@ def missing_paths(content):
   """Files and folders of the project that are named and are not there."""
   folders = 'conadv_jax|tests|scripts|configs|examples|docs|results'
   for path in re.findall(rf'(?<![\w/.-])((?:{folders})/[\w./-]*\w)', content):
-    if not (ROOT / path).exists():
+    # An --output may be the start of several names.
+    if not (ROOT / path).exists() and not any(ROOT.glob(f'{path}.*')):
       yield path
 
 
