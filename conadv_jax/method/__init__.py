@@ -1,1 +1,1 @@
-"""The method: one training step, staleness, attacks, and what they are made of."""
+"""The method: one training step, staleness, attacks, and their parts."""

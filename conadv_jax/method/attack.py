@@ -110,7 +110,7 @@ def perturb(
   leaves it outside the box.
 
   Args:
-    attack: the kind of attack; see `configs/common.py`.
+    attack: the kind of attack; see `conadv_jax.methods.Attack`.
     loss_fn: summed loss and auxiliary output of perturbed images.
     image: clean pixels in [0, 255], float [G, b, H, W, C].
     start: from `sample_start`.
