@@ -20,11 +20,22 @@ from conadv_jax import models
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import Config, Steps
 from conadv_jax.data import datasets
-from conadv_jax.devices import mesh as mesh_lib
-from conadv_jax.devices import xla_flags
+from conadv_jax.devices import sharded_optimizer, xla_flags
+from conadv_jax.devices.mesh import (
+  batch_sharding,
+  bn_axis,
+  local_positions,
+  make_mesh,
+  put_batch,
+  replicated,
+  state_shardings,
+)
 from conadv_jax.method import optim, schedules
+from conadv_jax.method.setup import Setup
+from conadv_jax.method.spikes import no_spikes
+from conadv_jax.method.staleness import StepFn
 from conadv_jax.method.state import Snapshot, Stream, TrainState, stream_key
-from conadv_jax.method.step import StepFn, make_train_step, no_spikes
+from conadv_jax.method.step import train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +49,28 @@ class Run:
   apply_fn: models.ApplyFn
   optimizer: optax.GradientTransformation
   schedule: optax.Schedule
-  step_fn: StepFn
   model: Any
 
   @property
   def groups(self) -> int:
     return self.config.batch_size // self.config.bn_group_size
 
-  @property
-  def image_views(self) -> tuple[str, ...]:
-    """The views that the input makes; adversarial ones start from `clean`."""
-    return tuple(view for view, _ in self.config.views if view != 'adv')
+  @functools.cached_property
+  def setup(self) -> Setup:
+    """What the training step is made of."""
+    return Setup(
+      config=self.config,
+      spec=self.spec,
+      apply_fn=self.apply_fn,
+      mesh=self.mesh,
+      optimizer=self.optimizer,
+      schedule=self.schedule,
+    )
+
+  @functools.cached_property
+  def step_fn(self) -> StepFn:
+    """The training step, not jitted: (state, batch, next batch) -> ..."""
+    return functools.partial(train_step, self.setup)
 
   def init_state(self) -> TrainState:
     """The state before step 0, made on the devices in one program.
@@ -66,10 +88,10 @@ class Run:
   def _abstract_state(self) -> TrainState:
     # Kept: a start needs it four times, and tracing a large network is slow.
     shapes = jax.eval_shape(self._init)
-    shardings = mesh_lib.state_shardings(
+    shardings = state_shardings(
       self.mesh,
       shapes,
-      lambda x: self.config.shard_optimizer and optim.is_large(x),
+      lambda x: self.config.shard_optimizer and sharded_optimizer.is_large(x),
     )
     return jax.tree.map(
       lambda s, sharding: jax.ShapeDtypeStruct(
@@ -82,13 +104,13 @@ class Run:
   def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, types and shardings of a training batch."""
     layout = (self.groups, self.config.bn_group_size)
-    sharding = mesh_lib.batch_sharding(self.mesh)
+    sharding = batch_sharding(self.mesh)
 
     def array(shape, dtype):
       return jax.ShapeDtypeStruct(layout + shape, dtype, sharding=sharding)
 
     image = array(self.spec.image_shape, jnp.uint8)
-    batch = {view: image for view in self.image_views}
+    batch = {view: image for view in self.config.fed_views}
     return batch | {'label': array((), jnp.int32)}
 
   def jit_step(self) -> jax.stages.Wrapped:
@@ -99,7 +121,7 @@ class Run:
     return jax.jit(
       self.step_fn,
       in_shardings=(state_shardings, batch_shardings, batch_shardings),
-      out_shardings=(state_shardings, mesh_lib.replicated(self.mesh)),
+      out_shardings=(state_shardings, replicated(self.mesh)),
       donate_argnums=0,
       # The oldest snapshot is not read, but its buffer is to be reused.
       keep_unused=True,
@@ -122,8 +144,8 @@ class Run:
 
   def local_positions(self) -> np.ndarray:
     """Places in the global batch that this host feeds, flat."""
-    positions = mesh_lib.local_positions(
-      mesh_lib.batch_sharding(self.mesh),
+    positions = local_positions(
+      batch_sharding(self.mesh),
       self.groups,
       self.config.bn_group_size,
     )
@@ -131,8 +153,8 @@ class Run:
 
   def put_batch(self, local: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """This host's share of a training batch -> global arrays [G, b, ...]."""
-    return mesh_lib.put_batch(
-      mesh_lib.batch_sharding(self.mesh),
+    return put_batch(
+      batch_sharding(self.mesh),
       self.groups,
       self.config.bn_group_size,
       local,
@@ -144,7 +166,7 @@ class Run:
     routes = tuple(range(len(config.routes)))
     image = (1, len(routes), 1, *self.spec.image_shape)
     variables = self.model.init(key, jnp.zeros(image), routes, True)
-    now = Snapshot(variables['params'], variables['batch_stats'])
+    now = Snapshot(variables['params'], variables.get('batch_stats', {}))
     zero = jnp.zeros((), jnp.int32)
     perturbation = None
     if config.staleness_steps:
@@ -154,7 +176,7 @@ class Run:
       step=zero,
       params=now.params,
       batch_stats=now.batch_stats,
-      opt_state=self.optimizer.init(optim.pack(config, now.params)),
+      opt_state=self.optimizer.init(sharded_optimizer.pack(config, now.params)),
       snapshots=(now,) * config.staleness_steps,
       ema=now if config.ema.decay else None,
       perturbation=perturbation,
@@ -177,25 +199,20 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
       f'dataset.random_flip=True: a mirrored image of {spec.name!r} is not of '
       'its class; set it to False'
     )
-  if spec.image_shape[2] != 3 and any(view == 'aa' for view, _ in config.views):
-    raise ConfigError(
-      f'method={config.method!r}: AutoAugment needs colour images, those of '
-      f"{spec.name!r} have {spec.image_shape[2]} channel; use 'conadv'"
-    )
   if config.dtype == 'float64' and not jax.config.jax_enable_x64:
     raise ConfigError("dtype='float64': set JAX_ENABLE_X64=1")
   steps = Steps.of(config, spec.num_train)
-  mesh = mesh_lib.make_mesh(
+  mesh = make_mesh(
     config.batch_size, config.bn_group_size, devices, config.microbatches
   )
-  optim.check_shards(config, mesh)
+  sharded_optimizer.check_shards(config, mesh)
   options = {f'network.{k}': v for k, v in vars(config.network).items()}
   model = models.create(
     config.model,
     {'remat': config.remat} | options,
     num_classes=spec.num_classes,
     num_routes=len(config.routes),
-    bn_axis=mesh_lib.bn_axis(mesh),
+    bn_axis=bn_axis(mesh),
     bn_momentum=config.bn_momentum,
     bn_epsilon=config.bn_epsilon,
     dtype=jnp.dtype(config.dtype),
@@ -215,6 +232,5 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
     apply_fn=apply_fn,
     optimizer=optimizer,
     schedule=schedule,
-    step_fn=make_train_step(config, spec, apply_fn, optimizer, schedule, mesh),
     model=model,
   )

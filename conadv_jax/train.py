@@ -45,12 +45,12 @@ from conadv_jax.experiment import Run
 from conadv_jax.hosts.stop import Agreement, Stopped, StopRequest
 from conadv_jax.hosts.watchdog import Watchdog
 from conadv_jax.method import optim
-from conadv_jax.method.state import TrainState
-from conadv_jax.method.step import (
+from conadv_jax.method.staleness import (
   Metrics,
   make_attack_stats_fn,
   pending_perturbation,
 )
+from conadv_jax.method.state import TrainState
 from conadv_jax.run import bad_steps, feed, metrics, preflight, workdir
 from conadv_jax.run import summary as finish
 from conadv_jax.run.evaluator import Evaluator, weights_of
@@ -298,7 +298,7 @@ def _attack_stats_fn(run: Run):
   config = run.config
   if not config.staleness_steps or not config.attack_stats_every_steps:
     return None
-  return jax.jit(make_attack_stats_fn(config, run.spec, run.apply_fn, run.mesh))
+  return jax.jit(make_attack_stats_fn(run.setup))
 
 
 def _readable(values: Metrics, kernels: Sequence[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,8 +17,11 @@ from conadv_jax import models
 from conadv_jax.config import Config, default_config, from_config_dict
 from conadv_jax.data import datasets
 from conadv_jax.devices import mesh
+from conadv_jax.method.setup import Setup
+from conadv_jax.method.spikes import no_spikes
+from conadv_jax.method.staleness import StepFn
 from conadv_jax.method.state import Snapshot, TrainState
-from conadv_jax.method.step import no_spikes
+from conadv_jax.method.step import train_step
 from conadv_jax.models.norm import Layout, RoutedBatchNorm
 
 # Two channels with different means, so that a swapped one shows.
@@ -149,6 +153,12 @@ def start_state(config: Config, weights: Snapshot, tx: Any) -> TrainState:
       spikes=no_spikes(config),
     )
   )
+
+
+def make_step(config, spec, apply_fn, optimizer, schedule, mesh) -> StepFn:
+  """The training step, not jitted."""
+  setup = Setup(config, spec, apply_fn, mesh, optimizer, schedule)
+  return functools.partial(train_step, setup)
 
 
 def one_device(config: Config) -> mesh.Mesh:

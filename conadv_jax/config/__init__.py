@@ -194,6 +194,11 @@ class Config(Group):
     return METHODS[self.method].views
 
   @property
+  def attacked(self) -> str:
+    """The view that the perturbation is made from."""
+    return METHODS[self.method].attacked
+
+  @property
   def fed_views(self) -> tuple[str, ...]:
     """The views that the input makes; `adv` is made by the step."""
     return METHODS[self.method].fed_views

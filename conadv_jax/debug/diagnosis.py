@@ -10,16 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from conadv_jax.devices import mesh as mesh_lib
+from conadv_jax.devices.mesh import (
+  BATCH,
+  REPLICATED,
+  batch_sharding,
+  per_device,
+  replicated,
+)
+from conadv_jax.devices.sums import mean_over_devices
 from conadv_jax.experiment import Run
 from conadv_jax.method import losses
-from conadv_jax.method.gradients import (
-  batch_places,
-  make_attack_fn,
-  normalize,
-  over_microbatches,
-  wide_dtype,
-)
+from conadv_jax.method.attack import attack_batch
+from conadv_jax.method.gradients import batch_places, over_microbatches
+from conadv_jax.method.pixels import normalize, trained_views, wide_dtype
 from conadv_jax.method.state import Snapshot, Stream, TrainState, stream_key
 
 
@@ -36,7 +39,7 @@ def make_diagnosis_fn(run: Run):
   config, mesh = run.config, run.mesh
   one_microbatch = _make_microbatch(run)
 
-  def per_device(step, now, batch, delta):
+  def on_device(step, now, batch, delta):
     places = batch_places(config, mesh)
     groups, examples = places.example.shape
     wide = wide_dtype(config)
@@ -57,13 +60,13 @@ def make_diagnosis_fn(run: Run):
       slots,
       (zeros, jax.tree.map(jnp.zeros_like, now.batch_stats)),
     )
-    return mesh_lib.mean_over_devices(means), slots
+    return mean_over_devices(means), slots
 
-  fn = mesh_lib.per_device(
+  fn = per_device(
     mesh,
-    per_device,
-    (mesh_lib.REPLICATED,) * 2 + (mesh_lib.BATCH,) * 2,
-    (mesh_lib.REPLICATED, mesh_lib.BATCH),
+    on_device,
+    (REPLICATED,) * 2 + (BATCH,) * 2,
+    (REPLICATED, BATCH),
   )
 
   def diagnose(state: TrainState, batch: Mapping[str, jax.Array]):
@@ -77,7 +80,7 @@ def make_diagnosis_fn(run: Run):
     }
     return found | _of_gradients(grads), slots.get('delta')
 
-  shardings = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
+  shardings = replicated(mesh), batch_sharding(mesh)
   return jax.jit(diagnose, out_shardings=shardings)
 
 
@@ -100,17 +103,14 @@ def _make_microbatch(run: Run):
   config = run.config
   wide = wide_dtype(config)
   views = [view for view, _ in config.views]
-  routes = tuple(config.routes.index(route) for _, route in config.views)
-  attack_fn = None
-  if config.is_adversarial:
-    attack_fn = make_attack_fn(config, run.spec, run.apply_fn)
+  routes = tuple(config.route_of(view) for view, _ in config.views)
 
   def one_microbatch(step, now, part):
     batch, delta, places = part
-    if attack_fn is not None and delta is None:  # made in the step itself
-      delta, _ = attack_fn(now, batch, step, places)
-    images = _images_by_view(views, batch, delta, wide)
-    x_GVbHWC = jnp.stack([normalize(run.spec, images[v]) for v in views], 1)
+    if config.is_adversarial and delta is None:  # made in the step itself
+      delta, _ = attack_batch(run.setup, now, batch, step, places)
+    images = trained_views(config, batch, delta)
+    x_GVbHWC = jnp.stack([normalize(run.spec, x) for x in images.values()], 1)
     key = stream_key(config.seed, Stream.DROPOUT, step)
 
     def loss_by_view(params):
@@ -144,11 +144,9 @@ def make_images_fn(run: Run):
   Images as the network is trained on, in grey levels, of any device.
   """
   config, mesh = run.config, run.mesh
-  views = [view for view, _ in config.views]
-  wide = wide_dtype(config)
 
-  def per_device(batch, delta, wanted):
-    images = _images_by_view(views, batch, delta, wide)
+  def on_device(batch, delta, wanted):
+    images = trained_views(config, batch, delta)
     places = batch_places(config, mesh).example.reshape(-1)
     is_here = wanted[:, None] == places[None, :]
     at = is_here.argmax(1)
@@ -156,16 +154,16 @@ def make_images_fn(run: Run):
     def pick(image):
       own = image.reshape(-1, *image.shape[2:])[at]
       own = jnp.where(is_here.any(1)[:, None, None, None], own, 0)
-      return mesh_lib.mean_over_devices(own) * mesh.size
+      return mean_over_devices(own) * mesh.size
 
     return jax.tree.map(pick, images)
 
   return jax.jit(
-    mesh_lib.per_device(
+    per_device(
       mesh,
-      per_device,
-      (mesh_lib.BATCH, mesh_lib.BATCH, mesh_lib.REPLICATED),
-      mesh_lib.REPLICATED,
+      on_device,
+      (BATCH, BATCH, REPLICATED),
+      REPLICATED,
     )
   )
 
@@ -174,14 +172,6 @@ def worst(loss_N: np.ndarray, count: int) -> np.ndarray:
   """Places of the largest losses; before them, of those that are not finite."""
   badness = np.where(np.isfinite(loss_N), loss_N, np.inf)
   return np.argsort(-badness, kind='stable')[:count]
-
-
-def _images_by_view(views, batch, delta, dtype) -> dict[str, jax.Array]:
-  """As the step makes them: adv = clip(clean + delta, 0, 255)."""
-  images = {v: batch[v].astype(dtype) for v in views if v != 'adv'}
-  if delta is not None:
-    images['adv'] = jnp.clip(images['clean'] + delta.astype(dtype), 0, 255)
-  return images
 
 
 def count_nonfinite(x: jax.Array) -> jax.Array:

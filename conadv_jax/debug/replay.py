@@ -37,8 +37,8 @@ from conadv_jax.debug import diagnosis
 from conadv_jax.experiment import Run
 from conadv_jax.hosts.watchdog import Watchdog
 from conadv_jax.method import optim
+from conadv_jax.method.staleness import pending_perturbation
 from conadv_jax.method.state import TrainState
-from conadv_jax.method.step import pending_perturbation
 from conadv_jax.run import bad_steps, feed, metrics, plots, preflight, workdir
 from conadv_jax.run.bad_steps import to_json
 from conadv_jax.run.reopen import parse_args

@@ -1,13 +1,13 @@
-"""Devices -> Mesh, every sharding of the project, and sums over devices.
+"""Makes the mesh, and names every sharding of the project.
 
 Batches are laid out `[G, b, ...]`: G batch-norm groups of b examples. The mesh
 has two axes: `data` splits the groups; `bn` splits the examples of a group, and
 is longer than 1 only where one group is larger than a device's share.
 
 Forward and backward passes run per device (`per_device`, jax.shard_map), so
-that what devices exchange is written down, and not left to the partitioner: it
-would sum bfloat16 gradients in bfloat16, and once per microbatch. All else, the
-optimizer above all, is a program over global arrays.
+that what devices exchange is written down (`sums`), and not left to the
+partitioner: it would sum bfloat16 gradients in bfloat16, and once per
+microbatch. All else, the optimizer above all, is a program over global arrays.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REPLICATED = P()
 BATCH = P('data', 'bn')  # arrays [G, b, ...]
 EXAMPLES = P(('data', 'bn'))  # arrays [N, ...] of which nothing asks for groups
 FLAT = P('data')  # vectors of a sharded optimizer
-_AXES = ('data', 'bn')
+AXES = ('data', 'bn')
 
 
 class Places(NamedTuple):
@@ -93,7 +93,7 @@ def make_mesh(
       f'that divides {batch_size // microbatches // count} examples per device'
     )
   types = (AxisType.Auto, AxisType.Auto)
-  return Mesh(_arrange(shape, devices), _AXES, axis_types=types)
+  return Mesh(_arrange(shape, devices), AXES, axis_types=types)
 
 
 def _arrange(shape: tuple[int, int], devices: list[jax.Device]) -> np.ndarray:
@@ -224,77 +224,28 @@ def state_shardings(mesh: Mesh, state: Any, is_flat: Callable[[Any], bool]):
   )
 
 
-def split(mesh: Mesh, tree: Any, specs: Any) -> Any:
-  """Replicated arrays -> of those that are FLAT by `specs`, a row's own part.
-
-  Said per device: the partitioner would send parts of padded vectors about.
-  """
-
-  def own(vectors: list[jax.Array]) -> list[jax.Array]:
-    row = jax.lax.axis_index('data')
-    tables = [x.reshape(mesh.shape['data'], -1) for x in vectors]
-    return [jnp.take(table, row, axis=0) for table in tables]
-
-  def local(tree):
-    return _by_spec(tree, specs, own, lambda leaves: leaves)
-
-  return per_device(mesh, local, REPLICATED, specs)(tree)
-
-
-def gather(mesh: Mesh, tree: Any, specs: Any) -> Any:
-  """The inverse of `split`, in one collective."""
-
-  def whole(parts: list[jax.Array]) -> list[jax.Array]:
-    table = jax.lax.all_gather(jnp.concatenate(parts), 'data')
-    return [x.reshape(-1) for x in jnp.split(table, _ends(parts), axis=1)]
-
-  def local(tree):
-    return _by_spec(tree, specs, whole, lambda leaves: leaves)
-
-  return per_device(mesh, local, (specs,), REPLICATED)(tree)
-
-
-def _by_spec(
-  tree: Any,
-  specs: Any,
-  of_flat: Callable[[list[jax.Array]], list[jax.Array]],
-  of_others: Callable[[list[jax.Array]], list[jax.Array]],
-) -> Any:
-  """`tree` with either kind of leaves replaced by what a function makes."""
-  leaves, structure = jax.tree.flatten(tree)
-  flat = [spec == FLAT for spec in structure.flatten_up_to(specs)]
-  kinds = {kind: [] for kind in (True, False)}
-  for leaf, kind in zip(leaves, flat, strict=True):
-    kinds[kind].append(leaf)
-  new = {
-    True: iter(of_flat(kinds[True]) if kinds[True] else ()),
-    False: iter(of_others(kinds[False])),
-  }
-  return structure.unflatten(next(new[kind]) for kind in flat)
-
-
-def _ends(parts: Sequence[jax.Array]) -> np.ndarray:
-  """Where to split what was concatenated from vectors of these sizes."""
-  return np.cumsum([x.size for x in parts])[:-1]
-
-
 # ---- Per device ------------------------------------------------------------
 
 
 def per_device(
   mesh: Mesh, fn: Callable[..., Any], in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-  """`fn` on every device's part of its arguments.
+  """Runs `fn` on every device's part of its arguments.
 
-  `fn` must sum what `out_specs` call REPLICATED; nothing checks it, as the
-  primitives of `models.layers` do not tell over which axes a value varies.
-  Derivatives inside of `fn` are those of the sum over devices of what is
-  derived, with respect to what this device has: gradients of weights are its
-  part of the whole.
+  JAX checks that `fn` sums whatever `out_specs` call REPLICATED. Weights that
+  are derived with respect to must be marked by `own_copy` first: the gradient
+  of a replicated value is summed over devices by JAX itself, once for each
+  call of `jax.grad`, before `sums` could do it once for all.
   """
-  return jax.shard_map(
-    fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-  )
+  return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+def own_copy(tree: Any) -> Any:
+  """Marks replicated values as this device's own, under `per_device`.
+
+  Derivatives with respect to them are then this device's part of the whole.
+  """
+  return jax.tree.map(lambda x: jax.lax.pcast(x, AXES, to='varying'), tree)
 
 
 def local_places(mesh: Mesh, groups: int, group_size: int) -> Places:
@@ -304,57 +255,3 @@ def local_places(mesh: Mesh, groups: int, group_size: int) -> Places:
   column = jax.lax.axis_index('bn') * columns
   column += jnp.arange(columns, dtype=jnp.int32)
   return Places(group, group[:, None] * group_size + column[None, :])
-
-
-def mean_over_devices(tree: Any) -> Any:
-  """Mean of every leaf over all devices, the same on each."""
-  return jax.lax.pmean(tree, _AXES)
-
-
-def means_by_spec(tree: Any, specs: Any, buckets: int = 0) -> Any:
-  """Means over all devices; of FLAT leaves, a row's own part, as by `split`.
-
-  Those are summed in one collective, the others in `buckets` vectors, which a
-  compiler can put behind other work, or, with 0, as it sees fit.
-  """
-
-  def parts(vectors: list[jax.Array]) -> list[jax.Array]:
-    rows = jax.lax.axis_size('data')
-    tables = [x.reshape(rows, -1) for x in vectors]
-    table = jax.lax.pmean(jnp.concatenate(tables, axis=1), 'bn')
-    own = jax.lax.psum_scatter(table, 'data', tiled=True)[0] / rows
-    return jnp.split(own, _ends([table[0] for table in tables]))
-
-  def whole(leaves: list[jax.Array]) -> list[jax.Array]:
-    if not buckets:
-      return mean_over_devices(leaves)
-    return _means_in_buckets(leaves, buckets)
-
-  return _by_spec(tree, specs, parts, whole)
-
-
-def _means_in_buckets(leaves: list[jax.Array], count: int) -> list[jax.Array]:
-  """Means of `leaves`, summed as `count` vectors of similar size, or fewer.
-
-  As many for each type.
-  """
-  means = dict.fromkeys(range(len(leaves)))
-  for dtype in dict.fromkeys(x.dtype for x in leaves):
-    places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
-    ends = np.cumsum([leaves[i].size for i in places])
-    middles = ends - np.array([leaves[i].size for i in places]) / 2
-    for bucket in range(count):
-      here = middles * count // ends[-1] == bucket
-      own = [i for i, is_here in zip(places, here, strict=True) if is_here]
-      if own:
-        means |= _means_in_one_vector({i: leaves[i] for i in own})
-  return list(means.values())
-
-
-def _means_in_one_vector(leaves: dict[int, jax.Array]) -> dict[int, jax.Array]:
-  vectors = [x.reshape(-1) for x in leaves.values()]
-  parts = jnp.split(mean_over_devices(jnp.concatenate(vectors)), _ends(vectors))
-  return {
-    i: part.reshape(x.shape)
-    for (i, x), part in zip(leaves.items(), parts, strict=True)
-  }

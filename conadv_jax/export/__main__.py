@@ -32,8 +32,8 @@ from conadv_jax.base.errors import ConfigError, unknown
 from conadv_jax.experiment import Run
 from conadv_jax.export import model_card
 from conadv_jax.export.model_card import Card
+from conadv_jax.method.pixels import normalize, wide_dtype
 from conadv_jax.method.state import Snapshot
-from conadv_jax.method.step import normalize, wide_dtype
 from conadv_jax.models import weights as weights_lib
 from conadv_jax.run import workdir
 from conadv_jax.run.evaluator import weights_of

@@ -1,1 +1,1 @@
-"""The method: one training step, staleness, attacks, and their parts."""
+"""The method: one training step, and what it is made of."""

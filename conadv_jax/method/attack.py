@@ -1,7 +1,8 @@
-"""Adversarial perturbations of images: FGSM and PGD, L-infinity and L2.
+"""Adversarial perturbations of images: FGSM, PGD, and rules of your own.
 
-Everything is in grey levels of 255. The network enters only as `loss_fn`, so
-that any weights, of any age, can be attacked.
+Everything is in grey levels of 255. A rule sees the network only as a gradient,
+so that any weights, of any age, can be attacked. To add one: write a function
+of the form `Rule`, name it in RULES, and add a preset to `methods.ATTACKS`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,21 @@ import jax.numpy as jnp
 
 from conadv_jax.config import Attack
 from conadv_jax.devices.mesh import Places
+from conadv_jax.method import losses
+from conadv_jax.method.pixels import Batch, normalize, wide_dtype
+from conadv_jax.method.setup import Setup
+from conadv_jax.method.state import Snapshot, Stream, stream_key
 
 # image [G, b, H, W, C] in [0, 255], labels [G, b] -> (summed loss, auxiliary)
 LossFn = Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
+# delta [G, b, H, W, C] -> (gradient of the loss at image + delta with respect
+# to the pixels, its sign turned if the attack is targeted; auxiliary)
+Ascent = Callable[[jax.Array], tuple[jax.Array, Any]]
+# (attack, ascent, image, delta to start from, auxiliary of no gradient)
+#   -> (delta, auxiliary of the last gradient)
+Rule = Callable[
+  [Attack, Ascent, jax.Array, jax.Array, Any], tuple[jax.Array, Any]
+]
 
 
 class Start(NamedTuple):
@@ -30,6 +43,55 @@ class Start(NamedTuple):
 
   delta: jax.Array
   labels: jax.Array
+
+
+def attack_batch(
+  setup: Setup,
+  weights: Snapshot,
+  batch: Batch,
+  index: jax.Array,
+  places: Places | None = None,
+) -> tuple[jax.Array, Any]:
+  """Computes the perturbation of a batch with `weights`, of whatever age.
+
+  The random start is addressed by the index of the batch in the run and by the
+  places of its examples, so a batch is attacked alike whenever, with whatever
+  weights, and in whatever parts, that is done. No gradient of a parameter is
+  computed.
+
+  Args:
+    setup: what the step is made of.
+    weights: of the attacker; their batch statistics are read in evaluation
+      mode only.
+    batch: uint8 images [G, b, H, W, C] and labels [G, b].
+    index: t of batch_t.
+    places: where the examples are in their batch; None counts them from 0.
+
+  Returns:
+    delta [G, b, H, W, C] in the type of activations, and the batch statistics
+    after the last gradient; None unless `attack.update_batch_stats`.
+  """
+  config, spec = setup.config, setup.spec
+  image = batch[config.attacked].astype(wide_dtype(config))
+  key = stream_key(config.seed, Stream.ATTACK, index)
+  start = sample_start(
+    config.attack, key, image, batch['label'], spec.num_classes, places
+  )
+  route = (config.route_of('adv'),)
+  variables = {'params': weights.params, 'batch_stats': weights.batch_stats}
+  moves_stats = config.attack.update_batch_stats
+
+  def loss_fn(pixels, labels):
+    x = normalize(spec, pixels)[:, None]
+    logits, stats = setup.apply_fn(
+      variables, x, route, config.attack.train_mode
+    )
+    loss = losses.cross_entropy(logits[:, 0], labels).sum()
+    return loss, stats if moves_stats else None
+
+  aux = weights.batch_stats if moves_stats else None
+  delta, stats = perturb(config.attack, loss_fn, image, start, aux)
+  return delta.astype(config.dtype), stats
 
 
 def sample_start(
@@ -97,48 +159,82 @@ def perturb(
   start: Start,
   aux: Any = None,
 ) -> tuple[jax.Array, Any]:
-  """The perturbation after `attack.steps` projected gradient steps.
+  """Computes the perturbation of `attack` by its rule, from a projected start.
 
-    g       = d loss_fn(image + delta, labels) / d image
-    delta  <- project(delta + sign * step_size * direction(g))
-
-  where sign is +1, or -1 if targeted; direction is g's sign (L-infinity) or
-  g / |g|_2 per example (L2); `project` goes to the epsilon-ball of that norm,
-  then to [0, 255]. One step from a clean start with step_size = epsilon
-  is FGSM (Goodfellow et al. 2015, arXiv:1412.6572), more are PGD (Madry et al.
-  2018, arXiv:1706.06083). The start is projected as well; the paper's code
-  leaves it outside the box.
+  The paper's code leaves the start outside the box.
 
   Args:
-    attack: the kind of attack; see `conadv_jax.methods.Attack`.
+    attack: its settings; `rule` is a name in RULES.
     loss_fn: summed loss and auxiliary output of perturbed images.
     image: clean pixels in [0, 255], float [G, b, H, W, C].
     start: from `sample_start`.
-    aux: auxiliary output before the first step, with loss_fn's structure.
+    aux: auxiliary output before the first gradient, with loss_fn's structure.
 
   Returns:
-    delta with the shape of `image`, without gradient, and the last step's
-    auxiliary output.
+    delta with the shape of `image`, without gradient, and the auxiliary output
+    of the last gradient.
   """
   gradient = jax.grad(loss_fn, has_aux=True)
-  size = -attack.step_size if attack.targeted else attack.step_size
 
-  def one_step(_, carry):
-    delta, _ = carry
+  def ascent(delta):
     g, aux = gradient(image + delta, start.labels)
-    direction = jnp.sign(g) if attack.norm == 'linf' else g / _l2_norm(g)
-    return project(attack, delta + size * direction, image), aux
+    return -g if attack.targeted else g, aux
 
-  carry = (project(attack, start.delta, image), aux)
-  if attack.steps == 1:
-    carry = one_step(0, carry)
-  else:
-    carry = jax.lax.fori_loop(0, attack.steps, one_step, carry)
-  return jax.lax.stop_gradient(carry)
+  delta = project(attack, start.delta, image)
+  return jax.lax.stop_gradient(
+    RULES[attack.rule](attack, ascent, image, delta, aux)
+  )
+
+
+def gradient_steps(
+  attack: Attack, ascent: Ascent, image: jax.Array, delta: jax.Array, aux: Any
+) -> tuple[jax.Array, Any]:
+  """Computes `attack.steps` projected gradient steps.
+
+    g       = ascent(delta)
+    delta  <- project(delta + step_size * direction(g))
+
+  where direction is g's sign (L-infinity) or g / |g|_2 per example (L2). One
+  step from a clean start with step_size = epsilon is FGSM (Goodfellow et al.
+  2015, arXiv:1412.6572), more are PGD (Madry et al. 2018, arXiv:1706.06083).
+
+  Args:
+    attack: norm, epsilon, step_size and steps.
+    ascent: direction of higher loss at image + delta.
+    image: pixels in [0, 255], float [G, b, H, W, C].
+    delta: where to start, of the same shape.
+    aux: auxiliary output before the first gradient.
+
+  Returns:
+    delta, and the auxiliary output of the last gradient.
+  """
+
+  def one_step(carry):
+    delta, _ = carry
+    g, aux = ascent(delta)
+    step = attack.step_size * direction(attack, g)
+    return project(attack, delta + step, image), aux
+
+  return repeat(attack.steps, one_step, (delta, aux))
+
+
+RULES: dict[str, Rule] = {'gradient': gradient_steps}
+
+
+def repeat(count: int, fn: Callable[[Any], Any], carry: Any) -> Any:
+  """Applies `fn` to `carry` `count` times; a loop only where there are more."""
+  if count == 1:
+    return fn(carry)
+  return jax.lax.fori_loop(0, count, lambda _, carry: fn(carry), carry)
+
+
+def direction(attack: Attack, g: jax.Array) -> jax.Array:
+  """Computes the step of norm 1 along g: its sign, or g / |g|_2 per example."""
+  return jnp.sign(g) if attack.norm == 'linf' else g / _l2_norm(g)
 
 
 def project(attack: Attack, delta: jax.Array, image: jax.Array) -> jax.Array:
-  """Nearest delta in the epsilon-ball, then with image + delta in [0, 255].
+  """Projects delta to the epsilon-ball, then image + delta to [0, 255].
 
   The second projection shrinks every component, so the ball still holds.
   """
@@ -150,7 +246,7 @@ def project(attack: Attack, delta: jax.Array, image: jax.Array) -> jax.Array:
 
 
 def _l2_norm(x: jax.Array) -> jax.Array:
-  """Norm per example, [G, b, 1, 1, 1]; never 0, so that 0 / norm is 0.
+  """Computes the norm per example, [G, b, 1, 1, 1]; never 0.
 
   Scaled by the largest element first: the square of a gradient of 1e-20, usual
   for a confident network, is 0 in float32.

@@ -8,16 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from conadv_jax.base.errors import ConfigError
-from conadv_jax.config import Config, Optimizer
-from conadv_jax.devices import mesh as mesh_lib
+from conadv_jax.config import Optimizer
 
 Params = Any
-
-# Leaves of so many elements or more are sharded by `shard_optimizer`. Vectors
-# are padded to a multiple of it, so that checkpoints do not depend on the
-# number of devices, as long as that divides it.
-SHARD_MULTIPLE = 8192
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -138,59 +131,6 @@ def trust_ratio(config: Optimizer, g: jax.Array, w: jax.Array) -> jax.Array:
   zero = (w_norm == 0) | (g_norm == 0)
   ratio = config.trust_coefficient * w_norm / jnp.where(zero, 1, denominator)
   return jnp.where(zero, 1.0, ratio)
-
-
-def is_large(leaf: Any) -> bool:
-  """Whether `leaf`, packed or not, is one that a sharded optimizer splits."""
-  return leaf.size >= SHARD_MULTIPLE
-
-
-def pack(config: Config, tree: Params) -> Params:
-  """`tree` in the shapes of the optimizer: large leaves as padded vectors.
-
-  Norms and elementwise arithmetic, all that an optimizer does, are those of the
-  leaf. Without `shard_optimizer` the tree stays as it is.
-  """
-  if not config.shard_optimizer:
-    return tree
-
-  def vector(x):
-    if not is_large(x):
-      return x
-    return jnp.pad(x.reshape(-1), (0, -x.size % SHARD_MULTIPLE))
-
-  return jax.tree.map(vector, tree)
-
-
-def unpack(config: Config, tree: Params, like: Params) -> Params:
-  """The inverse of `pack`: leaves of the shapes of `like`."""
-  if not config.shard_optimizer:
-    return tree
-  return jax.tree.map(
-    lambda x, leaf: x.reshape(-1)[: leaf.size].reshape(leaf.shape), tree, like
-  )
-
-
-def packed_specs(config: Config, tree: Params) -> Any:
-  """How packed leaves lie on the mesh: large ones split over `data`."""
-  return jax.tree.map(
-    lambda x: (
-      mesh_lib.FLAT
-      if config.shard_optimizer and is_large(x)
-      else mesh_lib.REPLICATED
-    ),
-    tree,
-  )
-
-
-def check_shards(config: Config, mesh: mesh_lib.Mesh) -> None:
-  """Raises ConfigError if the optimizer cannot be sharded over `mesh`."""
-  shards = mesh.shape['data']
-  if config.shard_optimizer and SHARD_MULTIPLE % shards:
-    raise ConfigError(
-      f'shard_optimizer=True: {shards} shards do not divide {SHARD_MULTIPLE}; '
-      'use a power of two of devices, or set it to False'
-    )
 
 
 def kernel_names(params: Params) -> list[str]:

@@ -16,8 +16,8 @@ from etils import epath
 from conadv_jax import hosts
 from conadv_jax.base.errors import NonFiniteError
 from conadv_jax.experiment import Run
+from conadv_jax.method.staleness import Metrics
 from conadv_jax.method.state import Stream, stream_key
-from conadv_jax.method.step import Metrics
 from conadv_jax.run import workdir
 from conadv_jax.run.feed import ExampleIds
 

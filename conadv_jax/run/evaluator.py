@@ -12,11 +12,16 @@ import numpy as np
 
 from conadv_jax.config import Attack, Config
 from conadv_jax.data.quarantine import Quarantine
-from conadv_jax.devices import mesh as mesh_lib
+from conadv_jax.devices.mesh import (
+  example_sharding,
+  local_positions,
+  put_batch,
+  replicated,
+)
 from conadv_jax.experiment import Run
 from conadv_jax.method import attack as attack_lib
 from conadv_jax.method import losses
-from conadv_jax.method.gradients import normalize, wide_dtype
+from conadv_jax.method.pixels import normalize, wide_dtype
 from conadv_jax.method.state import Snapshot, Stream, TrainState, stream_key
 
 Sums = dict[str, jax.Array]
@@ -63,7 +68,7 @@ def make_eval_fn(run: Run, attack: Attack | None, route: str) -> EvalFn:
       'loss': jnp.where(mask, loss, 0).sum(),
     }
 
-  return jax.jit(eval_fn, out_shardings=mesh_lib.replicated(run.mesh))
+  return jax.jit(eval_fn, out_shardings=replicated(run.mesh))
 
 
 def attacked(
@@ -133,7 +138,7 @@ class Evaluator:
     self._source = source
     self._quarantine = quarantine
     self._fns: dict[tuple[str, str], EvalFn] = {}
-    self._sharding = mesh_lib.example_sharding(run.mesh)
+    self._sharding = example_sharding(run.mesh)
     self._groups = run.mesh.size  # nothing here asks for groups
     self._group_size = -(-run.config.eval.batch_size // self._groups)
 
@@ -182,11 +187,11 @@ class Evaluator:
 
   def _batches(self) -> Iterable[Mapping[str, jax.Array]]:
     layout = (self._sharding, self._groups, self._group_size)
-    positions = mesh_lib.local_positions(*layout)
+    positions = local_positions(*layout)
     size = self._groups * self._group_size
     for local in self._host_batches(size, positions.reshape(-1)):
       local['is_example'] = local.pop('id') >= 0
-      yield mesh_lib.put_batch(*layout, local)
+      yield put_batch(*layout, local)
 
   def _host_batches(
     self, batch_size: int, positions: np.ndarray | None = None

@@ -53,7 +53,7 @@ def batches(
     source,
     config.dataset,
     num_classes=run.spec.num_classes,
-    views=run.image_views,
+    views=run.config.fed_views,
     seed=config.seed,
     batch_size=config.batch_size,
     positions=run.local_positions(),

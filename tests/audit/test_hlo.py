@@ -13,6 +13,7 @@ from conadv_jax.audit.hlo import program as hlo
 from conadv_jax.audit.hlo import schedule
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.devices import mesh as mesh_lib
+from conadv_jax.devices import sums
 
 # Programs of XLA:TPU for a step that updates one kernel of 3x3x512x512 and, in
 # the scope 'adversarial', takes the gradient of other images; abridged.
@@ -393,7 +394,7 @@ def test_collectives_of_a_compiled_loop_are_counted():
 
   def per_device(x):
     def body(total, _):
-      return mesh_lib.mean_over_devices(jnp.sin(total)), None
+      return sums.mean_over_devices(jnp.sin(total)), None
 
     return jax.lax.scan(body, x, length=3)[0]
 

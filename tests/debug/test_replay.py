@@ -16,7 +16,7 @@ from conadv_jax.config import from_config_dict
 from conadv_jax.data import datasets
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.debug import diagnosis, replay
-from conadv_jax.method.step import pending_perturbation
+from conadv_jax.method.staleness import pending_perturbation
 from conadv_jax.run import feed, metrics, plots
 from configs import digits
 

@@ -29,9 +29,11 @@ from conadv_jax import experiment, models
 from conadv_jax.audit import topology
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.data import datasets
-from conadv_jax.devices import mesh
-from conadv_jax.method import optim
-from conadv_jax.method.step import make_attack_stats_fn, pending_perturbation
+from conadv_jax.devices import mesh, sharded_optimizer
+from conadv_jax.method.staleness import (
+  make_attack_stats_fn,
+  pending_perturbation,
+)
 
 BATCH = 16
 STEPS = 3
@@ -178,7 +180,7 @@ def test_how_a_perturbation_aged_does_not_depend_on_how_it_is_computed(
     noise = np.random.default_rng(0).normal(0, 3, batch['clean'].shape)
     delta = jax.device_put(noise, batch['clean'].sharding)
     state = run.init_state().replace(perturbation=delta)
-    fn = make_attack_stats_fn(run.config, run.spec, run.apply_fn, run.mesh)
+    fn = make_attack_stats_fn(run.setup)
     return jax.device_get(jax.jit(fn)(state, batch))
 
   expected, actual = stats(1, 1), stats(devices, microbatches)
@@ -228,7 +230,7 @@ def test_gradients_are_summed_in_the_type_that_the_configuration_says(
   sizes = [leaf.size for leaf in jax.tree.leaves(state.params)]
   gradients = len(sizes)
   if shard_optimizer:  # all large ones at once, over either axis of the mesh
-    gradients = sum(n < optim.SHARD_MULTIPLE for n in sizes) + 2
+    gradients = sum(n < sharded_optimizer.SHARD_MULTIPLE for n in sizes) + 2
   others = len(jax.tree.leaves(state.batch_stats)) + 2  # loss, accuracy
   expected = collections.Counter({'f32': others})
   expected[{'float32': 'f32', 'bfloat16': 'bf16'}[dtype]] += gradients
@@ -251,7 +253,7 @@ def test_a_sharded_optimizer_does_not_change_a_run(
   monkeypatch, name, group_size
 ):
   # The kernels of the tiny network are large then, and need padding.
-  monkeypatch.setattr(optim, 'SHARD_MULTIPLE', 16)
+  monkeypatch.setattr(sharded_optimizer, 'SHARD_MULTIPLE', 16)
   fields = {'optimizer.name': name, 'optimizer.learning_rate': 0.01}
   expected, _ = trajectory(1, group_size, **fields)
   actual, donated = trajectory(8, group_size, shard_optimizer=True, **fields)
@@ -277,7 +279,7 @@ def test_a_sharded_optimizer_does_not_change_a_run(
 
 @pytest.mark.usefixtures('tiny_model')
 def test_a_sharded_optimizer_takes_a_share_of_the_memory(monkeypatch):
-  monkeypatch.setattr(optim, 'SHARD_MULTIPLE', 16)
+  monkeypatch.setattr(sharded_optimizer, 'SHARD_MULTIPLE', 16)
   run = build(8, 2, shard_optimizer=True)
   state, _ = run.compile_step().output_shardings
   leaves = jax.tree.leaves(run.abstract_state().opt_state)

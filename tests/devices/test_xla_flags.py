@@ -6,7 +6,7 @@ import pytest
 
 from conadv_jax.audit import topology
 from conadv_jax.devices import mesh as mesh_lib
-from conadv_jax.devices import xla_flags
+from conadv_jax.devices import sums, xla_flags
 
 KINDS = ('TPU v3', 'TPU v4', 'TPU v5 lite', 'TPU v5', 'TPU v6 lite', 'TPU7x')
 
@@ -47,7 +47,7 @@ def test_the_compilers_know_their_options(monkeypatch, name, slices):
   assert devices[0].device_kind in KINDS
   mesh = mesh_lib.make_mesh(len(devices), 1, devices)
   fn = mesh_lib.per_device(
-    mesh, mesh_lib.mean_over_devices, mesh_lib.EXAMPLES, mesh_lib.REPLICATED
+    mesh, sums.mean_over_devices, mesh_lib.EXAMPLES, mesh_lib.REPLICATED
   )
   x = jax.ShapeDtypeStruct(
     (len(devices), 1024),

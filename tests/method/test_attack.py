@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from conadv_jax.config import Attack
 from conadv_jax.method import attack as attack_lib
-from conadv_jax.method.gradients import make_attack_fn
+from conadv_jax.method.setup import Setup
 from conadv_jax.method.state import Snapshot
 
 FGSM = Attack(
@@ -164,6 +164,7 @@ def bumpy_loss(pixels, labels):
 def bounded(norm, steps, targeted, epsilon, step_size, image, start):
   # Stands in for `Attack`, which takes no tracers: one program for all sizes.
   attack = types.SimpleNamespace(
+    rule='gradient',
     norm=norm,
     steps=steps,
     targeted=targeted,
@@ -372,9 +373,9 @@ def step_attack(fields, calls=None):
   """(a batch, batch index -> perturbation of that batch)."""
   config = helpers.make_config(fields)
   batch = helpers.random_batches(config, 1)[0]
-  attack_fn = make_attack_fn(config, helpers.SPEC, linear_apply(calls))
+  setup = Setup(config, helpers.SPEC, linear_apply(calls), None, None, None)
   run = jax.jit(
-    lambda index: attack_fn(WEIGHTS, batch, index)[0],
+    lambda index: attack_lib.attack_batch(setup, WEIGHTS, batch, index)[0],
     compiler_options=UNOPTIMISED,
   )
   return batch, lambda index: np.asarray(run(index))

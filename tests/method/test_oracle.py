@@ -13,8 +13,8 @@ import pytest
 
 from conadv_jax.method import attack as attack_lib
 from conadv_jax.method import optim
+from conadv_jax.method.staleness import pending_perturbation
 from conadv_jax.method.state import Stream, stream_key
-from conadv_jax.method.step import make_train_step, pending_perturbation
 
 pytestmark = pytest.mark.usefixtures('x64')
 
@@ -139,7 +139,7 @@ def library_records(config, weights, batches):
   tx = optim.make_optimizer(config.optimizer, schedule)
   _, apply_fn = helpers.tiny_net(config)
   step = jax.jit(
-    make_train_step(
+    helpers.make_step(
       config, helpers.SPEC, apply_fn, tx, schedule, helpers.one_device(config)
     ),
     donate_argnums=0,

@@ -15,12 +15,9 @@ from jax.interpreters import partial_eval
 from conadv_jax import experiment
 from conadv_jax.method import attack as attack_lib
 from conadv_jax.method import losses, optim
+from conadv_jax.method.pixels import normalize
+from conadv_jax.method.staleness import pending_perturbation
 from conadv_jax.method.state import Stream, stream_key
-from conadv_jax.method.step import (
-  make_train_step,
-  normalize,
-  pending_perturbation,
-)
 
 STALENESS = (1, 2, 3)
 STEPS = 6
@@ -60,7 +57,7 @@ def jit_step(config):
   _, apply_fn = helpers.tiny_net(config)
   tx = optim.make_optimizer(config.optimizer, schedule)
   return jax.jit(
-    make_train_step(
+    helpers.make_step(
       config, helpers.SPEC, apply_fn, tx, schedule, helpers.one_device(config)
     )
   )
@@ -309,7 +306,7 @@ def test_staleness_0_equals_the_sequential_loop(x64):
     return optax.apply_updates(params, updates), moved, opt_state, value
 
   step = jax.jit(
-    make_train_step(
+    helpers.make_step(
       config, helpers.SPEC, apply_fn, tx, schedule, helpers.one_device(config)
     )
   )
@@ -375,7 +372,7 @@ def test_the_clean_statistics_are_those_of_a_run_without_attack(x64):
     _, apply_fn = helpers.tiny_net(config)
     tx = optim.make_optimizer(config.optimizer, schedule)
     step = jax.jit(
-      make_train_step(
+      helpers.make_step(
         config, helpers.SPEC, apply_fn, tx, schedule, helpers.one_device(config)
       )
     )
@@ -396,7 +393,7 @@ def test_adversarial_images_move_adversarial_statistics_only(moves_stats):
     _, apply_fn = helpers.tiny_net(config)
     tx = optim.make_optimizer(config.optimizer, schedule)
     step = jax.jit(
-      make_train_step(
+      helpers.make_step(
         config, helpers.SPEC, apply_fn, tx, schedule, helpers.one_device(config)
       )
     )

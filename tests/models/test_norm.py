@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from conadv_jax.devices import mesh as mesh_lib
+from conadv_jax.devices import sums
 from conadv_jax.models.norm import Layout, RoutedBatchNorm
 
 # Rounding only: both sides sum the same numbers, in another order.
@@ -152,7 +153,7 @@ def test_a_group_that_spans_devices_equals_one_that_does_not(train):
   def local(variables, x_GbVHWC):
     x = jnp.swapaxes(x_GbVHWC, 1, 2)
     y, stats = run(layer, variables, x, (0, 1), train, bn_axis='bn')
-    return jnp.swapaxes(y, 1, 2), mesh_lib.mean_over_devices(stats)
+    return jnp.swapaxes(y, 1, 2), sums.mean_over_devices(stats)
 
   specs = (mesh_lib.BATCH, mesh_lib.REPLICATED)
   spread, spread_stats = jax.jit(

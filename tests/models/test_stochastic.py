@@ -13,7 +13,6 @@ import pytest
 from conadv_jax import models
 from conadv_jax.devices import mesh as mesh_lib
 from conadv_jax.method.state import Stream, stream_key
-from conadv_jax.method.step import make_train_step
 from conadv_jax.models.norm import Layout, RoutedBatchNorm
 from conadv_jax.models.stochastic import Dropout, DropPath
 
@@ -182,7 +181,7 @@ def stepper(apply_fn, weights):
   config = helpers.make_config({'method': 'conadv'})
   tx = optax.sgd(0.1)
   train_step = jax.jit(
-    make_train_step(
+    helpers.make_step(
       config,
       helpers.SPEC,
       apply_fn,

@@ -16,9 +16,9 @@ from conadv_jax import experiment, models
 from conadv_jax.base.errors import NonFiniteError
 from conadv_jax.checkpoints import checksum
 from conadv_jax.checkpoints.checkpoint import Checkpoints
-from conadv_jax.method import step as train_step
+from conadv_jax.method.spikes import judge_loss, no_spikes
+from conadv_jax.method.staleness import pending_perturbation
 from conadv_jax.method.state import Stream, stream_key
-from conadv_jax.method.step import make_train_step, pending_perturbation
 from conadv_jax.run import bad_steps, feed
 
 # ---- A step with faults ----------------------------------------------------
@@ -123,7 +123,7 @@ def faulty_run(layout):
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(models.MODELS, 'tiny', models.Entry(helpers.TinyNet, 4))
     run = experiment.build(cfg, jax.devices()[:devices])
-  step_fn = make_train_step(
+  step_fn = helpers.make_step(
     cfg,
     run.spec,
     with_faults(run.apply_fn, run.spec),
@@ -273,12 +273,10 @@ def test_spikes_are_those_of_plain_python(window, sigmas, in_a_row):
   losses = series(np.random.default_rng(window))
 
   def one(spikes, loss):
-    applied, spikes, metrics = train_step._judge_loss(
-      cfg, spikes, loss, jnp.isfinite(loss)
-    )
+    applied, spikes, metrics = judge_loss(cfg, spikes, loss, jnp.isfinite(loss))
     return spikes, (applied, metrics['spike_steps'], metrics['spike_streak'])
 
-  _, found = jax.jit(lambda x: jax.lax.scan(one, train_step.no_spikes(cfg), x))(
+  _, found = jax.jit(lambda x: jax.lax.scan(one, no_spikes(cfg), x))(
     jnp.array(losses)
   )
   judge, expected = Judge(sigmas, window, in_a_row), []
@@ -333,9 +331,9 @@ def restored(run, step, state, batch, path):
 
 def test_a_run_that_does_not_look_for_spikes_has_nothing_of_them():
   cfg = helpers.make_config()
-  assert train_step.no_spikes(cfg) is None
+  assert no_spikes(cfg) is None
   finite = jnp.array(True)
-  result = train_step._judge_loss(cfg, None, jnp.array(9.0), finite)
+  result = judge_loss(cfg, None, jnp.array(9.0), finite)
   assert result == (finite, None, {})
 
 

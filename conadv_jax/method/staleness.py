@@ -1,0 +1,141 @@
+"""The paper's idea: which weights attack, and how the perturbation ages.
+
+The perturbation of batch t is made with theta_{t - tau}. For tau >= 1 it is
+made in step t - 1, beside an update that does not need it: the two gradients
+share no result, and may run concurrently (ConAdv, arXiv:2106.00221, algorithm
+1). For tau = 0 it is made first, and the update waits (AdvProp,
+arXiv:1911.09665).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from conadv_jax.config import Config
+from conadv_jax.devices.mesh import BATCH, REPLICATED, own_copy, per_device
+from conadv_jax.devices.sums import mean_over_devices
+from conadv_jax.method import losses
+from conadv_jax.method.attack import attack_batch
+from conadv_jax.method.gradients import batch_places, over_microbatches
+from conadv_jax.method.pixels import Batch, normalize, perturbed, wide_dtype
+from conadv_jax.method.setup import Setup
+from conadv_jax.method.state import Snapshot, TrainState
+
+Metrics = dict[str, jax.Array]
+# (state_t, batch_t, batch_{t+1}) -> (state_{t+1}, metrics)
+StepFn = Callable[[TrainState, Batch, Batch], tuple[TrainState, Metrics]]
+
+
+def attacker(config: Config, state: TrainState) -> Snapshot:
+  """Returns theta_{t + 1 - tau}: the weights that attack batch t + 1 in step t.
+
+  For tau = 0 theta_t, which attacks batch t.
+  """
+  if config.staleness_steps <= 1:
+    return Snapshot(state.params, state.batch_stats)
+  old = state.snapshots[1]
+  if config.attack.update_batch_stats:
+    # In train mode, where statistics can move, the attack does not read them:
+    # it moves those of now, whatever the age of its weights.
+    old = old.replace(batch_stats=state.batch_stats)
+  return old
+
+
+def aged(config: Config, state: TrainState) -> tuple[Snapshot, ...]:
+  """Returns the snapshots of step t + 1: theta_{t + 1 - tau}, ..., theta_t."""
+  if not config.staleness_steps:
+    return ()
+  now = Snapshot(state.params, state.batch_stats)
+  return (*state.snapshots, now)[1:]
+
+
+def pending_perturbation(
+  config: Config, step_fn: StepFn, state: TrainState, batch: Batch
+) -> TrainState:
+  """Makes delta_t (again), from batch_t and theta_{t - tau}.
+
+  Runs `step_fn`, the compiled step that trains, as step t - 1 from the oldest
+  snapshot and discards its update: only the same program gives the same bits.
+  At t = 0 this is the warm start: the first tau + 1 batches are attacked with
+  the initial weights, as if theta had been theta_0 before the run.
+
+  Args:
+    config: of the run.
+    step_fn: compiled; it donates its state.
+    state: of step t; its perturbation may be None, as after a restore.
+    batch: batch_t.
+
+  Returns:
+    `state` with the perturbation.
+  """
+  if not config.staleness_steps:
+    return state
+  oldest = state.snapshots[0]
+  past = state.replace(
+    step=state.step - 1, snapshots=(oldest, *state.snapshots[:-1])
+  )
+  if config.staleness_steps == 1:
+    past = past.replace(params=oldest.params, batch_stats=oldest.batch_stats)
+  if past.perturbation is None:  # its value is not read, its shape is
+    image = batch[config.attacked]
+    blank = jnp.zeros(image.shape, config.dtype, device=image.sharding)
+    past = past.replace(perturbation=blank)
+  # The step donates: no buffer may be in its arguments twice.
+  past = jax.tree.map(jnp.copy, past)
+  return state.replace(perturbation=step_fn(past, batch, batch)[0].perturbation)
+
+
+def make_attack_stats_fn(
+  setup: Setup,
+) -> Callable[[TrainState, Batch], Metrics]:
+  """Makes (state_t, batch_t) -> how the pending perturbation has aged.
+
+  Compares delta_t, made with theta_{t - tau}, with a fresh one made with
+  theta_t from the same random start:
+
+    delta_agreement  percentage of pixels at which both have the same sign
+    loss_stale       loss of theta_t on image + delta_t, no smoothing
+    loss_fresh       the same with the fresh perturbation: what a sequential
+                     attack would have reached
+  """
+  config, spec, mesh = setup.config, setup.spec, setup.mesh
+  wide = wide_dtype(config)
+  names = ('delta_agreement', 'loss_stale', 'loss_fresh')
+
+  def one_microbatch(step, now, part):
+    batch, stale, places = part
+    fresh, _ = attack_batch(setup, now, batch, step, places)
+    variables = {'params': now.params, 'batch_stats': now.batch_stats}
+    route = (config.route_of('adv'),)
+
+    def loss(delta):
+      image = batch[config.attacked].astype(wide)
+      x = normalize(spec, perturbed(image, delta))[:, None]
+      logits, _ = setup.apply_fn(variables, x, route, config.attack.train_mode)
+      return losses.cross_entropy(logits[:, 0], batch['label']).mean()
+
+    same = jnp.sign(stale) == jnp.sign(fresh)
+    values = (100 * same.mean(dtype=wide), loss(stale), loss(fresh))
+    return dict(zip(names, values, strict=True)), None
+
+  def on_device(step, now, delta, batch):
+    now = own_copy(now)
+    means, _ = over_microbatches(
+      config.microbatches,
+      lambda part, _: one_microbatch(step, now, part),
+      (batch, delta, batch_places(config, mesh)),
+      None,
+      own_copy(dict.fromkeys(names, jnp.zeros((), wide))),
+    )
+    return mean_over_devices(means)
+
+  fn = per_device(mesh, on_device, (REPLICATED,) * 2 + (BATCH,) * 2, REPLICATED)
+
+  def attack_stats(state: TrainState, batch: Batch) -> Metrics:
+    now = Snapshot(state.params, state.batch_stats)
+    return fn(state.step, now, state.perturbation, batch)
+
+  return attack_stats
