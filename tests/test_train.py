@@ -297,7 +297,6 @@ BROKEN_FILES = {
     ([CONFIG, '--workdir=w', 'stray'], 'stray'),
     ([f'{CONFIG}:metod=conadv', '--workdir=w'], "did you mean 'method'"),
     ([f'{CONFIG}:method=conadw', '--workdir=w'], "did you mean 'conadv'"),
-    ([f'{CONFIG}:method=conadv_aa', '--workdir=w'], 'needs colour images'),
     ([CONFIG, '--workdir=w', '--config.attack.epsilon=-1.0'], '>= 0'),
     ([CONFIG, '--workdir=w', '--config.staleness_steps=-1'], '>= 0'),
     ([CONFIG, '--workdir=w', '--config.optimizer.name=adam'], 'optimizer.name'),
