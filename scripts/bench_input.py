@@ -33,7 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
-from conadv_jax.config import from_config_dict
+from conadv_jax.config import default_config, from_config_dict
 
 SIZE_PX = 224
 BATCH = 64
@@ -63,9 +63,7 @@ class Row:
 
 
 def _settings(**changes):
-  from configs import common
-
-  dataset = from_config_dict(common.get_config()).dataset
+  dataset = from_config_dict(default_config()).dataset
   return dataclasses.replace(
     dataset, image_size_px=SIZE_PX, random_flip=True, **changes
   )

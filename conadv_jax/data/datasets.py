@@ -190,9 +190,8 @@ def get_spec(name: str) -> DatasetSpec:
 def resolve(settings: Dataset) -> DatasetSpec:
   """The data set that `settings` describe.
 
-  Sizes come from `num_train` and `num_eval` where those are set, the image
-  shape of encoded data sets from `image_size_px`, and everything about a folder
-  of images from listing it.
+  The image shape of encoded data sets comes from `image_size_px`, and
+  everything about a folder of images from listing it.
 
   Raises:
     ConfigError: an unknown name, a size that does not fit the data set, or a
@@ -233,11 +232,7 @@ def resolve(settings: Dataset) -> DatasetSpec:
       num_train=folder[spec.train_split].num_examples,
       num_eval=folder[spec.eval_split].num_examples,
     )
-  return dataclasses.replace(
-    spec,
-    num_train=settings.num_train or spec.num_train,
-    num_eval=settings.num_eval or spec.num_eval,
-  )
+  return spec
 
 
 def hide_gpus() -> None:

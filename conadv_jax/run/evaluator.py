@@ -31,11 +31,11 @@ EvalFn = Callable[[Snapshot, Mapping[str, jax.Array], jax.Array], Sums]
 def eval_attack(config: Config, name: str) -> Attack:
   """The attack `fgsm` (one clean-start step) or `pgd` of an evaluation.
 
-  PGD takes `eval.pgd_steps` steps of 2.5 * epsilon / steps from a uniform
+  PGD takes `eval.attack_steps` steps of 2.5 * epsilon / steps from a uniform
   random start (Madry et al. 2018, arXiv:1706.06083).
   """
   epsilon = config.eval.epsilon
-  steps = config.eval.pgd_steps if name == 'pgd' else 1
+  steps = config.eval.attack_steps if name == 'pgd' else 1
   return Attack(
     preset=name,
     norm='linf',

@@ -95,7 +95,14 @@ def read_config(workdir: str) -> dict[str, Any]:
 
 
 def _read_run(workdir: epath.Path) -> dict[str, Any]:
-  """Content of `config.json`; raises ConfigError if there is none."""
+  """Content of `config.json`.
+
+  A field that it lacks, as it was written before there was that field, takes
+  its default.
+
+  Raises:
+    ConfigError: if there is none, or it has fields that are gone or renamed.
+  """
   path = workdir / 'config.json'
   if not path.exists():
     raise ConfigError(
@@ -104,9 +111,15 @@ def _read_run(workdir: epath.Path) -> dict[str, Any]:
     )
   try:
     content = json.loads(storage.read(path.read_text, path))
-    return content | {'config': content['config']}
+    from_config_dict(content['config'])
   except (json.JSONDecodeError, TypeError, KeyError) as error:
     raise ConfigError(f'{path}: not readable: {error!r}') from error
+  except ConfigError as error:
+    raise ConfigError(
+      f'{path}: {error}\nthe run is of another version of this code: edit that '
+      'file, or use the code of its git_commit'
+    ) from error
+  return content
 
 
 def quarantine(path: epath.Path, config: Config) -> Quarantine:

@@ -392,7 +392,6 @@ def test_wrong_settings_exit_with_2_and_name_the_field(args, words):
   assert 'Traceback' not in done.stderr
 
 
-@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 def test_a_sweep_without_libtpu_ends_at_once(monkeypatch, tmp_path):
   monkeypatch.delenv('TPU_LIBRARY_PATH', raising=False)
   find_spec = topology.importlib.util.find_spec

@@ -22,11 +22,10 @@ import tensorflow as tf
 from sklearn import datasets as sklearn_datasets
 
 from conadv_jax.base.errors import ConfigError
-from conadv_jax.config import from_config_dict
+from conadv_jax.config import default_config, from_config_dict
 from conadv_jax.data import datasets, pipeline, sampler
 from conadv_jax.data.images import preprocess
 from conadv_jax.data.sources import digits, in_memory
-from configs import common
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 DIGITS = datasets.get_spec('digits')
@@ -71,7 +70,7 @@ def make_source(num_examples=10, size=4, num_classes=10):
   )
 
 
-SETTINGS = from_config_dict(common.get_config()).dataset
+SETTINGS = from_config_dict(default_config()).dataset
 
 
 def train(source, *, crop_padding_px=2, random_flip=True, **kwargs):

@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conadv_jax.base.errors import ConfigError, DataError
-from conadv_jax.config import from_config_dict
+from conadv_jax.config import default_config, from_config_dict
 from conadv_jax.data import datasets, fake_imagenet, pipeline, sampler
 from conadv_jax.data.prefetch import Prefetcher
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.data.sources import cache, in_memory
-from configs import common
 
 FORMATS = ('array_record', 'tfrecord')
 NUM_TRAIN, NUM_EVAL = 23, 13
@@ -38,7 +37,7 @@ def fake_dirs(tmp_path_factory):
 
 
 def settings_of(**changes):
-  dataset = from_config_dict(common.get_config()).dataset
+  dataset = from_config_dict(default_config()).dataset
   changes = {
     'name': 'imagenet2012',
     'image_size_px': 32,

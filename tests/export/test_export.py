@@ -297,7 +297,7 @@ def test_a_later_evaluation_is_in_the_card(directory, tmp_path):
   try:
     rows = evaluate.evaluate(
       ['prog', f'--workdir={directory}', '--config.eval.route=adv',
-       '--config.eval.attack=pgd', '--config.eval.pgd_steps=2']
+       '--config.eval.attack=pgd', '--config.eval.attack_steps=2']
     )  # fmt: skip
     output = tmp_path / 'm.safetensors'
     run_export(directory, output, '--config.eval.route=adv')
@@ -413,8 +413,8 @@ def test_timm_has_the_logits_and_top1_of_a_run(tmp_path, monkeypatch):
   values = imagenet_resnet50.get_config('model=resnet18,batch_size=8')
   values.update_from_flattened_dict(
     {
-      'dataset.num_train': 40,
-      'dataset.num_eval': 16,
+      'dataset.train_split': 'train[:40]',
+      'dataset.eval_split': 'validation[:16]',
       'dataset.image_size_px': 32,
       'dataset.data_dir': str(tmp_path),
       'dtype': 'float32',

@@ -664,7 +664,7 @@ def test_evaluation_on_two_hosts_equals_that_on_one(tmp_path):
     run.ends_with(0)
   for count in (1, 2):
     command = [multihost.TINY, 'evaluate', f'--workdir={workdir}',
-               '--config.eval.pgd_steps=2']  # fmt: skip
+               '--config.eval.attack_steps=2']  # fmt: skip
     with multihost.Hosts(
       tmp_path / f'evaluate{count}', count, command,
       devices_per_host=2 // count,

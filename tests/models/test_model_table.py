@@ -10,9 +10,8 @@ import pytest
 
 from conadv_jax import experiment, models
 from conadv_jax.base.errors import ConfigError
-from conadv_jax.config import from_config_dict, to_dict
+from conadv_jax.config import default_config, from_config_dict, to_dict
 from conadv_jax.models import __main__, summary
-from configs import common
 
 # Nobody published these: our deviations from the CIFAR networks change them.
 # Counted by hand for 10 classes in test_models.py; 64 channels and a bias for
@@ -100,7 +99,7 @@ def test_bfloat16_is_for_activations_only(name):
 
 
 def load(**fields):
-  values = common.get_config()
+  values = default_config()
   with values.unlocked():
     for name, value in fields.items():
       values.update_from_flattened_dict({name.replace('__', '.'): value})
