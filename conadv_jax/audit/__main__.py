@@ -32,7 +32,8 @@ from conadv_jax import cli
 from conadv_jax.audit import report, report_html, sweep, topology
 from conadv_jax.audit.cache import Auditor
 from conadv_jax.audit.scaling import forecast
-from conadv_jax.audit.scaling import report as scaling_report
+from conadv_jax.audit.scaling.plot import plot
+from conadv_jax.audit.scaling.study import as_json
 from conadv_jax.base.errors import ConfigError, OutOfMemoryError
 from conadv_jax.config import Config, from_config_dict
 
@@ -89,12 +90,11 @@ def _audit(
     result['comparison'] = sweep.compare(config, where, auditor)
   if options.scaling and result['fits']:
     study = forecast.study(config, where, auditor)
-    print('\n' + scaling_report.text(study))
-    result['scaling'] = scaling_report.as_json(study)
+    result['scaling'] = as_json(study)
     if output:
       title = f'{config.model}, {config.method}, {where.generation.name}'
       output.mkdir(parents=True, exist_ok=True)
-      scaling_report.plot(study, title, output / f'{_name(result)}_scaling.png')
+      plot(study, title, output / f'{_name(result)}_scaling.png')
   return result
 
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax
 
 from conadv_jax import models
-from conadv_jax.audit.hlo import cost as hlo_cost
-from conadv_jax.audit.hlo import program as hlo
-from conadv_jax.audit.hlo import schedule
+from conadv_jax.audit.hlo.cost import Rates, cost_by_scope, total_cost
+from conadv_jax.audit.hlo.program import parse
+from conadv_jax.audit.hlo.schedule import collectives, inventory, overlap
 from conadv_jax.audit.topology import Topology
 from conadv_jax.config import flatten, to_dict
 from conadv_jax.data import prefetch
@@ -152,15 +152,15 @@ def _measured(
 ) -> dict[str, Any]:
   """What only a compiled program tells."""
   generation = topology.generation
-  rates = generation.peak_flops_per_sec, generation.hbm_bytes_per_sec
-  program = hlo.parse(compiled.text)
-  by_scope = hlo_cost.by_scope(program, *rates)
+  rates = Rates(generation.peak_flops_per_sec, generation.hbm_bytes_per_sec)
+  program = parse(compiled.text)
+  by_scope = cost_by_scope(program, rates)
   seconds = sum(scope['seconds'] for scope in by_scope.values())
   images_per_sec = run.config.batch_size / seconds
-  total = hlo_cost.total(program, *rates)
-  # XLA's counts have everything elementwise, and bytes of memory on the chip,
-  # but the body of a loop only once.
-  once = hlo_cost.total(program, *rates, loops_once=True)
+  total = total_cost(program, rates)
+  # XLA's counts include elementwise arithmetic and memory on the chip, but the
+  # body of a loop only once.
+  once = total_cost(program, rates, loops_once=True)
   flops, accessed = compiled.costs['flops'], compiled.costs['bytes accessed']
   return {
     'flops_per_device': flops * total.flops / once.flops,
@@ -174,8 +174,8 @@ def _measured(
     'by_scope': by_scope,
     'images_per_sec_bound': images_per_sec,
     'images_per_sec_per_host': images_per_sec / topology.hosts,
-    'collectives': schedule.inventory(schedule.collectives(program, *rates)),
-    'overlap': schedule.overlap(program, *rates),
+    'collectives': inventory(collectives(program, rates)),
+    'overlap': overlap(program, rates),
   }
 
 

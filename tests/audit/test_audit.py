@@ -2,7 +2,7 @@
 
 The tests marked tpu_aot compile for TPUs; the golden collectives are those of
 every ImageNet recipe, at a size at which a compile takes a minute. Change them
-with care: `python tests/test_audit.py` prints what the file should hold.
+with care: `python tests/audit/test_audit.py` prints what the file should hold.
 """
 
 import dataclasses
@@ -323,7 +323,7 @@ def test_committed_audits_keep_what_is_promised(path):
 @pytest.mark.usefixtures('tiny_model')
 def test_what_batch_norm_over_devices_exchanges_by_hand():
   run = build(method='conadv')
-  cost = forecast.batch_norm_cost(run.config, run.abstract_state().params)
+  cost = forecast.batch_norm_cost(run.config, run.abstract_state().batch_stats)
   # Layers of 3 and 4 channels, 2 views and 1 step of the attack; forward and
   # backward, 2 numbers of 4 bytes per channel.
   assert cost.group_size == 2
