@@ -60,7 +60,8 @@ def step_cost(
     programs.append(
       Compiled(each, found['flops_per_device'], found['hbm_bytes_per_device'])
     )
-  run = experiment.build(config, topology.load_devices(where))
+  # Of the trial: the batch of `config` need not divide over `where`.
+  run = experiment.build(trial, topology.load_devices(where))
   state = run.abstract_state()
   return StepCost.from_compiled(
     *programs,
