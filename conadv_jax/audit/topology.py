@@ -1,4 +1,4 @@
-"""TPU slices: what they are made of, and their devices without the hardware.
+"""TPU slices by name, and their devices without the hardware.
 
 A chip sits in a mesh or torus of chips (`shape`), linked by the inter-chip
 interconnect (ICI); the data centre network (DCN) joins several slices. A
@@ -85,7 +85,7 @@ class Topology:
 
   @property
   def label(self) -> str:
-    """For people: 'v3:16x32', '2 x v3:32x32'."""
+    """Readable: 'v3:16x32', '2 x v3:32x32'."""
     return self._times_slices(self.name)
 
   @property
@@ -118,7 +118,7 @@ def _times(shape: tuple[int, ...]) -> str:
 def squarest_shape(
   generation: Generation, chips: int
 ) -> tuple[int, ...] | None:
-  """Of the slices of `chips`, the one nearest to a cube; None without one.
+  """Returns the slice of `chips` nearest to a cube; None if there is none.
 
   docs.cloud.google.com/tpu/docs/types-topologies, "default topology".
   """
@@ -131,7 +131,7 @@ def squarest_shape(
 
 
 def parse(text: str, slices: int = 1) -> Topology:
-  """'v3:16x32' (chips per dimension) or 'v3-1024' (Cloud TPU's type).
+  """Parses 'v3:16x32' (chips per dimension) or 'v3-1024' (Cloud TPU's type).
 
   Args:
     text: in upper or lower case; v5litepod-256 may be called v5e-256.
@@ -198,7 +198,7 @@ def _checked_type(
 
 
 def _nearest(generation: Generation, chips: int) -> str:
-  """Names the slice nearest to `chips` by factor, and the usual ones."""
+  """Names the slice whose size is nearest to `chips`, and the usual ones."""
   usual = [
     Topology(generation, shape)
     for shape in generation.shapes
@@ -213,10 +213,10 @@ def _nearest(generation: Generation, chips: int) -> str:
 
 
 def prepare_process() -> None:
-  """Sets AOT_ENVIRONMENT. For commands that only compile; before libtpu loads.
+  """Sets AOT_ENVIRONMENT in a command that only compiles, before libtpu loads.
 
-  JAX_PLATFORMS stays the user's: 'cpu' keeps an audit off the chips of a TPU
-  machine.
+  It does not set JAX_PLATFORMS: with 'cpu', an audit on a TPU machine leaves
+  the chips alone.
   """
   os.environ.update(AOT_ENVIRONMENT)
 
@@ -231,12 +231,12 @@ def require_libtpu() -> None:
 
 
 def load_devices(topology: Topology) -> list[jax.Device]:
-  """Devices of `topology` to compile for; none of them needs to exist.
+  """Returns the devices of `topology` to compile for; none needs to exist.
 
-  The megacore of v4 is asked for, as JAX runs it: two TensorCores, one device.
-  `wrap` is passed on: the compiler otherwise takes every dimension for open,
-  and arranges the rings of an all-reduce for that (seen on v3 and TPU7x with
-  libtpu 0.0.42; the operations, their sizes and groups are the same).
+  On v4 it asks for the megacore, as JAX does: two TensorCores are one device.
+  It passes `wrap`, since the compiler otherwise assumes that no dimension is a
+  ring and arranges all-reduces for that (seen on v3 and TPU7x with libtpu
+  0.0.42; the operations, their sizes and groups are the same).
 
   Raises:
     ConfigError: if libtpu is not installed.

@@ -17,8 +17,7 @@ import jax
 import pytest
 
 from conadv_jax import experiment, models
-from conadv_jax.audit import __main__ as audit_command
-from conadv_jax.audit import cache, compile, sweep, topology
+from conadv_jax.audit import cache, command, compile, sweep, topology
 from conadv_jax.audit.compile import Compiled
 from conadv_jax.audit.scaling import forecast
 from conadv_jax.base.errors import ConfigError
@@ -412,7 +411,7 @@ def test_a_sweep_without_libtpu_ends_at_once(monkeypatch, tmp_path):
     f'--json={tmp_path}/sweep.json',
   ]
   with pytest.raises(ConfigError, match=r"pip install -e '\.\[tpu"):
-    audit_command.main(argv)
+    command.audit(argv)
   assert not list(tmp_path.iterdir())
 
 
