@@ -23,7 +23,7 @@ from conadv_jax.base.errors import (
   unknown,
 )
 from conadv_jax.config import flatten
-from conadv_jax.hosts import join
+from conadv_jax.hosts import join, leaving
 
 
 def exit_code(error: Exception) -> int:
@@ -55,8 +55,8 @@ def run(main: Callable[[Sequence[str]], Any], usage: str) -> None:
     if hosts.count() == 1:
       raise
     traceback.print_exc()
-    hosts.abandon(f'{type(error).__name__}: {error}', 1)
-    hosts.leave(1)
+    leaving.abandon(f'{type(error).__name__}: {error}', 1)
+    leaving.leave(1)
 
 
 def start_hosts(argv: Sequence[str]) -> list[str]:
@@ -175,14 +175,14 @@ def parse_workdir(argv: Sequence[str]) -> str:
 def _fail(message: str, code: int) -> NoReturn:
   """Ends this host, and tells the others."""
   print(f'{hosts.label()}{message}', file=sys.stderr, flush=True)
-  hosts.abandon(message, code)
+  leaving.abandon(message, code)
   _end(code)
 
 
 def _end(code: int) -> NoReturn:
   if hosts.count() > 1:
     # At once: at its end, JAX would wait for hosts that may not come.
-    hosts.leave(code)
+    leaving.leave(code)
   sys.exit(code)
 
 

@@ -86,13 +86,13 @@ def attacked(
   route = run.config.eval.route
 
   @jax.jit
-  def run(weights, batch):
+  def both(weights, batch):
     _, clean = _attacked(run, None, route, weights, batch, 0)
     delta, logits = _attacked(run, attack, route, weights, batch, 0)
     return delta[0], jnp.stack([clean[0], logits[0]])
 
   weights = jax.tree.map(np.asarray, jax.device_get(weights))
-  return jax.device_get(run(weights, batch))
+  return jax.device_get(both(weights, batch))
 
 
 def _attacked(

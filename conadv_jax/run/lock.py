@@ -27,6 +27,7 @@ from etils import epath
 from conadv_jax import hosts
 from conadv_jax.base import errors, faults, storage
 from conadv_jax.base.errors import ConfigError, StorageError, redact
+from conadv_jax.hosts import leaving
 
 _BOOT_ID = pathlib.Path('/proc/sys/kernel/random/boot_id')
 _PID_NAMESPACE = '/proc/self/ns/pid'
@@ -209,7 +210,7 @@ class RunLock:
           'run ends, so that they do not write together'
         )
         _warn(f'error: {text}')
-        hosts.abandon(text, errors.STORAGE)
+        leaving.abandon(text, errors.STORAGE)
         os._exit(errors.STORAGE)
 
   def _renew(self) -> dict[str, Any] | None:

@@ -145,6 +145,17 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
   return rows
 
 
+def has_row(workdir: epath.Path, step: int, split: str) -> bool:
+  """Whether `metrics.jsonl` has a row of `split` at `step`, as host 0 sees."""
+  return hosts.on_writer(
+    'metrics.jsonl',
+    lambda: any(
+      (row['step'], row['split']) == (step, split)
+      for row in read_metrics(workdir)
+    ),
+  )
+
+
 class Progress:
   """Rates over the steps since the last report, without what was paused."""
 
