@@ -41,7 +41,7 @@ def run(main: Callable[[Sequence[str]], Any], usage: str) -> None:
   try:
     main(sys.argv)
   except Preempted as error:
-    # Not told to the other hosts: it is true of all of them.
+    # The other hosts are not told: they have the same error.
     print(f'{hosts.label()}{error}', file=sys.stderr, flush=True)
     _end(error.exit_code)
   except (CommandError, flags.Error) as error:

@@ -164,7 +164,7 @@ class _Replay:
       try:
         _, state, _ = checkpoints.restore(self._run.abstract_state(), step)
       except CheckpointError as error:
-        hosts.say(f'damaged, passed over: {error}')
+        hosts.say(f'damaged, skipped: {error}')
       else:
         hosts.say(f'replaying from the checkpoint of step {step}')
         return step, state

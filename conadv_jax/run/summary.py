@@ -1,4 +1,4 @@
-"""The end of a run: the last evaluation, summary.json and the pictures."""
+"""Ends a run: the last evaluation, summary.json and the pictures."""
 
 from __future__ import annotations
 
@@ -125,14 +125,14 @@ def _summarized(
 
 
 def describe(summary: dict[str, Any], path: epath.Path) -> str:
-  """The summary in a line."""
+  """Puts the summary into one line."""
   robust = ', '.join(
     f'{name} {top1:.2f} %'
     for name, top1 in summary['robust_top1_by_attack'].items()
   )
   return (
     f'done: top-1 {summary["top1"]:.2f} % clean'
-    + (f', {robust} at {summary["robust_epsilon"]:g} px' if robust else '')
+    + (f', {robust} at epsilon {summary["robust_epsilon"]:g}' if robust else '')
     + f'; {summary["seconds"]:.0f} s of training; pictures in {path}/plots'
   )
 
