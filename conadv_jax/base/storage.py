@@ -146,7 +146,7 @@ def failure(
 
 
 def is_full(error: BaseException | None) -> bool:
-  """Whether `error`, or a cause of it, says that the disk or a quota is full."""
+  """Whether `error`, or a cause of it, says that a disk or quota is full."""
   while error is not None:
     if isinstance(error, OSError) and error.errno in _FULL:
       return True
