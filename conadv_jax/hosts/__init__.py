@@ -38,17 +38,17 @@ _calls = itertools.count()  # the same number for the same call on every host
 
 def index() -> int:
   """This host, from 0; needs no devices."""
-  return private.index()
+  return private.state.process_id
 
 
 def count() -> int:
   """The number of hosts; needs no devices."""
-  return private.count()
+  return private.state.num_processes
 
 
 def coordinator() -> str:
   """HOST:PORT where host 0 listens; '' for a host alone."""
-  return private.coordinator() or ''
+  return private.state.coordinator_address or ''
 
 
 def is_writer() -> bool:
@@ -163,7 +163,7 @@ def failure() -> HostError | None:
     jax.errors.JaxRuntimeError: if the coordinator does not answer.
   """
   try:
-    found = json.loads(private.store().key_value_try_get(FAILED))
+    found = json.loads(private.state.client.key_value_try_get(FAILED))
   except jax.errors.JaxRuntimeError as error:
     if 'NOT_FOUND' not in str(error):
       raise
@@ -186,7 +186,7 @@ def send(key: str, text: str, overwrite: bool = True) -> None:
     jax.errors.JaxRuntimeError: if the coordinator does not answer, or if the
       key is there and not to be overwritten.
   """
-  private.store().key_value_set(key, text, allow_overwrite=overwrite)
+  private.state.client.key_value_set(key, text, allow_overwrite=overwrite)
 
 
 def _receive(key: str, host: int, name: str) -> str:
@@ -194,7 +194,9 @@ def _receive(key: str, host: int, name: str) -> str:
   start = reminded = time.monotonic()
   while True:
     try:
-      return private.store().blocking_key_value_get(key, 1000 * _POLL_SECONDS)
+      return private.state.client.blocking_key_value_get(
+        key, 1000 * _POLL_SECONDS
+      )
     except jax.errors.JaxRuntimeError as error:
       if 'DEADLINE_EXCEEDED' not in str(error):
         raise HostError(f'{silent_coordinator()}: {error}') from error
@@ -203,13 +205,13 @@ def _receive(key: str, host: int, name: str) -> str:
     now = time.monotonic()
     if now - start > _WAIT_SECONDS:
       raise HostError(
-        f'host {host} did not come to {name!r} in {_WAIT_SECONDS} s; look at '
+        f'host {host} did not reach {name!r} in {_WAIT_SECONDS} s; look at '
         'its log'
       )
     if now - reminded > _REMIND_SECONDS:
       reminded = now
       print(
-        f'{label()}waiting for host {host} to come to {name!r} since '
+        f'{label()}waiting for host {host} to reach {name!r} for '
         f'{now - start:.0f} s',
         flush=True,
       )

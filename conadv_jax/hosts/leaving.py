@@ -72,6 +72,6 @@ def _wait_for(others: set[int]) -> None:
   """Returns when `others` are leaving."""
   while others - {
     int(key.rpartition('/')[2])
-    for key, _ in private.store().key_value_dir_get(_LEAVING)
+    for key, _ in private.state.client.key_value_dir_get(_LEAVING)
   }:
     time.sleep(0.1)

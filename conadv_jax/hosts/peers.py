@@ -30,12 +30,12 @@ _BEATS = 'conadv_jax/beats/'
 
 
 class Peers:
-  """The thread that talks to other hosts, and what it heard.
+  """The thread that exchanges signs of life with the other hosts.
 
   Attributes:
     failure: what another host announced, or None.
     beats: the newest sign of life of every host, on hosts that read them.
-    listening_seconds: after which the others heard what this host announced.
+    listening_seconds: until the others have read what this host announced.
   """
 
   def __init__(
@@ -66,7 +66,7 @@ class Peers:
     leaving.within(self._pause_seconds, lambda: self._beat(_ENDED))
 
   def suspect(self) -> float:
-    """From now on looks for lost hosts here, and sooner; returns how soon."""
+    """Looks for lost hosts on this host, too, and sooner; returns how soon."""
     self._suspecting = True
     return min(self._timeout_seconds, _MISSED_BEATS * self._pause_seconds)
 
@@ -100,10 +100,10 @@ class Peers:
     hosts.send(f'{_BEATS}{hosts.index()}', json.dumps(beat))
 
   def lost(self, now: float) -> tuple[str, list[int]] | None:
-    """A message and the numbers of hosts that gave no sign of life too long.
+    """Returns a message and the indices of lost hosts; None if there are none.
 
     Args:
-      now: seconds of a clock that stands still while this process does.
+      now: seconds of a clock that stops while this process is stopped.
     """
     if self._rounds != self._answered[0]:
       self._answered = (self._rounds, now)
@@ -123,10 +123,8 @@ class Peers:
       return None
     last = {host: self.beats[host] for host in absent}
     where = places(last) if len(absent) > 1 else place(last[absent[0]])
-    have = 'has' if len(absent) == 1 else 'have'
     return (
-      f'{_named(absent)} {have} not been heard of for {seconds:g} s (last: '
-      f'{where})'
+      f'{_named(absent)} gave no sign of life for {seconds:g} s (last: {where})'
     ), absent
 
 
@@ -140,7 +138,7 @@ class _Sign:
 
 def _read_beats() -> dict[int, dict[str, Any]]:
   """The newest sign of life of every host that gave one."""
-  pairs = private.store().key_value_dir_get(_BEATS)
+  pairs = private.state.client.key_value_dir_get(_BEATS)
   return {int(key.rpartition('/')[2]): json.loads(text) for key, text in pairs}
 
 

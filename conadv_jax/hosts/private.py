@@ -15,29 +15,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from jax._src import cloud_tpu_init, clusters, distributed
 
-
-def index() -> int:
-  """This host, from 0."""
-  return distributed.global_state.process_id
-
-
-def count() -> int:
-  """The number of hosts."""
-  return distributed.global_state.num_processes
-
-
-def coordinator() -> str | None:
-  """HOST:PORT where host 0 listens; None for a host alone."""
-  return distributed.global_state.coordinator_address
-
-
-def store() -> Any:
-  """The client of the key-value store; None for a host alone."""
-  return distributed.global_state.client
+# Has `process_id`, `num_processes`, `coordinator_address` and `client`, the
+# client of the key-value store; the last two are None for a host alone.
+state = distributed.global_state
 
 
 def detect(

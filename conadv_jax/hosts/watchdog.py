@@ -60,10 +60,10 @@ class _AwakeClock:
 class Watchdog:
   """In this context, the process ends if a phase takes too long.
 
-  With several hosts it also ends, within seconds, if another host said by
-  `leaving.abandon` that it failed, and after `join.peer_timeout_seconds()` if
-  one gives no sign of life; `errors.HANG`, the code of the other host, and
-  `errors.HOST` are the exit codes. The message names the host and what it did.
+  Its exit code is then `errors.HANG`. With several hosts it also ends within
+  seconds if another host failed (`leaving.abandon`), with the exit code of that
+  host; and with `errors.HOST` if one gives no sign of life for
+  `join.peer_timeout_seconds()`. The message names the host and what it did.
   """
 
   def __init__(
@@ -87,7 +87,7 @@ class Watchdog:
   def phase(
     self, name: str, step: int | None = None, limited: bool = True
   ) -> None:
-    """The main thread begins `name`: progress, which restarts the limit.
+    """Notes that the main thread begins `name`, which restarts the limit.
 
     Args:
       name: 'input', 'step', 'save', 'restore', 'evaluate', 'compile', 'data'.
@@ -117,11 +117,11 @@ class Watchdog:
       self._peers.stop()
 
   def verdict(self, _, error: BaseException | None, __) -> None:
-    """Tells whether `error` is there because another host is lost.
+    """Ends the process if `error` is there because another host is lost.
 
-    A collective fails when a host dies, and the process ends here if one is
-    found. It has the arguments of an exit callback, for contexts inside of this
-    one that would wait for the lost host when they are left.
+    A collective fails when a host dies. The arguments are those of an exit
+    callback, for contexts inside of this one that would wait for the lost host
+    when they are left.
     """
     if self._peers is None or not _may_be_of_another(error):
       return
@@ -163,7 +163,7 @@ class Watchdog:
       _dump_stacks()
       if self._peers is not None:
         leaving.within(_READ_SECONDS, self._peers.read)
-        _say(f'the hosts, as they last said: {places(self._peers.beats)}')
+        _say(f'what the hosts last reported: {places(self._peers.beats)}')
         leaving.abandon(message, errors.HANG)
         # While this process is there, the others hang where they are, and show
         # it; the end of one breaks collectives.

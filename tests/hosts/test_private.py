@@ -4,7 +4,7 @@ import inspect
 
 import jax
 import pytest
-from jax._src import cloud_tpu_init, clusters, distributed
+from jax._src import cloud_tpu_init, clusters
 from jax._src.lib import _jax
 
 from conadv_jax.hosts import private
@@ -16,7 +16,7 @@ CHANGED = f'JAX {jax.__version__} has no {{}}: see conadv_jax/hosts/private.py'
   'name', ['process_id', 'num_processes', 'coordinator_address', 'client']
 )
 def test_the_state_of_the_coordinator_has_its_fields(name):
-  assert hasattr(distributed.global_state, name), CHANGED.format(name)
+  assert hasattr(private.state, name), CHANGED.format(name)
 
 
 @pytest.mark.parametrize(
@@ -48,5 +48,6 @@ def test_a_tpu_machine_can_be_told():
 
 
 def test_a_process_that_joined_nobody_is_host_0_of_1():
-  assert (private.index(), private.count()) == (0, 1)
-  assert private.store() is None and private.coordinator() is None
+  state = private.state
+  assert (state.process_id, state.num_processes) == (0, 1)
+  assert state.client is None and state.coordinator_address is None

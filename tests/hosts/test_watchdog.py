@@ -180,7 +180,7 @@ def test_a_silent_host_is_named_with_what_it_did_last(of_host_0):
   assert of_host_0.rounds(10, 2) is None
   message, absent = of_host_0.rounds(1, 2)
   assert message == (
-    'host 1 has not been heard of for 20 s (last: input of step 17)'
+    'host 1 gave no sign of life for 20 s (last: input of step 17)'
   )
   assert absent == [1]
 
@@ -188,7 +188,7 @@ def test_a_silent_host_is_named_with_what_it_did_last(of_host_0):
 def test_all_silent_hosts_are_named(of_host_0):
   assert of_host_0.rounds(10) is None
   message, absent = of_host_0.rounds(1)
-  assert 'hosts 1-2 have not been heard of for 20 s' in message
+  assert 'hosts 1-2 gave no sign of life for 20 s' in message
   assert 'hosts 1-2: step 7' in message and absent == [1, 2]
 
 
@@ -207,7 +207,7 @@ def test_after_a_failed_collective_a_host_is_lost_sooner(of_host_0):
   assert of_host_0.suspect() == 10
   assert of_host_0.rounds(4, 2) is None
   message, _ = of_host_0.rounds(1, 2)
-  assert 'host 1 has not been heard of for 10 s' in message
+  assert 'host 1 gave no sign of life for 10 s' in message
 
 
 def test_a_coordinator_that_does_not_answer_is_named(of_host_0):
@@ -385,7 +385,7 @@ def test_a_lost_host_ends_the_others_in_time_with_its_name(
     assert f'host 0 at 127.0.0.1:{run.port} does not answer' in log
   else:
     assert re.search(
-      r'host 1 has not been heard of for \d+ s \(last: (step|input of step) \d',
+      r'host 1 gave no sign of life for \d+ s \(last: (step|input of step) \d',
       log,
     )
 
