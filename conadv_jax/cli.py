@@ -20,7 +20,7 @@ from conadv_jax.base.errors import (
   unknown,
 )
 from conadv_jax.config import RENAMED, Config, recipes
-from conadv_jax.hosts import join
+from conadv_jax.hosts import join, leaving
 
 
 def exit_code(error: Exception) -> int:
@@ -38,7 +38,7 @@ def run(main: Callable[[Sequence[str]], Any], usage: str) -> None:
   try:
     main(sys.argv)
   except Preempted as error:
-    # Not told to the other hosts: it is true of all of them.
+    # The other hosts are not told: they have the same error.
     print(f'{hosts.label()}{error}', file=sys.stderr, flush=True)
     _end(error.exit_code)
   except (CommandError, flags.Error) as error:
@@ -52,8 +52,8 @@ def run(main: Callable[[Sequence[str]], Any], usage: str) -> None:
     if hosts.count() == 1:
       raise
     traceback.print_exc()
-    hosts.abandon(f'{type(error).__name__}: {error}', 1)
-    hosts.leave(1)
+    leaving.abandon(f'{type(error).__name__}: {error}', 1)
+    leaving.leave(1)
 
 
 def start_hosts(argv: Sequence[str]) -> list[str]:
@@ -188,12 +188,12 @@ def _read_flags(
 def _fail(message: str, code: int) -> NoReturn:
   """Ends this host, and tells the others."""
   print(f'{hosts.label()}{message}', file=sys.stderr, flush=True)
-  hosts.abandon(message, code)
+  leaving.abandon(message, code)
   _end(code)
 
 
 def _end(code: int) -> NoReturn:
   if hosts.count() > 1:
     # At once: at its end, JAX would wait for hosts that may not come.
-    hosts.leave(code)
+    leaving.leave(code)
   sys.exit(code)

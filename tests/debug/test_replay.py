@@ -135,7 +135,7 @@ def test_a_healthy_step_reproduces_the_metrics_from_the_seed(
       data.write_bytes(data.read_bytes()[:-100])
   found = replay.main(['prog', f'--workdir={directory}', '--replay=3'])
   assert found['from_step'] == 0
-  assert 'damaged, passed over' in capsys.readouterr().out
+  assert 'damaged, skipped' in capsys.readouterr().out
   rows = metrics.read_metrics(directory)
   (row,) = (r for r in rows if (r['step'], r['split']) == (3, 'train'))
   names = ('loss', 'grad_norm', 'loss_clean', 'loss_adv')
