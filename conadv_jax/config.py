@@ -118,8 +118,9 @@ class Dataset(_Group):
 
   name: str
   data_dir: str
-  num_train: int = _number('>= 0', '0 = all of the split')
-  num_eval: int = _number('>= 0', '0 = all of the split')
+  train_split: str
+  eval_split: str
+  pool: int = _number('>= 1', 'pixels a side; 1 = off')
   image_size_px: int = _number('>= 0', '0 = as stored')
   crop_padding_px: int = _number('>= 0', 'in pixels; 0 = no random crop')
   interpolation: str = _choice('bicubic', 'bilinear')

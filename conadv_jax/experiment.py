@@ -177,11 +177,6 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
       f'dataset.random_flip=True: a mirrored image of {spec.name!r} is not of '
       'its class; set it to False'
     )
-  if spec.image_shape[2] != 3 and any(view == 'aa' for view, _ in config.views):
-    raise ConfigError(
-      f'method={config.method!r}: AutoAugment needs colour images, those of '
-      f"{spec.name!r} have {spec.image_shape[2]} channel; use 'conadv'"
-    )
   if config.dtype == 'float64' and not jax.config.jax_enable_x64:
     raise ConfigError("dtype='float64': set JAX_ENABLE_X64=1")
   steps = Steps.of(config, spec.num_train)

@@ -39,7 +39,6 @@ from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import Config, describe, from_config_dict
 from conadv_jax.data.prefetch import Prefetcher
 from conadv_jax.data.quarantine import Quarantine
-from conadv_jax.data.sources import cache
 from conadv_jax.debug import replay
 from conadv_jax.experiment import Run
 from conadv_jax.hosts.stop import Agreement, Stopped, StopRequest
@@ -91,8 +90,8 @@ def train(
 
     # ---- 2. Data -----------------------------------------------------------
     watchdog.phase('data', limited=False)
-    source = cache.load(run.spec, 'train', config.dataset)
-    eval_source = cache.load(run.spec, 'eval', config.dataset)
+    source = run.spec.open('train', config.dataset)
+    eval_source = run.spec.open('eval', config.dataset)
     preflight.check_input(run, source.num_examples, eval_source.num_examples)
     data = feed.identity(run, source, eval_source)
     path = workdir.prepare(directory, run, data)

@@ -35,8 +35,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.dataset = ml_collections.ConfigDict()
   c.dataset.name = 'digits'  # a name in conadv_jax.data.datasets.DATASETS
   c.dataset.data_dir = ''  # TFDS directory; '' = $TFDS_DATA_DIR or TFDS's own
-  c.dataset.num_train = 0  # examples of a smaller copy; 0 = the whole data set
-  c.dataset.num_eval = 0  # likewise, of the eval split
+  # What is trained on in TFDS's notation: train[:10000], train[80%:],
+  # train+test; '' = the data set's own split.
+  c.dataset.train_split = ''
+  c.dataset.eval_split = ''  # what is evaluated, likewise
 
   # Of data sets stored as JPEG or PNG files of any size: the crop for training
   # (area 0.08 to 1, aspect 3/4 to 4/3) or the central one is resized to this.
@@ -45,6 +47,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.dataset.antialias = True  # low-pass where an image is made smaller
   c.dataset.eval_crop_ratio = 0.875  # side of the central crop, of the image's
 
+  # Fixed size: blocks of so many pixels a side are averaged on loading, rounded
+  # half up; 1 = off.
+  c.dataset.pool = 1
   c.dataset.crop_padding_px = 0  # fixed size: zero padding, then a random crop
   c.dataset.random_flip = False  # left-right, where the data set allows it
   c.dataset.autoaugment = 'v0'  # of the view aa: v0, reduced_imagenet,

@@ -166,9 +166,9 @@ def save_tf(output: str, run: Run, weights: Snapshot) -> None:
   import tensorflow as tf
   from jax.experimental import jax2tf
 
-  from conadv_jax.data import datasets
+  from conadv_jax.data.sources.source import hide_gpus
 
-  datasets.hide_gpus()
+  hide_gpus()
   predict = jax2tf.convert(
     make_predict_fn(run, weights),
     polymorphic_shapes=['(b, ...)'],

@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 
 from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError, StorageError
-from conadv_jax.data import fake_imagenet
 from conadv_jax.data.sources import (
   array_record,
   records,
   tfrecord,
   window_order,
 )
+from scripts import make_fake_imagenet
 
 LENGTHS = (5, 3, 0, 7, 4)
 
@@ -149,7 +149,7 @@ def test_threads_read_the_same_bytes(files):
 
 @pytest.mark.parametrize('name', FORMATS)
 def test_the_fake_imagenet_is_parsed_to_images_and_labels(name, tmp_path):
-  directory = fake_imagenet.prepare(
+  directory = make_fake_imagenet.prepare(
     str(tmp_path), name, num_train=20, num_eval=8, num_shards=3
   )
   split = tfds.builder_from_directory(directory).info.splits['train']
@@ -163,10 +163,10 @@ def test_the_fake_imagenet_is_parsed_to_images_and_labels(name, tmp_path):
 
   dataset = tf.data.Dataset.range(20).map(example)
   found = sorted((y, x) for x, y in dataset.as_numpy_iterator())
-  synsets = fake_imagenet.synsets()
+  synsets = make_fake_imagenet.synsets()
   assert found == sorted(
     (synsets.index(synset), data)
-    for _, synset, data in fake_imagenet._images('train', 20, 0)
+    for _, synset, data in make_fake_imagenet._images('train', 20, 0)
   )
   assert found[0][0].dtype == np.int32
 
@@ -748,7 +748,7 @@ def test_array_record_files_are_read_from_a_bucket(tmp_path):
   paths, lengths = write(tmp_path, 'array_record')
   code = f"""
 import numpy as np
-from conadv_jax.data import array_record, records
+from conadv_jax.data.sources import array_record, records
 records.file_size = lambda path: 1  # tensorflow asks the real Cloud Storage.
 paths = {[f'gs://fake{path}' for path in paths]}
 source = array_record.ArrayRecords(paths, {lengths})

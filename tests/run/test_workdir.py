@@ -41,7 +41,7 @@ def run(tmp_path):
     ('dtype', 'bfloat16'),  # restored as bfloat16 without a word by orbax
     ('optimizer.momentum', 0.5),
     ('attack.epsilon', 1.0),
-    ('dataset.num_train', 1000),
+    ('dataset.train_split', 'train[:1000]'),
     ('bn_group_size', 16),
     ('spike.sigmas', 6.0),
     ('shard_optimizer', True),

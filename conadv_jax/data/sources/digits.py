@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
+from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError
 
 IMAGE_SHAPE = (8, 8, 1)
@@ -95,7 +96,7 @@ def prepare(root: str) -> str:
   Raises:
     ConfigError: `root` is remote or cannot be written.
   """
-  if '://' in root:
+  if storage.is_remote(root):
     raise ConfigError(
       f'dataset.data_dir={root!r}: digits is prepared on the fly and needs a'
       ' local directory; set dataset.data_dir to one'
