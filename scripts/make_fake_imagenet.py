@@ -26,6 +26,7 @@ from typing import Literal
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from PIL import Image
 from tensorflow_datasets.datasets.imagenet2012 import (
   imagenet2012_dataset_builder,
@@ -210,6 +211,8 @@ class _FakeImagenet2012(
   """TFDS's builder of imagenet2012, with our examples in its schema."""
 
   name = 'imagenet2012'
+  # TFDS takes a script for a directory of descriptions.
+  pkg_dir_path = epath.Path(__file__).parent
 
   def __init__(self, identity, num_train, num_eval, seed, **kwargs):
     self._identity = identity

@@ -74,6 +74,8 @@ def parse(text: str, sizes: Mapping[str, int], field: str) -> tuple[Piece, ...]:
     name = match[1]
     if name not in sizes:
       raise refuse(f'there is no split {name!r}')
+    if match[2] and match[3] and ('%' in match[2]) != ('%' in match[3]):
+      raise refuse(f'{part.strip()!r} mixes percentages with numbers')
     start = bound(match[2] or '', sizes[name], 0)
     stop = bound(match[3] or '', sizes[name], sizes[name])
     if start >= stop:

@@ -79,7 +79,7 @@ def logits_of(directory, images, row=0):
 
 
 def eval_split():
-  config = from_config_dict(common.get_config()).dataset
+  config = from_config_dict(digits.get_config()).dataset
   source = datasets.get_spec('digits').open('eval', config)
   return source.images, source.labels
 
