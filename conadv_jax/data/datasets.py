@@ -12,9 +12,10 @@ import numpy as np
 
 from conadv_jax.base.errors import ConfigError, unknown
 from conadv_jax.config import Dataset
+from conadv_jax.data.sources import digits
 from conadv_jax.data.sources.image_folder import Folder
 from conadv_jax.data.sources.in_memory import Arrays
-from conadv_jax.data.sources.prepared import Embedded, Prepared
+from conadv_jax.data.sources.prepared import Prepared
 from conadv_jax.data.spec import DatasetSpec
 
 # Means and deviations of ImageNet in [0, 1], as torchvision and timm use them.
@@ -38,7 +39,7 @@ DATASETS: dict[str, DatasetSpec | Callable[[], DatasetSpec]] = {
       mean=(77.8,),
       std=(95.9,),
       allows_flip=False,
-      store=Embedded(),
+      store=Arrays(digits.load, version=''),
     ),
     DatasetSpec(
       name='fashion_mnist',
@@ -151,12 +152,12 @@ def from_arrays(
   Raises:
     ConfigError: wrong types or shapes, or a negative label.
   """
-  store = Arrays({'train': train, 'eval': eval})
+  store = Arrays(lambda: {'train': train, 'eval': eval})
   images, _ = store.splits['train']
   pixels = images.reshape(-1, images.shape[-1])
   return DatasetSpec(
     name=name,
-    num_classes=store.num_classes,
+    num_classes=1 + max(int(y.max()) for _, y in store.splits.values()),
     splits={split: len(x) for split, (x, _) in store.splits.items()},
     train_split='train',
     eval_split='eval',

@@ -1,12 +1,10 @@
 """Data sets are read whole or refused; batches depend on (seed, step) only."""
 
 import dataclasses
-import errno
 import gzip
 import hashlib
 import importlib.util
 import itertools
-import os
 import pathlib
 import shutil
 import socket
@@ -19,6 +17,8 @@ import helpers
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
+from etils import epath
 from sklearn import datasets as sklearn_datasets
 
 from conadv_jax.base.errors import ConfigError
@@ -38,10 +38,37 @@ MANUAL = dataclasses.replace(
 )
 
 
+class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """The digits as users would prepare them."""
+
+  name = 'digits'
+  VERSION = tfds.core.Version('1.0.0')
+  pkg_dir_path = epath.Path(__file__).parent
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(
+        {
+          'image': tfds.features.Image(shape=(8, 8, 1), dtype=np.uint8),
+          'label': tfds.features.ClassLabel(num_classes=10),
+        }
+      ),
+      disable_shuffling=True,
+    )
+
+  def _split_generators(self, dl_manager):
+    return {name: self._generate_examples(name) for name in digits.load()}
+
+  def _generate_examples(self, split):
+    for i, (image, label) in enumerate(zip(*digits.load()[split], strict=True)):
+      yield i, {'image': image[..., None], 'label': label}
+
+
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
   path = tmp_path_factory.mktemp('tfds')
-  digits.prepare(str(path))
+  Builder(data_dir=str(path)).download_and_prepare()
   return path
 
 
@@ -151,9 +178,10 @@ def test_unknown_data_set_names_the_nearest():
   )
 
 
-def test_digits_are_those_of_scikit_learn(data_dir):
-  train_source = load(DIGITS, 'train', data_dir)
-  eval_source = load(DIGITS, 'eval', data_dir)
+@pytest.mark.parametrize('spec', [DIGITS, MANUAL], ids=['arrays', 'prepared'])
+def test_digits_are_those_of_scikit_learn(spec, data_dir, no_network):
+  train_source = load(spec, 'train', data_dir)
+  eval_source = load(spec, 'eval', data_dir)
   assert train_source.num_examples == DIGITS.num_train == 1437
   assert eval_source.num_examples == DIGITS.num_eval == 360
   reference = sklearn_datasets.load_digits()
@@ -173,18 +201,6 @@ def test_digits_are_those_of_scikit_learn(data_dir):
   assert abs(train_source.images.std() - DIGITS.std[0]) < 0.1
 
 
-def test_digits_are_prepared_without_network_or_noise(
-  tmp_path, no_network, capfd
-):
-  source = load(DIGITS, 'eval', tmp_path / 'new' / 'dir')
-  assert source.num_examples == 360
-  out, err = capfd.readouterr()
-  assert out == ''
-  assert 'ownload' not in err
-  made = tmp_path / 'new' / 'dir' / 'digits'
-  assert [path.name for path in made.iterdir()] == ['1.0.0']
-
-
 def test_data_dir_defaults_to_that_of_tfds(data_dir, monkeypatch):
   monkeypatch.setenv('TFDS_DATA_DIR', str(data_dir))
   assert load(MANUAL, 'eval', '').num_examples == 360
@@ -192,70 +208,6 @@ def test_data_dir_defaults_to_that_of_tfds(data_dir, monkeypatch):
   monkeypatch.setenv('HOME', '/somewhere')
   with pytest.raises(ConfigError, match='/somewhere/tensorflow_data'):
     load(MANUAL, 'eval', '')
-
-
-def test_digits_prepared_by_two_processes_at_once(tmp_path):
-  code = (
-    'import sys, tensorflow\n'
-    'from conadv_jax.data.sources import digits\n'
-    'print("ready", flush=True)\n'
-    'sys.stdin.readline()\n'
-    'print(digits.prepare(sys.argv[1]))\n'
-  )
-  with subprocess.Popen(
-    [sys.executable, '-c', code, str(tmp_path)],
-    cwd=REPOSITORY,
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    text=True,
-  ) as other:
-    assert other.stdout.readline() == 'ready\n'
-    other.stdin.write('go\n')
-    other.stdin.flush()
-    made = digits.prepare(str(tmp_path))
-    assert other.communicate(timeout=60)[0] == f'{made}\n'
-  assert other.returncode == 0
-  assert [path.name for path in (tmp_path / 'digits').iterdir()] == ['1.0.0']
-
-
-def test_the_second_to_finish_digits_drops_its_copy(
-  data_dir, tmp_path, monkeypatch
-):
-  build = digits._build
-
-  def overtaken(root):
-    shutil.copytree(data_dir / 'digits' / '1.0.0', tmp_path / 'digits/1.0.0')
-    return build(root)
-
-  monkeypatch.setattr(digits, '_build', overtaken)
-  assert load(DIGITS, 'eval', tmp_path).num_examples == 360
-  assert [path.name for path in (tmp_path / 'digits').iterdir()] == ['1.0.0']
-
-
-def test_digits_appear_whole_or_not_at_all(tmp_path, monkeypatch):
-  target = tmp_path / 'digits' / '1.0.0'
-  rename = os.rename
-
-  def full_disk(source, destination, **kwargs):
-    if pathlib.Path(destination) == target:
-      raise OSError(errno.ENOSPC, 'No space left on device')
-    rename(source, destination, **kwargs)
-
-  monkeypatch.setattr(os, 'rename', full_disk)
-  with pytest.raises(ConfigError, match='No space left'):
-    load(DIGITS, 'eval', tmp_path)
-  assert list((tmp_path / 'digits').iterdir()) == []
-
-
-def test_a_data_dir_that_cannot_be_written_is_named(tmp_path):
-  (tmp_path / 'file').touch()
-  with pytest.raises(ConfigError, match='cannot write .*/file/digits'):
-    load(DIGITS, 'train', tmp_path / 'file')
-
-
-def test_digits_refuse_a_remote_data_dir():
-  with pytest.raises(ConfigError, match='gs://bucket.*local directory'):
-    load(DIGITS, 'train', 'gs://bucket/tfds')
 
 
 def test_missing_data_set_says_how_to_make_it(tmp_path, no_network):
@@ -355,7 +307,7 @@ def test_damaged_records_are_refused(broken_dir, damage):
   ],
 )
 def test_another_data_set_of_that_name_is_refused(data_dir, change, message):
-  spec = dataclasses.replace(DIGITS, **change)
+  spec = dataclasses.replace(MANUAL, **change)
   with pytest.raises(ConfigError, match=message):
     load(spec, 'train', data_dir)
 
@@ -624,23 +576,21 @@ def test_batch_of_one():
   assert sorted(int(batch['label'][0]) for batch in batches) == [0, 1, 2]
 
 
-def test_gpus_are_hidden_before_tensorflow_starts(tmp_path, monkeypatch):
+def test_gpus_are_hidden_before_tensorflow_starts(data_dir, monkeypatch):
   calls = []
-  build = digits._build
   monkeypatch.setattr(
     tf.config, 'set_visible_devices', lambda *args: calls.append(args)
   )
+  read = in_memory.read
   monkeypatch.setattr(
-    digits, '_build', lambda root: calls.append('build') or build(root)
+    in_memory, 'read', lambda *args: calls.append('read') or read(*args)
   )
-  load(DIGITS, 'eval', tmp_path)
-  assert calls[:2] == [([], 'GPU'), 'build']
+  load(MANUAL, 'eval', data_dir)
+  assert calls == [([], 'GPU'), 'read']
   del calls[:]
-  load(MANUAL, 'eval', tmp_path)
-  assert calls == [([], 'GPU')]
   train(make_source(3), num_steps=1)
   evaluation(make_source(3), batch_size=2)
-  assert calls == [([], 'GPU')] * 3
+  assert calls == [([], 'GPU')] * 2
 
 
 @pytest.mark.parametrize('positions', [[-1], [4], [0, 0], []])

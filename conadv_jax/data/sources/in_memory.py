@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -126,43 +126,55 @@ class InMemory:
 
 
 class Arrays:
-  """A `Store` of arrays that are in memory already.
+  """A `Store` of arrays in memory."""
 
-  Attributes:
-    splits: {split: (images uint8 [N, H, W, C], labels int32 [N])}.
-    num_classes: 1 + the largest label.
-  """
+  def __init__(
+    self,
+    load: Callable[[], Mapping[str, tuple[np.ndarray, np.ndarray]]],
+    version: str | None = None,
+  ):
+    """Calls nothing.
 
-  def __init__(self, splits: Mapping[str, tuple[np.ndarray, np.ndarray]]):
-    """Checks the arrays; images [N, H, W] get a channel.
+    Args:
+      load: returns {split: (images, labels)}, see `splits`; is called once,
+        when they are first used.
+      version: of the arrays; None is a checksum of them.
+    """
+    self._load = load
+    self._version = version
+
+  @functools.cached_property
+  def splits(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{split: (images uint8 [N, H, W, C], labels int32 [N])}.
+
+    Images [N, H, W] get a channel.
 
     Raises:
       ConfigError: wrong types or shapes, or a negative label.
     """
-    self.splits = {}
-    for name, (images, labels) in splits.items():
+    splits = {}
+    for name, (images, labels) in self._load().items():
       images, labels = np.asarray(images), np.asarray(labels)
       if images.ndim == 3:
         images = images[..., None]
       if np.issubdtype(labels.dtype, np.integer):
         labels = labels.astype(np.int32)
-      self.splits[name] = images, labels
-    self.num_classes = 1 + max(
-      int(labels.max(initial=0)) for _, labels in self.splits.values()
-    )
-    for images, labels in self.splits.values():
-      InMemory(images, labels, self.num_classes)
-    shapes = {images.shape[1:] for images, _ in self.splits.values()}
+      InMemory(images, labels, 1 + int(labels.max(initial=0)))
+      splits[name] = images, labels
+    shapes = {images.shape[1:] for images, _ in splits.values()}
     if len(shapes) > 1:
       raise ConfigError(f'images of different splits have shapes {shapes}')
+    return splits
 
   def resolve(self, spec: DatasetSpec, data_dir: str) -> DatasetSpec:
     del data_dir
     return spec
 
   def version(self, data_dir: str) -> str:
-    """The first 12 digits of a SHA-256 of all arrays."""
+    """By default the first 12 digits of a SHA-256 of all arrays."""
     del data_dir
+    if self._version is not None:
+      return self._version
     digest = hashlib.sha256()
     for name, arrays in self.splits.items():
       for array in arrays:

@@ -66,7 +66,7 @@ class Prepared:
   ) -> Source:
     """Opens record files, or reads images of a fixed size into memory."""
     root = data_root(config.data_dir)
-    directory = self._directory(spec, root)
+    directory = self._find(spec.name, root)
     builder = self._builder(spec, pieces, root, directory)
     self._check_info(spec, builder.info, pieces, config.pool, directory)
     hide_gpus()
@@ -75,9 +75,6 @@ class Prepared:
     from conadv_jax.data.sources import in_memory
 
     return in_memory.read(builder, pieces, spec.num_classes, config.pool)
-
-  def _directory(self, spec: DatasetSpec, root: epath.Path) -> epath.Path:
-    return self._find(spec.name, root)
 
   def _find(self, name: str, root: epath.Path) -> epath.Path:
     """The directory of the newest prepared version."""
@@ -166,28 +163,6 @@ class Prepared:
           f'dataset.name={spec.name!r}: {directory} has {what} {found}, need'
           f' {needed}; it is another data set, or was prepared in part'
         )
-
-
-class Embedded(Prepared):
-  """The `Store` of digits, which `open` prepares by itself."""
-
-  def __init__(self):
-    super().__init__('digits', '')
-
-  def resolve(self, spec: DatasetSpec, data_dir: str) -> DatasetSpec:
-    return spec
-
-  def version(self, data_dir: str) -> str:
-    return ''  # This package makes it.
-
-  def _directory(self, spec: DatasetSpec, root: epath.Path) -> epath.Path:
-    from conadv_jax.data.sources import digits
-
-    hide_gpus()  # Encoding images starts tensorflow.
-    return epath.Path(digits.prepare(str(root)))
-
-  def _remedy(self, root: epath.Path) -> str:
-    return 'run the same command again'
 
 
 def _records(

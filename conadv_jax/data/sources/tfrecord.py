@@ -100,37 +100,6 @@ class TfRecords(records.ShardedRecords):
     stream = self.stream(share.seed, share.host, share.num_hosts, start)
     return stream.take(len(share.steps) * count)
 
-  def ids(
-    self,
-    seed: int,
-    host: int,
-    num_hosts: int,
-    start_record: int,
-    count: int,
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """What `stream` yields, without reading: (ids, epochs), int64 [count]."""
-    ids, epochs, missing = [], [], count
-    windows = self._windows(seed, host, num_hosts, start_record)
-    while missing > 0:
-      window, skip = next(windows)
-      ids.append(window.ids()[skip:][:missing])
-      epochs.append(np.full(len(ids[-1]), window.epoch))
-      missing -= len(ids[-1])
-    empty = np.empty(0, np.int64)
-    return np.concatenate([empty, *ids]), np.concatenate([empty, *epochs])
-
-  def start_cost(
-    self, seed: int, host: int, num_hosts: int, start_record: int
-  ) -> tuple[int, int, int]:
-    """What `stream` reads before its first record: (files, bytes, skipped).
-
-    `skipped` records lie in those files before `start_record`; they are neither
-    parsed nor decoded.
-    """
-    window, skip = next(self._windows(seed, host, num_hosts, start_record))
-    size = sum(records.file_size(self.paths[shard]) for shard in window.shards)
-    return len(window.shards), size, skip
-
   def stream(self, seed: int, host: int, num_hosts: int, start_record: int = 0):
     """A host's records of all epochs, without end, in the windows' order.
 
