@@ -20,7 +20,6 @@ from etils import epath
 
 from conadv_jax import cli, experiment, hosts
 from conadv_jax.config import Config
-from conadv_jax.data.sources import cache
 from conadv_jax.run import preflight, workdir
 from conadv_jax.run.evaluator import (
   Evaluator,
@@ -45,7 +44,7 @@ def _evaluate(
   preflight.check_program(config)
   run = experiment.build(config)
   step, state = restore_newest(path, run)
-  source = cache.load(run.spec, 'eval', config.dataset)
+  source = run.spec.open('eval', config.dataset)
   preflight.check_input(run, run.spec.num_train, source.num_examples)
   quarantine = workdir.quarantine(path, config)
 

@@ -38,7 +38,6 @@ from conadv_jax.checkpoints import checksum
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import Config, describe, from_config_dict
 from conadv_jax.data.quarantine import Quarantine
-from conadv_jax.data.sources import cache
 from conadv_jax.debug import replay
 from conadv_jax.experiment import Run
 from conadv_jax.hosts.stop import Stopped, StopRequest
@@ -121,8 +120,8 @@ def _open(
 ) -> tuple[epath.Path, Any, Any]:
   """The work directory, locked until `stack` ends, and both splits."""
   dataset = run.config.dataset
-  source = cache.load(run.spec, 'train', dataset)
-  eval_source = cache.load(run.spec, 'eval', dataset)
+  source = run.spec.open('train', dataset)
+  eval_source = run.spec.open('eval', dataset)
   preflight.check_input(run, source.num_examples, eval_source.num_examples)
   data = feed.identity(run, source, eval_source)
   path = workdir.prepare(directory, run, data)

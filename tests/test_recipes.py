@@ -283,8 +283,6 @@ SHORT = {
 SMALL = {
   'max_steps': 3,
   'log_every_steps': 1,
-  'dataset.train_split': 'train[:40]',
-  'dataset.eval_split': 'validation[:16]',
   'eval.batch_size': 8,
   'eval.attack': 'none',
   'attack_stats_every_steps': 0,
@@ -293,10 +291,10 @@ SMALL = {
 
 @pytest.fixture(scope='module')
 def data_dir(tmp_path_factory):
-  from conadv_jax.data import fake_imagenet
+  from scripts import make_fake_imagenet
 
   root = str(tmp_path_factory.mktemp('data'))
-  fake_imagenet.prepare(root, 'array_record', 40, 16, 2)
+  make_fake_imagenet.prepare(root, 'array_record', 40, 16, 2)
   return root
 
 

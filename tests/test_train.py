@@ -17,7 +17,7 @@ from conadv_jax import cli, evaluate, experiment, models, train
 from conadv_jax.base.errors import ConfigError, NonFiniteError
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import from_config_dict
-from conadv_jax.data import datasets, sampler
+from conadv_jax.data import sampler
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.run import feed, metrics
 from conadv_jax.run.evaluator import Evaluator, weights_of
@@ -120,7 +120,7 @@ def test_the_pending_perturbation_is_made_again_after_a_restore(tau, tmp_path):
   cfg = settings(staleness_steps=tau, attack__preset='paper', max_steps=6)
   run = experiment.build(cfg)
   step_fn = run.compile_step()
-  source = datasets.load(run.spec, 'train', '')
+  source = run.spec.open('train', cfg.dataset)
 
   def fed(start, count):
     ids = feed.ExampleIds(start, keep=9)
@@ -362,7 +362,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(unbroken):
   for size in (8, 104, 512):
     run = experiment.build(settings(eval__batch_size=size))
     state = final_state(run, unbroken, 20)
-    source = datasets.load(run.spec, 'eval', '')
+    source = run.spec.open('eval', run.config.dataset)
     weights = weights_of(run.config, state)
     evaluator = Evaluator(run, source, Quarantine())
     results.append(evaluator(weights, 'fgsm'))

@@ -29,9 +29,7 @@ from conadv_jax.base import storage
 from conadv_jax.base.errors import CheckpointError, ConfigError
 from conadv_jax.checkpoints import checksum
 from conadv_jax.checkpoints.checkpoint import Checkpoints
-from conadv_jax.data import datasets
 from conadv_jax.data.quarantine import Quarantine
-from conadv_jax.data.sources import cache
 from conadv_jax.debug import diagnosis
 from conadv_jax.experiment import Run
 from conadv_jax.method import optim
@@ -85,7 +83,7 @@ class _Replay:
     self._path, self._run, self._step = path, run, step
     self._guard = guard
     guard.enter('data')
-    self._source = cache.load(run.spec, 'train', run.config.dataset)
+    self._source = run.spec.open('train', run.config.dataset)
     self._check_run()
     self._known = hosts.on_writer('what is known of the step', self._read)
 
@@ -125,7 +123,7 @@ class _Replay:
     content = json.loads(storage.read(file.read_text, file))
     config = self._run.config.dataset
     now = {
-      'version': datasets.version(self._run.spec, config.data_dir),
+      'version': self._run.spec.version(config.data_dir),
       'num_train': self._source.num_examples,
     }
     for name, value in now.items():
@@ -252,13 +250,8 @@ class _Replay:
       'label': int(labels[place]),
       'predicted': int(predicted_N[place]),
       'loss': to_json(loss_N[place]),
-      'file': self._file_of(int(ids[place])),
+      'file': self._source.describe(int(ids[place])),
     }
-
-  def _file_of(self, example_id: int) -> str:
-    # Data sets that are read into memory whole have none.
-    describe = getattr(self._source, 'describe', None)
-    return describe(example_id) if describe else '-'
 
   def _draw(self, batch, delta, labels, loss_N, ids) -> None:
     """Writes the picture of the worst examples, whatever the view."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import numpy as np
 
 from conadv_jax.config import Attack, Config
 from conadv_jax.data.quarantine import Quarantine
+from conadv_jax.data.sources.source import Source
 from conadv_jax.devices.mesh import (
   example_sharding,
   local_positions,
@@ -133,7 +133,7 @@ def _attacked(
 class Evaluator:
   """Evaluates weights on the whole eval split; compiles once per attack."""
 
-  def __init__(self, run: Run, source: Any, quarantine: Quarantine):
+  def __init__(self, run: Run, source: Source, quarantine: Quarantine):
     self._run = run
     self._source = source
     self._quarantine = quarantine

@@ -52,8 +52,8 @@ def check_input(run: Run, num_train: int, num_eval: int) -> None:
   """
   positions = run.local_positions()
   facts = {
-    'dataset.num_train': num_train,
-    'dataset.num_eval': num_eval,
+    'examples.train': num_train,
+    'examples.eval': num_eval,
     'batch.examples_per_host': len(positions),
   }
   for name, x in run.abstract_batch().items():

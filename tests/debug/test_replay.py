@@ -13,7 +13,6 @@ import pytest
 from conadv_jax import experiment, models, train
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import from_config_dict
-from conadv_jax.data import datasets
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.debug import diagnosis, replay
 from conadv_jax.method.staleness import pending_perturbation
@@ -68,7 +67,7 @@ def spoiled(tmp_path_factory, trap):
   cfg = settings()
   run = experiment.build(cfg)
   ids = feed.ExampleIds(0, keep=9)
-  source = datasets.load(run.spec, 'train', '')
+  source = run.spec.open('train', cfg.dataset)
   batches = list(feed.batches(run, source, Quarantine(), ids, 0, BAD_STEP))
   image = np.asarray(batches[-1]['clean']).reshape(64, 8, 8, 1)[BAD_PLACE]
   normalized = (image - np.array(run.spec.mean)) / np.array(run.spec.std)

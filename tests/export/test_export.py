@@ -81,7 +81,8 @@ def logits_of(directory, images, row=0):
 
 
 def eval_split():
-  source = datasets.load(datasets.get_spec('digits'), 'eval', '')
+  config = from_config_dict(digits.get_config()).dataset
+  source = datasets.get_spec('digits').open('eval', config)
   return source.images, source.labels
 
 
@@ -464,15 +465,12 @@ def timm_logits(usage, images, folder, monkeypatch):
 
 @pytest.mark.parity
 def test_timm_has_the_logits_and_top1_of_a_run(tmp_path, monkeypatch):
-  from conadv_jax.data import fake_imagenet
-  from conadv_jax.data.sources import cache
+  from scripts import make_fake_imagenet
 
-  fake_imagenet.prepare(str(tmp_path), 'array_record', 40, 16, 2)
+  make_fake_imagenet.prepare(str(tmp_path), 'array_record', 40, 16, 2)
   values = imagenet_resnet50.get_config('model=resnet18,batch_size=8')
   values.update_from_flattened_dict(
     {
-      'dataset.train_split': 'train[:40]',
-      'dataset.eval_split': 'validation[:16]',
       'dataset.image_size_px': 32,
       'dataset.data_dir': str(tmp_path),
       'dtype': 'float32',
@@ -491,7 +489,7 @@ def test_timm_has_the_logits_and_top1_of_a_run(tmp_path, monkeypatch):
   run_export(tmp_path / 'run', tmp_path / 'm.safetensors')
 
   run = build(settings)
-  source = cache.load(run.spec, 'eval', settings.dataset)
+  source = run.spec.open('eval', settings.dataset)
   quarantine = workdir.quarantine(tmp_path, settings)
   evaluator = Evaluator(run, source, quarantine)
   images, labels = evaluator.first_examples(16)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
 
 from conadv_jax.base.errors import ConfigError, DataError, StorageError
 from conadv_jax.data.quarantine import Quarantine
+from conadv_jax.data.sources.source import (
+  BadExamples,
+  Batch,
+  Encoded,
+  ExampleFn,
+)
 
-# (image, label, id, epoch) -> the arrays of one example, of static shape.
-ExampleFn = Callable[..., dict[str, tf.Tensor]]
 # Examples that one call of a map reads or decodes. A failure is caught by a
 # small data set inside of the call, whose cost so many examples share.
 _MAX_CHUNK = 32
@@ -22,52 +25,24 @@ _MAX_CHUNK = 32
 class Reader:
   """Reads, decodes and batches the examples of an encoded data set."""
 
-  def __init__(
-    self,
-    source: Any,
-    num_classes: int,
-    example: ExampleFn,
-    split: str,
-    quarantine: Quarantine | None,
-    *,
-    replace: bool,
-  ):
+  def __init__(self, source: Encoded, example: ExampleFn, bad: BadExamples):
     """Starts nothing.
 
     Args:
-      source: has `num_examples`, `fetch`, `parse` and `describe`.
-      num_classes: a label outside of [0, num_classes) makes an example bad.
+      source: where the records come from.
       example: decodes and augments; fails with a TensorFlow error.
-      split: for the quarantine, 'train' or 'eval'.
-      quarantine: gets what fails; None allows no failure.
-      replace: whether the next usable example stands in for one that is not.
+      bad: what makes an example bad, and what happens then.
     """
     self._source = source
-    self._num_classes = num_classes
-    self._failure: Exception | None = None
     self._example = example
-    self._split = split
-    self._quarantine = Quarantine() if quarantine is None else quarantine
-    self._replace = replace
+    self._bad = bad
+    allows_none = bad.quarantine is None
+    self._quarantine = Quarantine() if allows_none else bad.quarantine
+    self._failure: Exception | None = None
     self._decode_one = tf.function(self._usable)
 
-  def batches(
-    self, order: tf.data.Dataset, size: int
-  ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields what `example` returns, and `id`, by `size`.
-
-    Unless they are replaced, examples that cannot be used are zeros, and there
-    is a bool `usable`.
-
-    Args:
-      order: int64 scalars `id` (-1: none) and `epoch`, and where the source
-        streams also the string `record`.
-      size: examples of a batch; their number must be a multiple of it.
-
-    Raises:
-      DataError: for too many bad examples, or records that are missing.
-      StorageError: the storage failed, in spite of some attempts.
-    """
+  def batches(self, order: tf.data.Dataset, size: int) -> Iterator[Batch]:
+    """See `Source.batches`."""
     chunk = max(n for n in range(1, _MAX_CHUNK + 1) if size % n == 0)
     dataset = order.batch(chunk, drop_remainder=True)
     for step in (self._read, self._decode):
@@ -137,7 +112,7 @@ class Reader:
   def _usable(self, record, example_id, epoch) -> dict[str, tf.Tensor]:
     """The decoded example; a TensorFlow error says why there is none."""
     image, label = self._source.parse(record, example_id)
-    classes = self._num_classes
+    classes = self._bad.num_classes
     with tf.control_dependencies(
       [
         tf.debugging.Assert(
@@ -149,9 +124,7 @@ class Reader:
       label = tf.identity(label)
     return self._example(image, label, example_id, epoch)
 
-  def _checked(
-    self, batches: Iterator[dict[str, np.ndarray]]
-  ) -> Iterator[dict[str, np.ndarray]]:
+  def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
     """Notes the failures of each batch, and replaces them."""
     while True:
       try:
@@ -159,7 +132,7 @@ class Reader:
       except StopIteration:
         return
       except tf.errors.OpError as error:
-        failure = self._failure or getattr(self._source, 'failure', None)
+        failure = self._failure or self._source.failure
         if isinstance(failure, StorageError):
           raise failure from error
         raise DataError(str(failure or error.message)) from failure or error
@@ -170,12 +143,12 @@ class Reader:
         example_id, epoch = int(batch['id'][place]), int(batch['epoch'][place])
         found = self._try(example_id, epoch)  # storage may have come back
         batch['usable'][place] = found is not None
-        if found is None and self._replace:
+        if found is None and self._bad.replace:
           found = self._next_usable(example_id, epoch)
         for name, value in (found or {}).items():
           batch[name][place] = value
       del batch['epoch']
-      if self._replace:
+      if self._bad.replace:
         del batch['usable']
       yield batch
 
@@ -185,7 +158,7 @@ class Reader:
       found = self._try((example_id + distance) % count, epoch)
       if found is not None:
         return found
-    raise DataError(f'no example of {self._split!r} can be used')
+    raise DataError(f'no example of {self._bad.split!r} can be used')
 
   def _try(self, example_id: int, epoch: int) -> dict[str, np.ndarray] | None:
     """The decoded example, or None with the reason in the quarantine."""
@@ -202,7 +175,7 @@ class Reader:
       return {name: value.numpy() for name, value in example.items()}
     except tf.errors.OpError as error:
       self._quarantine.add(
-        self._split,
+        self._bad.split,
         example_id,
         self._source.describe(example_id),
         reason_of(error) if record else 'cannot be read',
