@@ -216,6 +216,7 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
     bn_momentum=config.bn_momentum,
     bn_epsilon=config.bn_epsilon,
     dtype=jnp.dtype(config.dtype),
+    platform=mesh.devices.flat[0].platform,
   )
   schedule = schedules.make_schedule(
     config.schedule,
