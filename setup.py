@@ -5,6 +5,7 @@ requirements.lock holds the exact versions that the tests run with.
 """
 
 import pathlib
+import re
 
 import setuptools
 
@@ -64,6 +65,15 @@ EXTRAS_REQUIRE = {
 }
 
 
+# `conadv-train` is `python -m conadv_jax.train`, and so on.
+COMMANDS = ('train', 'evaluate', 'export', 'audit', 'models', 'supervise')
+
+
+def version() -> str:
+  source = (HERE / 'conadv_jax' / '__init__.py').read_text(encoding='utf-8')
+  return re.search(r"__version__ = '(.+)'", source)[1]
+
+
 def long_description() -> str:
   readme = HERE / 'README.md'
   return readme.read_text(encoding='utf-8') if readme.exists() else ''
@@ -71,7 +81,7 @@ def long_description() -> str:
 
 setuptools.setup(
   name='conadv_jax',
-  version='0.1.0',
+  version=version(),
   description=(
     'Concurrent adversarial learning (ConAdv) for large-batch training,'
     ' in JAX and Flax'
@@ -81,7 +91,18 @@ setuptools.setup(
   author='The conadv_jax authors',
   license='Apache-2.0',
   python_requires='>=3.11',
-  packages=setuptools.find_packages(include=['conadv_jax', 'conadv_jax.*']),
+  # Recipes are at the top of a checkout, and in the package once installed.
+  packages=[
+    *setuptools.find_packages(include=['conadv_jax', 'conadv_jax.*']),
+    'conadv_jax.configs',
+  ],
+  package_dir={'conadv_jax.configs': 'configs'},
+  package_data={'conadv_jax': ['py.typed']},
+  entry_points={
+    'console_scripts': [
+      f'conadv-{c} = conadv_jax.console:main' for c in COMMANDS
+    ]
+  },
   install_requires=INSTALL_REQUIRES,
   extras_require=EXTRAS_REQUIRE,
   classifiers=[

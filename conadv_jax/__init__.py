@@ -1,1 +1,3 @@
 """ConAdv: concurrent adversarial learning for large-batch training."""
+
+__version__ = '0.1.0'

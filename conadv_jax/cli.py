@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
-import ml_collections
 from absl import flags
-from ml_collections import config_flags
 
 from conadv_jax import hosts
-from conadv_jax.base import errors
+from conadv_jax.base import errors, fields
 from conadv_jax.base.errors import (
   CommandError,
   ConfigError,
   Preempted,
   unknown,
 )
-from conadv_jax.config import flatten
-from conadv_jax.hosts import join
+from conadv_jax.config import RENAMED, Config, recipes
+from conadv_jax.hosts import join, leaving
 
 
 def exit_code(error: Exception) -> int:
@@ -41,7 +38,7 @@ def run(main: Callable[[Sequence[str]], Any], usage: str) -> None:
   try:
     main(sys.argv)
   except Preempted as error:
-    # Not told to the other hosts: it is true of all of them.
+    # The other hosts are not told: they have the same error.
     print(f'{hosts.label()}{error}', file=sys.stderr, flush=True)
     _end(error.exit_code)
   except (CommandError, flags.Error) as error:
@@ -55,8 +52,8 @@ def run(main: Callable[[Sequence[str]], Any], usage: str) -> None:
     if hosts.count() == 1:
       raise
     traceback.print_exc()
-    hosts.abandon(f'{type(error).__name__}: {error}', 1)
-    hosts.leave(1)
+    leaving.abandon(f'{type(error).__name__}: {error}', 1)
+    leaving.leave(1)
 
 
 def start_hosts(argv: Sequence[str]) -> list[str]:
@@ -88,78 +85,43 @@ def start_hosts(argv: Sequence[str]) -> list[str]:
   return rest
 
 
-def parse_config_file(
-  argv: Sequence[str],
-) -> tuple[ml_collections.ConfigDict, str]:
-  """`--config=FILE[:args] --workdir=DIR [--config.field=value ...]`.
+def parse_config_file(argv: Sequence[str]) -> tuple[dict[str, Any], str]:
+  """`--config=RECIPE[:args] --workdir=DIR [--config.field=value ...]`.
 
   Raises:
-    ConfigError: for a missing flag, a file that does not load, or an override
-      of an unknown field.
+    ConfigError: for a missing flag, a recipe that does not load, or an
+      override of an unknown field.
   """
-  config, workdir = _parse(argv)
+  values, workdir = _parse(argv)
   if not workdir:
     raise ConfigError('missing --workdir=DIR, where the run is written')
-  return config, workdir
+  return values, workdir
 
 
-def parse_config(argv: Sequence[str]) -> ml_collections.ConfigDict:
-  """`--config=FILE[:args] [--config.field=value ...]`, of no run.
+def parse_config(argv: Sequence[str]) -> dict[str, Any]:
+  """`--config=RECIPE[:args] [--config.field=value ...]`, of no run.
 
   Raises:
     ConfigError: as `parse_config_file` does.
   """
-  config, workdir = _parse(argv)
+  values, workdir = _parse(argv)
   if workdir:
     raise ConfigError(
       f'unexpected --workdir={workdir}: nothing is trained here'
     )
-  return config
-
-
-def _parse(
-  argv: Sequence[str],
-) -> tuple[ml_collections.ConfigDict, str | None]:
-  values = flags.FlagValues()
-  try:
-    with _command_line(argv):
-      config = config_flags.DEFINE_config_file('config', flag_values=values)
-      workdir = flags.DEFINE_string('workdir', None, '', flag_values=values)
-      _reject_positional(values(argv))
-    if config.value is not None:
-      config.value.to_dict()  # a file that did not load says so when it is read
-  except (AttributeError, KeyError) as error:
-    raise _unknown_override(argv) or _load_error(error) from error
-  except (ImportError, OSError, SyntaxError) as error:
-    raise _load_error(error) from error
-  except flags.IllegalFlagValueError as error:
-    # An error of the file's arguments comes wrapped, with its traceback.
-    _, wrapped, message = str(error).rpartition('ConfigError: ')
-    raise (ConfigError(message.strip()) if wrapped else error) from error
-  if config.value is None:
-    raise ConfigError('missing --config=configs/NAME.py')
-  return config.value, workdir.value
+  return values
 
 
 def parse_overrides(
-  argv: Sequence[str], config: ml_collections.ConfigDict
-) -> ml_collections.ConfigDict:
-  """`config` with the `--config.field=value` of `argv`; skips `--workdir`.
+  argv: Sequence[str], values: Mapping[str, Any]
+) -> dict[str, Any]:
+  """`values` with the `--config.field=value` of `argv`; skips `--workdir`.
 
   Raises:
     ConfigError: for an override of an unknown field.
   """
-  values = flags.FlagValues()
-  try:
-    with _command_line(argv):
-      holder = config_flags.DEFINE_config_dict(
-        'config', config, flag_values=values
-      )
-      flags.DEFINE_string('workdir', None, '', flag_values=values)
-      _reject_positional(values(argv))
-  except (AttributeError, KeyError) as error:
-    raise _unknown_field(argv, config) or error from error
-  return holder.value
+  _, overrides = _read_flags(argv, ('workdir',))
+  return recipes.override(values, overrides)
 
 
 def parse_workdir(argv: Sequence[str]) -> str:
@@ -172,61 +134,66 @@ def parse_workdir(argv: Sequence[str]) -> str:
   return workdir.value
 
 
+def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], str | None]:
+  given, overrides = _read_flags(argv, ('config', 'workdir'))
+  if not given.get('config'):
+    raise ConfigError(
+      'missing --config=NAME or --config=FILE.py; recipes: '
+      + ', '.join(recipes.shipped())
+    )
+  return recipes.load(given['config'], overrides), given.get('workdir')
+
+
+_FLAG = re.compile(r'--?(no)?((\w+)(?:\.([\w.]+))?)(?:=(.*))?', re.DOTALL)
+
+
+def _read_flags(
+  argv: Sequence[str], names: Collection[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+  """({flag: value}, {field: value}) of the arguments.
+
+  `--name=value` and `--name value` with one or two dashes; for a field that is
+  a bool also `--config.field` and `--noconfig.field`.
+  """
+  given, overrides = {}, {}
+  rest = iter(argv[1:])
+  for argument in rest:
+    match = _FLAG.fullmatch(argument)
+    if not match:
+      raise ConfigError(
+        f'unexpected argument {argument!r}; flags are --name=value'
+      )
+    no, name, group, field, value = match.groups()
+    if group == 'config' and field:
+      if no:
+        value = 'false'
+      elif value is None and field not in RENAMED:
+        is_bool = fields.kind_of(Config, field) is bool
+        value = 'true' if is_bool else None
+      values = overrides
+    elif name in names and not no:
+      values = given
+    else:
+      raise unknown(
+        'flag', argument.partition('=')[0], [f'--{n}' for n in names]
+      )
+    if value is None:
+      value = next(rest, None)
+    if value is None:
+      raise ConfigError(f'{argument}: needs a value, {argument}=...')
+    values[field if values is overrides else name] = value
+  return given, overrides
+
+
 def _fail(message: str, code: int) -> NoReturn:
   """Ends this host, and tells the others."""
   print(f'{hosts.label()}{message}', file=sys.stderr, flush=True)
-  hosts.abandon(message, code)
+  leaving.abandon(message, code)
   _end(code)
 
 
 def _end(code: int) -> NoReturn:
   if hosts.count() > 1:
     # At once: at its end, JAX would wait for hosts that may not come.
-    hosts.leave(code)
+    leaving.leave(code)
   sys.exit(code)
-
-
-@contextlib.contextmanager
-def _command_line(argv: Sequence[str]):
-  """ml_collections looks for overrides in sys.argv, whatever it is given."""
-  before, sys.argv = sys.argv, list(argv)
-  try:
-    yield
-  finally:
-    sys.argv = before
-
-
-def _reject_positional(rest: Sequence[str]) -> None:
-  if rest[1:]:
-    raise ConfigError(
-      f'unexpected argument {rest[1]!r}; flags are --name=value'
-    )
-
-
-def _unknown_override(argv: Sequence[str]) -> ConfigError | None:
-  """The error of an override that the config file has no field for."""
-  values = flags.FlagValues()
-  plain = [arg for arg in argv if not re.match(r'--?(no)?config\.', arg)]
-  try:
-    with _command_line(plain):
-      config = config_flags.DEFINE_config_file('config', flag_values=values)
-      values(plain, known_only=True)
-  except (AttributeError, KeyError):
-    return None  # the file itself is wrong, not an override
-  return _unknown_field(argv, config.value)
-
-
-def _load_error(error: Exception) -> ConfigError:
-  hint = ''
-  if isinstance(error, ModuleNotFoundError):
-    hint = '; run from the root of the repository'
-  return ConfigError(f'--config: {type(error).__name__}: {error}{hint}')
-
-
-def _unknown_field(argv: Sequence[str], config: Any) -> ConfigError | None:
-  known = flatten(config.to_dict()) if config is not None else {}
-  for arg in argv:
-    match = re.match(r'--?(?:no)?config\.([^=\s]+)', arg)
-    if match and match[1] not in known:
-      return unknown('config field', match[1], known)
-  return None

@@ -12,7 +12,6 @@ flags of `conadv_jax.train`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -21,8 +20,6 @@ from etils import epath
 
 from conadv_jax import cli, experiment, hosts
 from conadv_jax.config import Config
-from conadv_jax.data.sources import cache
-from conadv_jax.hosts.watchdog import Watchdog
 from conadv_jax.run import preflight, workdir
 from conadv_jax.run.evaluator import (
   Evaluator,
@@ -30,25 +27,24 @@ from conadv_jax.run.evaluator import (
   eval_attack,
   weights_of,
 )
+from conadv_jax.run.guard import Guard
 from conadv_jax.run.reopen import parse_args, restore_newest
 
 
 def evaluate(argv: Sequence[str]) -> list[dict[str, Any]]:
   """The command: returns the rows that it prints."""
   path, config = parse_args(cli.start_hosts(argv), attack='all')
-  with contextlib.ExitStack() as stack:
-    watchdog = stack.enter_context(Watchdog(config.hang_timeout_seconds))
-    stack.push(watchdog.verdict)
-    return _evaluate(path, config, watchdog)
+  with Guard(config.hang_timeout_seconds) as guard:
+    return _evaluate(path, config, guard)
 
 
 def _evaluate(
-  path: epath.Path, config: Config, watchdog: Watchdog
+  path: epath.Path, config: Config, guard: Guard
 ) -> list[dict[str, Any]]:
   preflight.check_program(config)
   run = experiment.build(config)
   step, state = restore_newest(path, run)
-  source = cache.load(run.spec, 'eval', config.dataset)
+  source = run.spec.open('eval', config.dataset)
   preflight.check_input(run, run.spec.num_train, source.num_examples)
   quarantine = workdir.quarantine(path, config)
 
@@ -72,7 +68,7 @@ def _evaluate(
       'epsilon': attack.epsilon if attack else 0.0,
       'attack_steps': attack.steps if attack else 0,
       **evaluator(
-        weights, name, before_batch=lambda: watchdog.phase('evaluate', step)
+        weights, name, before_batch=lambda: guard.enter('evaluate', step)
       ),
     }
     rows.append(row)

@@ -1,12 +1,13 @@
-"""Train, and start again what was preempted or hung.
+"""Train, and restart what was preempted or hung.
 
   python -m conadv_jax.supervise --config=... --workdir=DIR [flags of train]
 
-Runs `python -m conadv_jax.train` with the same flags as a process of its own,
-and starts it again when it ends with 42 (preempted, saved), 6 (hung), 8
-(another host was lost) or by a signal, after a pause. It gives up after 5 such
-ends in a row without a newer checkpoint. A signal to this program goes to the
-run, whose exit code is then this program's. `train --supervise` is the same.
+Runs `python -m conadv_jax.train` with the same flags in a process of its own,
+and restarts it, after a pause, if it ends with 42 (preempted, saved), 6 (hung),
+8 (another host was lost) or by a signal, as when JAX aborts it because host 0
+died. It gives up after 5 such ends in a row without a newer checkpoint. A
+signal to this program goes to the run, whose exit code is then this program's.
+`train --supervise` is the same.
 """
 
 from __future__ import annotations
@@ -52,15 +53,15 @@ def supervise(
       if trials == _TRIALS:
         print(
           f'supervise: {trials} ends in a row without a newer checkpoint than '
-          f'step {newest}; not started again',
+          f'step {newest}; not restarted',
           file=sys.stderr,
           flush=True,
         )
         return code if code >= 0 else 128 - code
       pause = min(first_pause_seconds * 2 ** (trials - 1), _PAUSE_SECONDS)
       print(
-        f'supervise: ended with {code} at step {newest}; again in {pause:g} s '
-        f'(trial {trials + 1} of {_TRIALS} without progress)',
+        f'supervise: ended with {code} at step {newest}; restart in '
+        f'{pause:g} s (trial {trials + 1} of {_TRIALS} without progress)',
         flush=True,
       )
       if child.signalled.wait(pause):

@@ -2,19 +2,22 @@ r"""CIFAR-10, 32x32.
 
 Prepare: python scripts/prepare_tfds.py --name=cifar10
 Run:     python -m conadv_jax.train \
-           --config=configs/cifar10.py:method=conadv,batch_size=2048 \
+           --config=cifar10:method=conadv,batch_size=2048 \
            --workdir=runs/cifar10
 Expect:  not measured; a starting point, meant for one accelerator.
 """
 
 import ml_collections
 
-from configs import common
+from conadv_jax.config import default_config
+from conadv_jax.config.recipes import parse_args
+
+ARGUMENTS = dict(method='conadv', batch_size=2048, seed=0)
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  args = common.parse_args(arg, method='conadv', batch_size=2048, seed=0)
-  c = common.get_config()
+  args = parse_args(arg, ARGUMENTS)
+  c = default_config()
   c.update(args)
   c.dataset.name = 'cifar10'
   c.dataset.crop_padding_px = 4

@@ -1,18 +1,21 @@
 r"""Handwritten digits, 8x8: ConAdv at a large batch, in a minute on two cores.
 
 Run:    python -m conadv_jax.train \
-          --config=configs/digits.py:method=conadv,batch_size=320 \
+          --config=digits:method=conadv,batch_size=320 \
           --workdir=runs/digits
 """
 
 import ml_collections
 
-from configs import common
+from conadv_jax.config import default_config
+from conadv_jax.config.recipes import parse_args
+
+ARGUMENTS = dict(method='conadv', batch_size=320, seed=0)
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  args = common.parse_args(arg, method='conadv', batch_size=320, seed=0)
-  c = common.get_config()
+  args = parse_args(arg, ARGUMENTS)
+  c = default_config()
   c.update(args)
   c.dataset.name = 'digits'
   c.dataset.crop_padding_px = 1

@@ -3,19 +3,22 @@ r"""Fashion-MNIST, 28x28: ten kinds of clothing.
 Prepare: python scripts/prepare_fashion_mnist.py (offline, from the IDX files),
          or let TFDS download it: scripts/prepare_tfds.py --name=fashion_mnist
 Run:     python -m conadv_jax.train \
-           --config=configs/fashion_mnist.py:method=conadv,batch_size=2048 \
+           --config=fashion_mnist:method=conadv,batch_size=2048 \
            --workdir=runs/fashion_mnist
 Expect:  not measured; a starting point, meant for one accelerator.
 """
 
 import ml_collections
 
-from configs import common
+from conadv_jax.config import default_config
+from conadv_jax.config.recipes import parse_args
+
+ARGUMENTS = dict(method='conadv', batch_size=2048, seed=0)
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  args = common.parse_args(arg, method='conadv', batch_size=2048, seed=0)
-  c = common.get_config()
+  args = parse_args(arg, ARGUMENTS)
+  c = default_config()
   c.update(args)
   c.dataset.name = 'fashion_mnist'
   c.dataset.crop_padding_px = 2

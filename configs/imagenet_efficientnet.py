@@ -2,7 +2,7 @@ r"""EfficientNet-B0 to B8 on ImageNet with RMSProp or LARS, batch 4K to 96K.
 
 Prepare: scripts/prepare_imagenet.md
 Run:     python -m conadv_jax.train \
-           --config=configs/imagenet_efficientnet.py:batch_size=4k \
+           --config=imagenet_efficientnet:batch_size=4k \
            --workdir=gs://BUCKET/RUN --config.dataset.data_dir=DIRECTORY
          Arguments: model (efficientnet_b0 to efficientnet_b8), method,
          batch_size (4k, 8k, 16k, 32k, 64k, 96k, or a number), recipe (rmsprop,
@@ -36,9 +36,21 @@ import ml_collections
 
 from conadv_jax import models
 from conadv_jax.base.errors import ConfigError, unknown
-from configs import common
+from conadv_jax.config import default_config
+from conadv_jax.config.recipes import (
+  batch_size_of,
+  parse_args,
+  set_imagenet,
+)
 
-BATCH_SIZES = {f'{k}k': 1024 * k for k in (4, 8, 16, 32, 64, 96)}
+ARGUMENTS = dict(
+  model='efficientnet_b2',
+  method='conadv',
+  batch_size='4k',
+  recipe='auto',
+  seed=0,
+)
+
 MODELS = tuple(f'efficientnet_b{i}' for i in range(9))
 RECIPES = ('auto', 'rmsprop', 'lars')
 
@@ -66,19 +78,12 @@ _LARS = (
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  args = common.parse_args(
-    arg,
-    model='efficientnet_b2',
-    method='conadv',
-    batch_size='4k',
-    recipe='auto',
-    seed=0,
-  )
+  args = parse_args(arg, ARGUMENTS)
   if args['model'] not in MODELS:
     raise unknown('model', args['model'], MODELS)
-  batch_size = common.batch_size_of(args['batch_size'], BATCH_SIZES)
+  batch_size = batch_size_of(args['batch_size'])
   size_px = models.get(args['model']).resolution_px
-  c = common.get_config()
+  c = default_config()
   c.seed, c.method, c.model = args['seed'], args['method'], args['model']
   c.batch_size = batch_size
   c.epochs = 350.0
@@ -88,7 +93,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.bn_momentum = 0.99
   c.bn_epsilon = 1e-3
   c.dtype = 'bfloat16'
-  common.set_imagenet(c, image_size_px=size_px)
+  set_imagenet(c, image_size_px=size_px)
   c.dataset.eval_crop_ratio = size_px / (size_px + 32)
 
   c.attack.preset = 'paper'

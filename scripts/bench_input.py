@@ -33,7 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
-from conadv_jax.config import from_config_dict
+from conadv_jax.config import default_config, from_config_dict
 
 SIZE_PX = 224
 BATCH = 64
@@ -63,9 +63,7 @@ class Row:
 
 
 def _settings(**changes):
-  from configs import common
-
-  dataset = from_config_dict(common.get_config()).dataset
+  dataset = from_config_dict(default_config()).dataset
   return dataclasses.replace(
     dataset, image_size_px=SIZE_PX, random_flip=True, **changes
   )
@@ -74,19 +72,22 @@ def _settings(**changes):
 def _batches(
   root: pathlib.Path, views: tuple[str, ...], num_images: int, **changes
 ) -> Iterator[dict]:
+  return _train_batches(
+    root, views, BATCH, -(-num_images // BATCH), _settings(**changes)
+  )
+
+
+def _train_batches(root, views, batch_size, num_batches, settings):
   from conadv_jax.data import pipeline
   from conadv_jax.data.sources import image_folder
+  from conadv_jax.data.sources.source import Share
 
-  source = image_folder.ImageFolder(str(root), 'train')
   return pipeline.train_batches(
-    source,
-    _settings(**changes),
+    image_folder.ImageFolder(str(root), 'train'),
+    settings,
+    Share(seed=0, batch_size=batch_size, steps=range(num_batches)),
+    image_views=views,
     num_classes=1000,
-    views=views,
-    seed=0,
-    batch_size=BATCH,
-    start_step=0,
-    num_steps=-(-num_images // BATCH),
   )
 
 
@@ -345,18 +346,8 @@ def _seconds(ids, *stages, batch: bool = False, put: bool = False) -> float:
 def memory(root: pathlib.Path, num_batches: int) -> list[dict]:
   """Resident memory after a tenth of the batches, at the end, and its peak."""
   size = 8
-  from conadv_jax.data import pipeline
-  from conadv_jax.data.sources import image_folder
-
-  batches = pipeline.train_batches(
-    image_folder.ImageFolder(str(root), 'train'),
-    _settings(),
-    num_classes=1000,
-    views=('clean', 'aa'),
-    seed=0,
-    batch_size=size,
-    start_step=0,
-    num_steps=num_batches,
+  batches = _train_batches(
+    root, ('clean', 'aa'), size, num_batches, _settings()
   )
   early = 0.0
   for i, _ in enumerate(batches):
@@ -466,11 +457,11 @@ def host_cores(rows: list[dict]) -> list[dict]:
 
 def _make_images(folder: str) -> pathlib.Path:
   sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-  from conadv_jax.data import fake_imagenet
+  from scripts import make_fake_imagenet
 
   print('making images ...', flush=True)
   root = pathlib.Path(folder) / 'images'
-  fake_imagenet.write_folder(str(root), num_train=400, num_eval=10)
+  make_fake_imagenet.write_folder(str(root), num_train=400, num_eval=10)
   return root
 
 

@@ -40,7 +40,8 @@ from conadv_jax.checkpoints import checksum
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import from_config_dict
 from conadv_jax.hosts.watchdog import Watchdog
-from conadv_jax.method import step as train_step
+from conadv_jax.method import spikes
+from conadv_jax.method.staleness import pending_perturbation
 from configs import digits, imagenet_resnet50
 
 STEPS_PER_CALL = 20
@@ -139,15 +140,15 @@ def step_rows(args) -> dict[str, float]:
   kinds = {
     'no check': ({}, lambda *_: jnp.bool_(True)),
     'loss and norm': ({}, loss_and_norm),
-    'as it is': ({}, train_step._is_finite),
-    'with spikes': ({'sigmas': 6.0}, train_step._is_finite),
+    'as it is': ({}, spikes.is_finite),
+    'with spikes': ({'sigmas': 6.0}, spikes.is_finite),
   }
   calls = {}
   for name, (spike, is_finite) in kinds.items():
     fields = digits.get_config('method=conadv,batch_size=320')
     fields.spike.update(spike)
     run = experiment.build(from_config_dict(fields))
-    with mock.patch.object(train_step, '_is_finite', is_finite):
+    with mock.patch.object(spikes, 'is_finite', is_finite):
       step_fn = run.compile_step()
     calls[name] = stepper(run, step_fn)
   times = {name: [] for name in calls}
@@ -161,18 +162,16 @@ def step_rows(args) -> dict[str, float]:
 
 def stepper(run: experiment.Run, step_fn) -> Callable[[], None]:
   """A call that takes STEPS_PER_CALL steps on a batch of random images."""
-  settings = run.config
+  config = run.config
   rng = np.random.default_rng(0)
   local = {
     'clean': rng.integers(
-      0, 256, (settings.batch_size, *run.spec.image_shape), np.uint8
+      0, 256, (config.batch_size, *run.spec.image_shape), np.uint8
     ),
-    'label': rng.integers(0, 10, settings.batch_size, np.int32),
+    'label': rng.integers(0, 10, config.batch_size, np.int32),
   }
   batch = run.put_batch(local)
-  state = train_step.pending_perturbation(
-    settings, step_fn, run.init_state(), batch
-  )
+  state = pending_perturbation(config, step_fn, run.init_state(), batch)
 
   def call():
     nonlocal state

@@ -26,9 +26,9 @@ import tensorflow as tf
 from PIL import Image
 from sklearn import datasets as sklearn_datasets
 
-from conadv_jax.config import from_config_dict
+from conadv_jax.config import default_config, from_config_dict
+from conadv_jax.config.recipes import set_imagenet
 from conadv_jax.data.images import autoaugment, preprocess, views
-from configs import common
 
 SIZE_PX = 224
 COLUMNS = 8
@@ -107,8 +107,8 @@ def load_file(path: str | None) -> bytes:
 
 def views_section(file: bytes, count: int = 8) -> Section:
   """What training sees of a whole photo: a column for each seed."""
-  values = common.get_config()
-  common.set_imagenet(values, SIZE_PX)
+  values = default_config()
+  set_imagenet(values, SIZE_PX)
   settings = from_config_dict(values).dataset
   make_views = views.make_train_views(settings, ('clean', 'aa'))
   made = [

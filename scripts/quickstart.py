@@ -3,7 +3,7 @@ r"""Trains the baseline and ConAdv on digits at a large batch; compares them.
 Run:  python scripts/quickstart.py [--output=runs/quickstart] [--batch_size=320]
 
 Every part is a command that you can run yourself; it is printed before it runs.
-A rerun resumes what was stopped and trains nothing that is finished.
+Run it again to resume a run that was stopped; finished runs are kept.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def run(method: str, batch_size: int, workdir: pathlib.Path) -> None:
-  """Runs one training command; its failure is this script's."""
+  """Runs one training command; if it fails, exits with its status."""
   arguments = [
     f'--config=configs/digits.py:method={method},batch_size={batch_size}',
     f'--workdir={workdir}',
@@ -70,7 +70,7 @@ def report(summaries: dict[str, dict]) -> str:
   epsilon = summaries['conadv']['robust_epsilon']
   lines = [
     'method      clean top-1 %'
-    + f'FGSM top-1 % ({epsilon:g} px)'.rjust(26)
+    + f'FGSM top-1 %, {epsilon:g} of 255'.rjust(26)
     + 'ms per step'.rjust(13)
   ]
   step_ms = {}

@@ -22,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from conadv_jax import cli, train
 from conadv_jax.config import from_config_dict
-from conadv_jax.run import workdir as workdir_lib
+from conadv_jax.run.workdir import finished
 from configs import digits
 
 COLUMNS = (
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
   start, done = time.monotonic(), 0
   for index, (method, batch_size, seed) in enumerate(jobs):
     workdir = runs / f'{method}_batch{batch_size}_seed{seed}'
-    if workdir_lib.finished(epath.Path(workdir)):
+    if finished(epath.Path(workdir)):
       continue
     left = ''
     if done:
@@ -85,7 +85,7 @@ def read_rows(runs: pathlib.Path) -> list[dict]:
   """One row per finished run, sorted by method, batch size and seed."""
   rows = []
   for path in runs.glob('*/summary.json'):
-    s = workdir_lib.finished(epath.Path(path.parent))
+    s = finished(epath.Path(path.parent))
     if s is None:
       continue
     robust = s['robust_top1_by_attack']

@@ -84,7 +84,7 @@ def steps() -> str:
       continue
     rows.append(
       (
-        f'[{found["model"]}, {found["method"]}]({path.stem}.md)',
+        f'[{found["model"]}, {found["method"]}]({path.stem}.json)',
         f'{found["batch_size"]:,}',
         found['alias'],
         found['xla_flags'],

@@ -56,7 +56,10 @@ class Server:
     environment: Mapping[str, str] | None = None,
     module: str = 'train',
   ) -> int:
-    """Runs to the end: its exit code, or minus the signal that killed it."""
+    """Runs to the end: its exit code, or minus the signal that killed it.
+
+    With COMPILE_CACHE in `environment`, programs come from that directory.
+    """
     job = {
       'arguments': list(arguments),
       'log': str(log),
@@ -102,6 +105,8 @@ def _run(
   import importlib
   import traceback
 
+  import jax
+
   from conadv_jax import cli
   from conadv_jax.base import faults
   from conadv_jax.run import feed
@@ -114,6 +119,10 @@ def _run(
   faults._faults = faults._parse(environment.get('CONADV_FAULTS', ''))
   if record := environment.get('RECORD_IDS'):
     _record_ids(feed, record)
+  if cache := environment.get('COMPILE_CACHE'):
+    jax.config.update('jax_compilation_cache_dir', cache)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   command = importlib.import_module(f'conadv_jax.{module}')
   sys.argv = [module, *arguments]
   code = 0

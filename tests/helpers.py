@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from conadv_jax import models
-from conadv_jax.config import Config, from_config_dict
+from conadv_jax.config import Config, default_config, from_config_dict
 from conadv_jax.data import datasets
 from conadv_jax.devices import mesh
 from conadv_jax.method.setup import Setup
@@ -23,7 +23,6 @@ from conadv_jax.method.staleness import StepFn
 from conadv_jax.method.state import Snapshot, TrainState
 from conadv_jax.method.step import train_step
 from conadv_jax.models.norm import Layout, RoutedBatchNorm
-from configs import common
 
 # Two channels with different means, so that a swapped one shows.
 SPEC = dataclasses.replace(
@@ -37,8 +36,8 @@ SPEC = dataclasses.replace(
 
 
 def make_config(fields: dict[str, Any] | None = None) -> Config:
-  """configs/common.py for two groups of three, with dotted `fields` changed."""
-  values = common.get_config()
+  """The defaults for two groups of three, with dotted `fields` changed."""
+  values = default_config()
   values.update_from_flattened_dict(
     {
       'batch_size': 6,
@@ -55,7 +54,7 @@ def make_config(fields: dict[str, Any] | None = None) -> Config:
 class TinyNet(nn.Module):
   """Two 3x3 convolutions, each with batch norm and relu; mean; dense.
 
-  Takes the arguments of `models.SmallResNet`, so that it can stand in for it.
+  Has the fields that `models.create` gives, so that it can be one of MODELS.
   """
 
   num_classes: int

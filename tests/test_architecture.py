@@ -43,7 +43,6 @@ MAY_IMPORT = {
 }
 SHARDING = {'Mesh', 'NamedSharding', 'PartitionSpec', 'make_mesh', 'P'}
 MAX_LINES = 60
-MAX_LINES_OF_THE_LOOP = 150
 
 SOURCES = {
   path.relative_to(PACKAGE.parent).with_suffix('').as_posix(): path.read_text(
@@ -96,24 +95,13 @@ def order_violations(module, source):
 def tensorflow_violations(module, source):
   if component(module) == 'data':
     return
-  # An export for TensorFlow is made of TensorFlow's objects; other exports do
-  # without, so it is loaded where it is used.
-  allowed = {*inside_functions(source)} if component(module) == 'export' else ()
   for name in imported(source):
-    if is_tensorflow(name) and name not in allowed:
+    if is_tensorflow(name):
       yield f'{module} imports {name}: only conadv_jax.data may'
 
 
 def is_tensorflow(name):
   return name.split('.')[0] in ('tensorflow', 'tensorflow_datasets')
-
-
-def inside_functions(source):
-  """Dotted names that `source` imports inside of functions only."""
-  tree = ast.parse(source)
-  outside = [x for x in tree.body if not isinstance(x, ast.FunctionDef)]
-  at_import = set(imported(ast.unparse(ast.Module(outside, []))))
-  return set(imported(source)) - at_import
 
 
 def sharding_violations(module, source):
@@ -147,17 +135,11 @@ def banned_violations(module, source):
 
 def length_violations(module, source):
   functions = ast.FunctionDef | ast.AsyncFunctionDef
-  long = []
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, functions):
       lines = node.end_lineno - node.lineno + 1
       if lines > MAX_LINES:
-        long.append((lines, node.name))
-  # The loop reads from top to bottom, so it may be one long function.
-  if component(module) == 'train' and len(long) == 1:
-    long = [f for f in long if f[0] > MAX_LINES_OF_THE_LOOP]
-  for lines, name in long:
-    yield f'{module}: {name} has {lines} lines'
+        yield f'{module}: {node.name} has {lines} lines'
 
 
 CHECKS = [
@@ -202,11 +184,7 @@ LONG = 'def f():\n' + '  x = 1\n' * 60
       'def f():\n  import tensorflow_datasets',
     ),
     (tensorflow_violations, 'export', 'import tensorflow as tf'),
-    (
-      tensorflow_violations,
-      'export',
-      'import tensorflow\ndef f():\n  import tensorflow',
-    ),
+    (tensorflow_violations, 'export', 'def f():\n  import tensorflow as tf'),
     (
       sharding_violations,
       'method/state',
@@ -229,8 +207,7 @@ LONG = 'def f():\n' + '  x = 1\n' * 60
     (banned_violations, 'method/state', 'from jax import pmap'),
     (banned_violations, 'method/state', 'jax.pmap(f)'),
     (length_violations, 'method/state', LONG),
-    (length_violations, 'train', LONG + LONG),
-    (length_violations, 'train', LONG + '  x = 1\n' * 90),
+    (length_violations, 'train', LONG),
   ],
 )
 def test_the_checks_find_what_they_look_for(check, module, source):
@@ -244,7 +221,6 @@ def test_the_checks_find_what_they_look_for(check, module, source):
     (order_violations, 'data/sampler', 'from conadv_jax.data import datasets'),
     (order_violations, 'train', 'import conadv_jax.evaluate'),
     (tensorflow_violations, 'data/pipeline', 'import tensorflow as tf'),
-    (tensorflow_violations, 'export', 'def f():\n  import tensorflow as tf'),
     (sharding_violations, 'experiment', 'mesh: jax.sharding.Mesh'),
     (sharding_violations, 'experiment', 'mesh = mesh_lib.make_mesh(64, 8)'),
     (
@@ -253,7 +229,6 @@ def test_the_checks_find_what_they_look_for(check, module, source):
       'from jax.sharding import NamedSharding',
     ),
     (length_violations, 'method/state', LONG.replace('  x = 1\n', '', 1)),
-    (length_violations, 'train', LONG),
   ],
 )
 def test_the_checks_let_pass_what_is_allowed(check, module, source):

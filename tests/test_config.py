@@ -1,42 +1,35 @@
 """Settings: what is refused, with which message, and what is filled in."""
 
-import ast
 import dataclasses
-import importlib.util
-import inspect
-import io
 import json
 import pathlib
-import tokenize
 
 import helpers
-import ml_collections
 import pytest
 
 from conadv_jax import cli
+from conadv_jax import config as config_room
+from conadv_jax.base import fields as field_room
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import (
-  ATTACK_PRESETS,
-  METHODS,
-  Attack,
   Config,
   Steps,
+  default_config,
   describe,
   flatten,
   from_config_dict,
-  parse_args,
+  recipes,
   to_dict,
 )
-from configs import common
+from conadv_jax.config.recipes import parse_args
+from conadv_jax.methods import ATTACKS, METHODS, Attack, Method
 
-ROOT = pathlib.Path(common.__file__).parent.parent
-CONFIG_FILES = sorted((ROOT / 'configs').glob('*.py'))
-METHODS = sorted(METHODS)
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def values_of(fields=None):
-  """configs/common.py as nested dicts, with dotted `fields` set."""
-  values = common.get_config().to_dict()
+  """The defaults as nested dicts, with dotted `fields` set."""
+  values = default_config().to_dict()
   for name, value in (fields or {}).items():
     *groups, leaf = name.split('.')
     node = values
@@ -64,7 +57,7 @@ def error_of(fields):
   [
     ('batchsize', 'batch_size'),
     ('stalenes_steps', 'staleness_steps'),
-    ('attack.epsilon', 'attack.epsilon'),
+    ('attack.epsilonn', 'attack.epsilon'),
     ('optimizer.learning_rte', 'optimizer.learning_rate'),
     ('schedule.warmup_steps', 'schedule.warmup_epochs'),
   ],
@@ -82,22 +75,19 @@ def test_unknown_field_lists_those_of_its_group():
   assert 'optimizer.' not in message
 
 
-# ml_collections loads config files by a method that Python 3.12 drops.
-@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 @pytest.mark.parametrize(
   'name, nearest',
   [('attack.epsilonpx', 'attack.epsilon'), ('btch_size', 'batch_size')],
 )
 def test_unknown_override_names_the_nearest(name, nearest):
-  argv = ['train', f'--config={ROOT}/configs/common.py', '--workdir=unused']
+  argv = ['train', '--config=digits', '--workdir=unused']
   message = f"unknown config field '{name}'; did you mean '{nearest}'"
   with pytest.raises(ConfigError, match=message):
     cli.parse_config_file([*argv, f'--config.{name}=3'])
 
 
-@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 def test_an_override_sets_its_field():
-  argv = ['train', f'--config={ROOT}/configs/common.py', '--workdir=unused']
+  argv = ['train', '--config=digits', '--workdir=unused']
   values, _ = cli.parse_config_file([*argv, '--config.attack.epsilon=3.0'])
   assert from_config_dict(values).attack.epsilon == 3.0
 
@@ -111,18 +101,45 @@ def test_an_override_sets_its_field():
     'dataset',
     'dataset.name',
     'attack',
+    'attack.norm',
     'eval.route',
+    'loss.view_weights',
   ],
 )
-def test_missing_field_is_named(name):
-  values = values_of()
+def test_a_field_of_no_older_run_takes_its_default(name):
+  values = to_dict(load())
   *groups, leaf = name.split('.')
   node = values
   for group in groups:
     node = node[group]
   del node[leaf]
-  with pytest.raises(ConfigError, match=f'missing config fields: {name};'):
+  assert from_config_dict(values) == load()
+
+
+def test_nothing_at_all_is_the_default():
+  assert from_config_dict({}) == load()
+
+
+def test_renamed_fields_are_all_listed_with_their_new_names():
+  values = values_of({'attack.epsilon_px': 4.0, 'dataset.num_train': 100})
+  values['eval']['pgd_steps'] = 3
+  with pytest.raises(ConfigError) as info:
     from_config_dict(values)
+  for line in (
+    'attack.epsilon_px -> attack.epsilon',
+    'eval.pgd_steps -> eval.attack_steps',
+    "dataset.num_train -> dataset.train_split, 'train[:N]'",
+  ):
+    assert line in str(info.value)
+
+
+def test_a_renamed_override_says_the_new_name():
+  argv = ['train', '--config=digits', '--workdir=w']
+  old = ['--config.attack.step_size_px=1', '--config.eval.epsilon_px', '2']
+  with pytest.raises(ConfigError) as info:
+    cli.parse_config_file([*argv, *old])
+  assert 'attack.step_size_px -> attack.step_size' in str(info.value)
+  assert 'eval.epsilon_px -> eval.epsilon' in str(info.value)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +256,7 @@ def test_a_choice_that_resembles_nothing_is_a_config_error_too(name, value):
     ('eval.batch_size', 0),
     ('eval.every_steps', -1),
     ('eval.epsilon', -1.0),
-    ('eval.pgd_steps', 0),
+    ('eval.attack_steps', 0),
     ('log_every_steps', 0),
     ('attack_stats_every_steps', -1),
     ('max_nonfinite_steps', 0),
@@ -371,22 +388,97 @@ def test_the_optimizer_fills_its_eps(name, eps):
 
 
 @pytest.mark.parametrize(
-  'method, views, routes, is_adversarial',
+  'method, views, fed, routes',
   [
-    ('baseline', ['clean'], ('clean',), False),
-    ('autoaugment', ['aa'], ('clean',), False),
-    ('disadv', ['clean', 'adv'], ('clean', 'adv'), True),
-    ('conadv', ['clean', 'adv'], ('clean', 'adv'), True),
-    ('conadv_aa', ['clean', 'aa', 'adv'], ('clean', 'aa', 'adv'), True),
+    ('baseline', ['clean'], ('clean',), ('clean',)),
+    ('autoaugment', ['aa'], ('aa',), ('clean',)),
+    ('disadv', ['clean', 'adv'], ('clean',), ('clean', 'adv')),
+    ('conadv', ['clean', 'adv'], ('clean',), ('clean', 'adv')),
+    (
+      'conadv_aa', ['clean', 'aa', 'adv'], ('clean', 'aa'),
+      ('clean', 'aa', 'adv'),
+    ),
+    ('conadv_shared_bn', ['clean', 'adv'], ('clean',), ('clean',)),
+    ('adv_only', ['adv'], ('clean',), ('clean',)),
+    ('conadv_aa_only', ['aa', 'adv'], ('aa', 'clean'), ('clean', 'adv')),
+    (
+      'conadv_from_aa', ['clean', 'aa', 'adv'], ('clean', 'aa'),
+      ('clean', 'aa', 'adv'),
+    ),
+  ],
+)  # fmt: skip
+def test_views_and_routes_of_the_methods(method, views, fed, routes):
+  config = load({'method': method})
+  assert [view for view, _ in config.views] == views
+  assert config.fed_views == fed
+  assert config.routes == routes
+  assert config.is_adversarial == ('adv' in views)
+  for view, route in config.views:
+    assert config.routes[config.route_of(view)] == route
+  assert config.eval.route == 'clean'
+
+
+@pytest.mark.parametrize('tau', [0, 1, 2])
+def test_a_method_of_your_own_needs_nothing_else(tau, monkeypatch):
+  views = (('adv', 'b'), ('aa', 'a'), ('mine', 'b'))
+  monkeypatch.setitem(METHODS, 'own', Method(views, tau, attacked='mine'))
+  config = load({'method': 'own'})
+  assert config.staleness_steps == tau and config.routes == ('b', 'a')
+  assert config.fed_views == ('aa', 'mine') and config.eval.route == 'b'
+  assert config.loss.weights_of(('mine', 'adv')) == (0.5, 0.5)
+  assert from_config_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+  'args, message',
+  [
+    (((),), 'needs views'),
+    (((('aa', 'a'), ('aa', 'b')), None), 'each of them once'),
+    (((('adv', 'adv'),),), "needs a number with a view 'adv'"),
+    (((('clean', 'clean'),), 1), 'else None'),
+    (((('adv', 'adv'),), 1, 'adv'), 'attack another view'),
   ],
 )
-def test_views_and_routes_of_the_methods(method, views, routes, is_adversarial):
-  config = dataclasses.replace(
-    load(), method=method, staleness_steps=int('conadv' in method)
-  )
-  assert [view for view, _ in config.views] == views
-  assert config.routes == routes
-  assert config.is_adversarial == is_adversarial
+def test_a_method_that_cannot_be_is_refused(args, message):
+  with pytest.raises(ConfigError, match=message):
+    Method(*args)
+
+
+def test_an_attack_of_your_own_trains_and_evaluates(monkeypatch):
+  attack = Attack('own', rule='momentum', steps=3, epsilon=8.0)
+  monkeypatch.setitem(ATTACKS, 'own', attack)
+  config = load({'attack.preset': 'own', 'eval.attack': 'none, own'})
+  assert config.attack == attack.resolved()
+  assert (config.attack.rule, config.attack.step_size) == ('momentum', 2.0)
+  assert config.eval.attacks == ('none', 'own')
+
+
+def test_eval_attacks_by_name():
+  for text, names in {
+    'none': (), 'all': ('fgsm', 'pgd'), 'paper': ('paper',),
+    'pgd, fgsm': ('pgd', 'fgsm'),
+  }.items():  # fmt: skip
+    assert load({'eval.attack': text}).eval.attacks == names
+
+
+@pytest.mark.parametrize(
+  'name', ['attack.epsilon', 'attack.step_size', 'eval.epsilon']
+)
+def test_a_fraction_of_a_grey_level_is_warned_of_once(name, capsys):
+  config_room._warn_of_fraction.cache_clear()
+  for _ in range(2):
+    load({name: 0.05})
+  lines = capsys.readouterr().err.splitlines()
+  assert [line for line in lines if f'{name}=0.05 is read as grey' in line]
+  assert len(lines) == 1, lines
+
+
+def test_a_step_that_follows_a_whole_epsilon_is_not_warned_of(capsys):
+  config_room._warn_of_fraction.cache_clear()
+  config = load({'attack.preset': 'pgd', 'attack.epsilon': 1.0})
+  from_config_dict(to_dict(config))
+  assert config.attack.step_size == 0.25
+  assert not capsys.readouterr().err
 
 
 def test_view_weights_sum_to_one():
@@ -399,7 +491,7 @@ def test_view_weights_sum_to_one():
 
 
 @pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('preset', sorted(ATTACK_PRESETS))
+@pytest.mark.parametrize('preset', sorted(ATTACKS))
 def test_round_trip_through_json(method, preset):
   config = load({'method': method, 'attack.preset': preset})
   text = json.dumps(to_dict(config), allow_nan=False)
@@ -425,12 +517,12 @@ def test_flatten_and_describe_name_every_field_once():
 
 def test_arguments_of_a_config_file_are_typed_like_their_defaults():
   defaults = dict(method='conadv', batch_size=320, lr=0.5, flip=False)
-  assert parse_args(None, **defaults) == defaults
-  assert parse_args('', **defaults) == defaults
-  parsed = parse_args('method=disadv,batch_size=64,lr=2,flip=True', **defaults)
+  assert parse_args(None, defaults) == defaults
+  assert parse_args('', defaults) == defaults
+  parsed = parse_args('method=disadv,batch_size=64,lr=2,flip=True', defaults)
   assert parsed == dict(method='disadv', batch_size=64, lr=2.0, flip=True)
   assert type(parsed['lr']) is float
-  assert parse_args('flip=false', **defaults)['flip'] is False
+  assert parse_args('flip=false', defaults)['flip'] is False
 
 
 @pytest.mark.parametrize(
@@ -448,7 +540,7 @@ def test_arguments_of_a_config_file_are_typed_like_their_defaults():
 def test_bad_arguments_of_a_config_file(arg, message):
   defaults = dict(method='conadv', batch_size=320, flip=False)
   with pytest.raises(ConfigError, match=message):
-    parse_args(arg, **defaults)
+    parse_args(arg, defaults)
 
 
 # ---- Steps ----------------------------------------------------------------
@@ -498,78 +590,177 @@ def test_warmup_is_never_longer_than_the_run():
   assert steps.warmup == steps.total == 21
 
 
-# ---- Config files ---------------------------------------------------------
-
-
-def read_config(path, method):
-  """The ConfigDict of the file at `path` for `method`."""
-  spec = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if inspect.signature(module.get_config).parameters:
-    return module.get_config(f'method={method}')
-  values = module.get_config()
-  values.method = method
-  return values
+# ---- Recipes ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('path', CONFIG_FILES, ids=lambda path: path.stem)
-def test_every_config_file_loads_for_each_method(path, method):
-  values = read_config(path, method)
-  assert isinstance(values, ml_collections.ConfigDict)
+@pytest.mark.parametrize('name', recipes.shipped())
+def test_every_recipe_loads_for_each_method(name, method):
+  values = recipes.load(f'{name}:method={method}', {})
   assert from_config_dict(values).method == method
-
-
-@pytest.mark.parametrize('path', CONFIG_FILES, ids=lambda path: path.stem)
-def test_every_config_file_has_the_fields_of_common(path):
-  values = read_config(path, 'conadv').to_dict()
   assert flatten(values).keys() == flatten(values_of()).keys()
 
 
-def dataclass_fields(cls, prefix=''):
-  """Dotted names of the fields of `cls`, without those that are groups."""
-  hints = inspect.get_annotations(cls, eval_str=True)
-  for name, kind in hints.items():
-    if dataclasses.is_dataclass(kind):
-      yield from dataclass_fields(kind, f'{prefix}{name}.')
-    else:
-      yield prefix + name
+@pytest.mark.parametrize('name', recipes.shipped())
+def test_a_recipe_may_be_named_or_given_as_a_file(name):
+  by_name = recipes.load(name, {})
+  assert by_name == recipes.load(f'{ROOT}/configs/{name}.py', {})
+  assert by_name == recipes.load(f'{ROOT}/configs/{name}.py:', {})
 
 
-def commented_fields(source):
-  """Dotted names that `c.name = ...` sets, with a comment in or above it."""
-  tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-  comments = {
-    token.start[0]
-    for token in tokens
-    if token.type == tokenize.COMMENT and len(token.string) > 4
-  }
-  for node in ast.walk(ast.parse(source)):
-    if isinstance(node, ast.Assign):
-      name = ast.unparse(node.targets[0])
-      above = source.splitlines()[node.lineno - 2].startswith('  #')
-      lines = range(node.lineno - above, node.end_lineno + 1)
-      if name.startswith('c.') and comments & set(lines):
-        yield name.removeprefix('c.')
+def test_an_unknown_recipe_lists_those_that_there_are():
+  with pytest.raises(ConfigError) as info:
+    recipes.load('digit:method=conadv', {})
+  assert "unknown recipe 'digit'; did you mean 'digits'" in str(info.value)
+  assert all(name in str(info.value) for name in recipes.shipped())
 
 
-def test_common_documents_every_field_by_a_comment():
-  source = pathlib.Path(common.__file__).read_text(encoding='utf-8')
-  documented = list(commented_fields(source))
-  assert len(documented) == len(set(documented))
-  assert set(dataclass_fields(Config)) <= set(documented)
+@pytest.mark.parametrize(
+  'name, argument, value',
+  [
+    ('digits', 'batch_size', '32'),
+    ('cifar10', 'batch_size', '64'),
+    ('digits', 'method', 'baseline'),
+    ('digits', 'seed', '7'),
+    ('imagenet_resnet50', 'batch_size', '4096'),
+    ('imagenet_resnet50', 'batch_size', '98304'),
+    ('imagenet_resnet50', 'batch_size', '4k'),
+    ('imagenet_efficientnet', 'batch_size', '65536'),
+    ('imagenet_efficientnet', 'model', 'efficientnet_b5'),
+  ],
+)
+def test_what_a_recipe_computes_follows_an_override(name, argument, value):
+  expected = recipes.load(f'{name}:{argument}={value}', {})
+  assert recipes.load(name, {argument: value}) == expected
+  other = {'batch_size': '16384', 'method': 'disadv', 'seed': '3'}
+  if argument in other:
+    text = f'{name}:{argument}={other[argument]}'
+    assert recipes.load(text, {argument: value}) == expected
+  # Other overrides come after the recipe's own settings.
+  both = recipes.load(name, {'bn_group_size': '16', argument: value})
+  assert both == {**expected, 'bn_group_size': 16}
 
 
-def test_the_reader_of_comments_finds_a_missing_one():
-  source = """if True:
-  c.a = 1  # of examples
-  c.b = 2
-  c.c.d = f(
-    3,  # in pixels
-  )
-  # None = off.
-  c.e = 4
-  c.f = 5
+def test_an_override_that_the_recipe_refuses_says_so():
+  with pytest.raises(ConfigError, match='RMSProp collapses .* recipe=lars'):
+    recipes.load('imagenet_efficientnet:recipe=rmsprop', {'batch_size': '32k'})
+
+
+OWN = """
+from conadv_jax.config import default_config
+def get_config():
+  c = default_config()
+  c.attack.epsilon = {value}
+  return c
 """
-  assert list(commented_fields(source)) == ['a', 'c.d', 'e']
+
+
+def test_a_recipe_of_your_own_works_from_any_folder(tmp_path, monkeypatch):
+  (tmp_path / 'own.py').write_text(OWN.format(value=8))
+  monkeypatch.chdir(tmp_path)
+  config = from_config_dict(recipes.load('own.py', {'batch_size': '64'}))
+  assert (config.attack.epsilon, config.batch_size) == (8.0, 64)
+  with pytest.raises(ConfigError, match='own.py takes no arguments'):
+    recipes.load('own.py:seed=1', {})
+
+
+@pytest.mark.parametrize(
+  'value, message',
+  [("'x'", 'own.py, line 5: TypeError'), ('y', 'own.py, line 5: NameError')],
+)
+def test_an_error_in_a_recipe_says_its_line(value, message, tmp_path):
+  (tmp_path / 'own.py').write_text(OWN.format(value=value))
+  with pytest.raises(ConfigError, match=message):
+    recipes.load(f'{tmp_path}/own.py', {})
+
+
+def test_a_file_that_makes_no_config_says_so(tmp_path):
+  (tmp_path / 'own.py').write_text('')
+  with pytest.raises(ConfigError, match='defines no get_config'):
+    recipes.load(f'{tmp_path}/own.py', {})
+
+
+# ---- Command lines ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  'flags, name, value',
+  [
+    (['--config.seed=3'], 'seed', 3),
+    (['-config.seed=3'], 'seed', 3),
+    (['--config.seed', '3'], 'seed', 3),
+    (['--config.seed=1', '--config.seed=2'], 'seed', 2),
+    (['--config.staleness_steps=2'], 'staleness_steps', 2),
+    (['--config.staleness_steps=None'], 'staleness_steps', 1),
+    (['--config.attack.epsilon=3'], 'attack.epsilon', 3.0),
+    (['--config.attack.epsilon=1e1'], 'attack.epsilon', 10.0),
+    (['--config.attack.norm=l2'], 'attack.norm', 'l2'),
+    (['--config.network.drop_path_rate=0.1'], 'network.drop_path_rate', 0.1),
+    (['--config.dataset.antialias=false'], 'dataset.antialias', False),
+    (['--config.dataset.antialias=False'], 'dataset.antialias', False),
+    (['--noconfig.dataset.antialias'], 'dataset.antialias', False),
+    (['--config.dataset.random_flip'], 'dataset.random_flip', True),
+    (['--config.dataset.random_flip=1'], 'dataset.random_flip', True),
+    (['--config.dataset.data_dir='], 'dataset.data_dir', ''),
+    (['--config.dataset.data_dir=a=b'], 'dataset.data_dir', 'a=b'),
+    (['--config.eval.attack=fgsm,pgd'], 'eval.attack', 'fgsm,pgd'),
+    (['--config.loss.view_weights.adv=2'], 'loss.view_weights.adv', 2.0),
+    (
+      ['--config.dataset.train_split=train[:50%]'], 'dataset.train_split',
+      'train[:50%]',
+    ),
+  ],
+)  # fmt: skip
+def test_an_override_may_be_spelled(flags, name, value):
+  argv = ['train', '--config', 'digits', *flags, '--workdir', 'w']
+  values, workdir = cli.parse_config_file(argv)
+  assert workdir == 'w'
+  found = flatten(to_dict(from_config_dict(values)))[name]
+  assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+  'flag, message',
+  [
+    ('--config.batch_size=4.5', 'batch_size.*4.5.*needs a int'),
+    ('--config.epochs=x', "epochs='x': must be float"),
+    ('--config.dataset.antialias=maybe', "antialias='maybe': must be bool"),
+    ('--config.attack=pgd', 'attack: is a group'),
+    ('--config.loss.view_weights=1', 'loss.view_weights: is a group'),
+    ('--config.seed.x=1', "unknown config field 'seed.x'"),
+    ('--config.epochs', 'needs a value'),
+    ('--config.epoch', "unknown config field 'epoch'; did you mean 'ep"),
+    ('--wrkdir=w', "unknown flag '--wrkdir'; did you mean '--workdir'"),
+    ('stray', "unexpected argument 'stray'"),
+  ],
+)
+def test_a_bad_override_says_what_is_wrong(flag, message):
+  with pytest.raises(ConfigError, match=message):
+    cli.parse_config_file(['train', '--config=digits', '--workdir=w', flag])
+
+
+# ---- Documentation ---------------------------------------------------------
+
+
+def undocumented(cls):
+  """Fields of `cls` and its groups that say nothing of what they are."""
+  for field in dataclasses.fields(cls):
+    kind = field_room.kinds(cls)[field.name]
+    if dataclasses.is_dataclass(kind):
+      yield from undocumented(kind)
+    elif len(field.metadata.get('doc', '')) < 5:
+      yield cls.prefix + field.name
+
+
+def test_every_field_says_what_it_is():
+  assert not list(undocumented(Config))
+
+
+def test_the_search_for_undocumented_fields_finds_one():
+  @dataclasses.dataclass(frozen=True)
+  class Some(field_room.Group):
+    prefix = 'some.'
+    a: int = field_room.setting(1, 'of something')
+    b: int = 1
+
+  assert list(undocumented(Some)) == ['some.b']

@@ -14,9 +14,10 @@ import pytest
 
 from conadv_jax import experiment, models, train
 from conadv_jax.base.errors import ConfigError
-from conadv_jax.config import METHODS, Network, Steps, from_config_dict
+from conadv_jax.config import Network, Steps, from_config_dict
 from conadv_jax.data import datasets
 from conadv_jax.method import schedules
+from conadv_jax.methods import METHODS
 from conadv_jax.models import efficientnet, resnet
 from conadv_jax.run import metrics
 from conadv_jax.run import summary as finish
@@ -59,6 +60,18 @@ def test_every_model_loads_with_every_method_and_batch(method, batch):
     assert cfg.batch_size == BATCHES[batch]
     assert cfg.dataset.image_size_px == models.get(name).resolution_px
     assert (cfg.attack.preset, cfg.attack.epsilon) == ('paper', 4.0)
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('family', RECIPES)
+def test_small_batches_have_the_smallest_published_rate_per_example(
+  family, method
+):
+  base = load(RECIPES[family], method=method, batch_size=4096)
+  for batch in (8, 128, 2048):
+    cfg = load(RECIPES[family], method=method, batch_size=batch)
+    peaks = [c.optimizer.peak_learning_rate(c.batch_size) for c in (cfg, base)]
+    np.testing.assert_allclose(peaks[0] / batch, peaks[1] / 4096, rtol=1e-12)
 
 
 @pytest.mark.parametrize('family', RECIPES)
@@ -270,8 +283,6 @@ SHORT = {
 SMALL = {
   'max_steps': 3,
   'log_every_steps': 1,
-  'dataset.num_train': 40,
-  'dataset.num_eval': 16,
   'eval.batch_size': 8,
   'eval.attack': 'none',
   'attack_stats_every_steps': 0,
@@ -280,10 +291,10 @@ SMALL = {
 
 @pytest.fixture(scope='module')
 def data_dir(tmp_path_factory):
-  from conadv_jax.data import fake_imagenet
+  from scripts import make_fake_imagenet
 
   root = str(tmp_path_factory.mktemp('data'))
-  fake_imagenet.prepare(root, 'array_record', 40, 16, 2)
+  make_fake_imagenet.prepare(root, 'array_record', 40, 16, 2)
   return root
 
 

@@ -63,8 +63,12 @@ def settings(tau):
   return from_config_dict(values)
 
 
-def run(server, directory, tau='1', faults='', **fields):
-  """Exit code of a run in `directory`, which keeps the ids that it fed."""
+def run(server, directory, tau='1', faults='', cached=True, **fields):
+  """Exit code of a run in `directory`, which keeps the ids that it fed.
+
+  Compiling is most of such a run. With `cached`, the runs that follow each
+  other in a directory compile once.
+  """
   method, steps = TAUS[tau]
   flags = FIELDS | {'staleness_steps': steps} | fields
   return server.run(
@@ -74,7 +78,11 @@ def run(server, directory, tau='1', faults='', **fields):
       *(f'--config.{name}={value}' for name, value in flags.items()),
     ],
     directory.parent / f'{directory.name}.log',
-    {'CONADV_FAULTS': faults, 'RECORD_IDS': f'{directory}.ids'},
+    {
+      'CONADV_FAULTS': faults,
+      'RECORD_IDS': f'{directory}.ids',
+      'COMPILE_CACHE': f'{directory}.cache' if cached else '',
+    },
   )
 
 
@@ -122,7 +130,8 @@ def unbroken(server, tmp_path_factory):
   def of(tau):
     if tau not in made:
       directory = root / f'tau{tau}'
-      assert run(server, directory, tau) == 0, log_of(directory)
+      code = run(server, directory, tau, cached=False)
+      assert code == 0, log_of(directory)
       made[tau] = hashes(directory, tau), rows(directory), fed(directory)
     return made[tau]
 

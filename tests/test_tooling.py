@@ -1,5 +1,6 @@
 """The set-up: Python is found, the lock fits setup.py, `make` sets up first."""
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -7,11 +8,15 @@ import runpy
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import setuptools
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import conadv_jax
+from conadv_jax import console
 
 ROOT = pathlib.Path(__file__).parents[1]
 LOCK = ROOT / 'requirements.lock'
@@ -90,12 +95,18 @@ def locked() -> list[Requirement]:
   return [Requirement(x) for x in lines if x and not x.lstrip().startswith('#')]
 
 
-def declared(monkeypatch) -> list[Requirement]:
-  """What setup.py asks for, the dev extra included."""
+def metadata(monkeypatch) -> dict:
+  """The arguments of `setup` in setup.py."""
   call = {}
   monkeypatch.setattr(setuptools, 'setup', call.update)
   monkeypatch.chdir(ROOT)
   runpy.run_path('setup.py')
+  return call
+
+
+def declared(monkeypatch) -> list[Requirement]:
+  """What setup.py asks for, the dev extra included."""
+  call = metadata(monkeypatch)
   return [
     Requirement(x)
     for x in call['install_requires'] + call['extras_require']['dev']
@@ -120,6 +131,67 @@ def test_lock_names_no_place():
   text = LOCK.read_text()
   assert not re.search(r'://|index|find-links|file:|\s[/~]', text)
   assert 'uv pip compile' in text.splitlines()[1]
+
+
+# ---- The package ------------------------------------------------------------
+
+
+def test_the_version_has_one_source(monkeypatch):
+  assert metadata(monkeypatch)['version'] == conadv_jax.__version__
+
+
+def test_every_command_is_a_module_that_runs(monkeypatch):
+  scripts = metadata(monkeypatch)['entry_points']['console_scripts']
+  for script in scripts:
+    command, target = script.split(' = ')
+    assert target == 'conadv_jax.console:main'
+    ran = []
+    monkeypatch.setattr(
+      console.runpy, 'run_module', lambda *a, ran=ran, **_: ran.append(a)
+    )
+    monkeypatch.setattr(sys, 'argv', [f'/usr/bin/{command}'])
+    console.main()
+    ((module,),) = ran
+    assert module == f'conadv_jax.{command.removeprefix("conadv-")}'
+    spec = importlib.util.find_spec(module)
+    folder = spec.submodule_search_locations
+    path = pathlib.Path(folder[0], '__main__.py') if folder else spec.origin
+    assert "__name__ == '__main__'" in pathlib.Path(path).read_text()
+
+
+@pytest.mark.slow
+def test_a_wheel_trains_a_shipped_recipe_in_another_folder(tmp_path):
+  source = tmp_path / 'source'
+  for name in ('conadv_jax', 'configs'):
+    ignored = shutil.ignore_patterns('__pycache__')
+    shutil.copytree(ROOT / name, source / name, ignore=ignored)
+  for name in ('setup.py', 'pyproject.toml', 'README.md'):
+    shutil.copy(ROOT / name, source)
+  python = [sys.executable, '-m']
+  build = ['pip', 'wheel', '-q', '--no-deps', '--no-build-isolation']
+  subprocess.run([*python, *build, '-w', tmp_path, source], check=True)
+  (wheel,) = tmp_path.glob('*.whl')
+  with zipfile.ZipFile(wheel) as archive:
+    archive.extractall(tmp_path / 'installed')
+  assert (tmp_path / 'installed/conadv_jax/py.typed').exists()
+  recipe = '--config=digits:method=conadv,batch_size=64'
+  done = subprocess.run(
+    [
+      *python,
+      'conadv_jax.train',
+      recipe,
+      '--workdir=w',
+      '--config.max_steps=1',
+    ],
+    cwd=tmp_path,
+    env=os.environ
+    | {'PYTHONPATH': str(tmp_path / 'installed'), 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / 'w/summary.json').exists()
 
 
 # ---- Makefile ---------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Compiled programs on disk, so that an audit that is run again goes on."""
+"""Keeps compiled programs on disk, so that a rerun compiles only new ones."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from conadv_jax.experiment import Run
 
 
 class Auditor:
-  """Reports on configurations; compiles each one once."""
+  """Audits configurations and compiles each of them once."""
 
   def __init__(self, folder: epath.Path | None, total: int = 1):
-    """`folder` keeps compiled programs, or None does not; `total` for ETA."""
+    """Keeps programs in `folder`, if given; expects `total` of them."""
     self._folder = folder
     self._total = total
     self._done = 0
     self._start = time.monotonic()
 
   def __call__(self, config: Config, topology: Topology) -> dict[str, Any]:
-    """The report on the step of `config` on `topology`, see `compile.report`.
+    """Reports on the step of `config` on `topology`, see `compile.report`.
 
     Raises:
       ConfigError: for a configuration that does not divide over the slice, or
@@ -73,7 +73,7 @@ class Auditor:
   def _path(
     self, run: Run, topology: Topology, lowered: Lowered
   ) -> epath.Path | None:
-    """The file of a program: named by all that decides on it."""
+    """The file of a program, named by everything that determines it."""
     if self._folder is None:
       return None
     key = (

@@ -1,4 +1,4 @@
-"""One training step, compiled for one slice -> all that the audit reports."""
+"""Compiles a training step for a slice and reports on the program."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax
 
 from conadv_jax import models
-from conadv_jax.audit.hlo import cost as hlo_cost
-from conadv_jax.audit.hlo import program as hlo
-from conadv_jax.audit.hlo import schedule
+from conadv_jax.audit.hlo.cost import Rates, cost_by_scope, total_cost
+from conadv_jax.audit.hlo.program import parse
+from conadv_jax.audit.hlo.schedule import collectives, inventory, overlap
 from conadv_jax.audit.topology import Topology
 from conadv_jax.config import flatten, to_dict
 from conadv_jax.data import prefetch
@@ -39,7 +39,7 @@ _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What XLA says of a step, in plain types; made by `compile_step`.
+  """What XLA says about a step, in plain types; made by `compile_step`.
 
   Attributes:
     lower_seconds: of tracing.
@@ -66,17 +66,17 @@ class Lowered(NamedTuple):
 
 
 def lower_step(run: Run) -> Lowered:
-  """Traces the very step that `train` runs."""
+  """Traces the step that `train` runs."""
   start = time.monotonic()
   step = run.lower_step()
   return Lowered(step, time.monotonic() - start)
 
 
 def compile_step(run: Run, lowered: Lowered) -> Compiled:
-  """Compiles it for the devices of the run.
+  """Compiles the traced step for the devices of the run.
 
   Raises:
-    jax.errors.JaxRuntimeError: if XLA fails otherwise than for lack of memory.
+    jax.errors.JaxRuntimeError: if XLA fails, except for lack of memory.
   """
   start = time.monotonic()
   try:
@@ -98,7 +98,7 @@ def compile_step(run: Run, lowered: Lowered) -> Compiled:
 
 
 def report(run: Run, topology: Topology, compiled: Compiled) -> dict[str, Any]:
-  """What the audit says of one program; keys are those of its JSON."""
+  """Builds the report on one program, with the keys of the audit's JSON."""
   config = run.config
   limit = topology.generation.hbm_limit_bytes
   result = {
@@ -134,7 +134,7 @@ def report(run: Run, topology: Topology, compiled: Compiled) -> dict[str, Any]:
   else:
     hbm = hbm_parts(state_bytes(run), compiled.memory)
     result |= _measured(run, topology, compiled)
-  # Not the program's, but there while it runs.
+  # Not part of the program, but in HBM while it runs.
   hbm['prefetched'] = prefetch.DEPTH * _bytes(run.abstract_batch())
   peak = sum(hbm.values())
   result |= {
@@ -150,17 +150,17 @@ def report(run: Run, topology: Topology, compiled: Compiled) -> dict[str, Any]:
 def _measured(
   run: Run, topology: Topology, compiled: Compiled
 ) -> dict[str, Any]:
-  """What only a compiled program tells."""
+  """The part of the report that needs a compiled program."""
   generation = topology.generation
-  rates = generation.peak_flops_per_sec, generation.hbm_bytes_per_sec
-  program = hlo.parse(compiled.text)
-  by_scope = hlo_cost.by_scope(program, *rates)
+  rates = Rates(generation.peak_flops_per_sec, generation.hbm_bytes_per_sec)
+  program = parse(compiled.text)
+  by_scope = cost_by_scope(program, rates)
   seconds = sum(scope['seconds'] for scope in by_scope.values())
   images_per_sec = run.config.batch_size / seconds
-  total = hlo_cost.total(program, *rates)
-  # XLA's counts have everything elementwise, and bytes of memory on the chip,
-  # but the body of a loop only once.
-  once = hlo_cost.total(program, *rates, loops_once=True)
+  total = total_cost(program, rates)
+  # XLA's counts include elementwise arithmetic and memory on the chip, but the
+  # body of a loop only once.
+  once = total_cost(program, rates, loops_once=True)
   flops, accessed = compiled.costs['flops'], compiled.costs['bytes accessed']
   return {
     'flops_per_device': flops * total.flops / once.flops,
@@ -174,8 +174,8 @@ def _measured(
     'by_scope': by_scope,
     'images_per_sec_bound': images_per_sec,
     'images_per_sec_per_host': images_per_sec / topology.hosts,
-    'collectives': schedule.inventory(schedule.collectives(program, *rates)),
-    'overlap': schedule.overlap(program, *rates),
+    'collectives': inventory(collectives(program, rates)),
+    'overlap': overlap(program, rates),
   }
 
 
@@ -183,7 +183,7 @@ def _measured(
 
 
 def state_bytes(run: Run) -> dict[str, int]:
-  """Bytes per device of what outlives a step, without padding of layouts."""
+  """Counts bytes per device of what outlives a step, without padding."""
   state, batch = run.abstract_state(), run.abstract_batch()
   batches = 2 if run.config.staleness_steps else 1
   return {
@@ -199,7 +199,7 @@ def state_bytes(run: Run) -> dict[str, int]:
 def hbm_parts(
   parts: Mapping[str, int], memory: Mapping[str, int]
 ) -> dict[str, int]:
-  """Bytes of `state_bytes`, and of what else is there at the peak.
+  """Adds to the bytes of `state_bytes` what else is in HBM at the peak.
 
   `padding` is what the layout of the arguments adds; `activations` is the rest:
   temporaries, outputs that are not in place, gradients.
@@ -217,10 +217,10 @@ def hbm_parts(
 def remedies(
   run: Run, parts: Mapping[str, int], limit_bytes: int
 ) -> list[dict[str, Any]]:
-  """Options that lower the peak, the least costly that fits first.
+  """Lists options that lower the peak, the cheapest that fits first.
 
-  `saves_bytes` are estimates: activations shrink with the number of parts of a
-  batch; kept inputs of blocks are taken for a quarter of them.
+  `saves_bytes` are estimates. They assume that activations shrink with the
+  number of microbatches, and that the inputs of blocks are a quarter of them.
   """
   config = run.config
   total = sum(parts.values())
@@ -283,7 +283,7 @@ def _required_bytes(error: str) -> int:
 
 
 def analytic_flops(run: Run) -> float:
-  """FLOPs of convolutions and dense layers of a step, per device.
+  """Counts FLOPs of convolutions and dense layers of a step, per device.
 
   With F for a forward pass over the clean images, V trained views and an attack
   of k steps,
@@ -292,7 +292,7 @@ def analytic_flops(run: Run) -> float:
 
   where S is the gradient of the pixels through the first layer, which training
   does not need. `remat` adds a forward pass to each. A multiply-add counts as
-  two, also on the padding, as in papers; XLA leaves the padding out.
+  two, on padding too, as in papers; XLA does not count padding.
   """
   config = run.config
   layers = [2 * n for n in multiply_adds(run.model, run.spec.image_shape)]
@@ -308,7 +308,7 @@ def analytic_flops(run: Run) -> float:
 
 
 def versions() -> dict[str, str]:
-  """Of what decides on the program and is installed."""
+  """Versions of the installed packages that determine the program."""
   found = {}
   for name in ('jax', 'jaxlib', 'libtpu', 'flax', 'optax'):
     try:

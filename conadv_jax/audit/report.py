@@ -1,34 +1,18 @@
-"""The audit's JSON -> sections, and these as text and Markdown.
+"""Turns the audit's JSON into sections, and these into text and Markdown.
 
-Every section is made of what the report has: one of a step that does not fit
-has no collectives, and one of a sweep nothing but its rows.
+A section needs only what it shows: the report of a step that does not fit has
+no collectives, and the report of a sweep has only its rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 Report = Mapping[str, Any]
 
 _GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Bars:
-  """Bars of a section.
-
-  Attributes:
-    values: (name, value).
-    limit: value of a mark across the bars, which are stacked against it; None
-      for a bar each.
-    unit: of the values, which are printed with `number`.
-  """
-
-  values: Sequence[tuple[str, float]]
-  limit: float | None
-  unit: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +24,17 @@ class Section:
     notes: sentences.
     columns: of the table; empty for names and values.
     rows: of the table, as printed.
-    bars: what the table says, to look at.
-    lines: to be shown as they are, such as instructions.
+    bars: (name, value) pairs of a bar chart.
+    unit: of the bars.
+    lines: shown as they are, such as instructions.
   """
 
   title: str
   notes: Sequence[str] = ()
   columns: Sequence[str] = ()
   rows: Sequence[Sequence[str]] = ()
-  bars: Bars | None = None
+  bars: Sequence[tuple[str, float]] = ()
+  unit: str = ''
   lines: Sequence[str] = ()
 
 
@@ -56,7 +42,7 @@ class Section:
 
 
 def text(report: Report) -> str:
-  """The report for a terminal."""
+  """Renders the report for a terminal."""
   parts = [title(report)]
   for section in sections(report):
     lines = [section.title, *('  ' + note for note in section.notes)]
@@ -70,7 +56,7 @@ def text(report: Report) -> str:
 
 
 def markdown(report: Report) -> str:
-  """The report as a Markdown page."""
+  """Renders the report as a Markdown page."""
   parts = ['# ' + _escaped(title(report))]
   for section in sections(report):
     parts.append('## ' + _escaped(section.title))
@@ -88,7 +74,7 @@ def markdown(report: Report) -> str:
 
 
 def title(report: Report) -> str:
-  """One line that says what was audited."""
+  """Returns a line that says what was audited."""
   if 'model' not in report:
     return 'Audit of training steps'
   where = report.get('alias') or report.get('topology')
@@ -97,7 +83,7 @@ def title(report: Report) -> str:
 
 
 def verdict(report: Report) -> str:
-  """Whether the step fits, and what would help if it does not."""
+  """Says whether the step fits, and what would help if it does not."""
   peak, limit = report.get('peak_hbm_bytes'), report.get('hbm_limit_bytes')
   sizes = f'{bytes_text(peak)} of {bytes_text(limit)} per device'
   if report.get('fits', True):
@@ -113,15 +99,14 @@ def verdict(report: Report) -> str:
 
 
 def sections(report: Report) -> list[Section]:
-  """What the report has to say, in order."""
-  found = (make(report) for make in _SECTIONS)
-  return [section for section in found if section is not None]
+  """Lists everything that the report has to say, in order."""
+  return [section for make in _SECTIONS for section in make(report)]
 
 
 # ---- Sections ----------------------------------------------------------------
 
 
-def _step(report: Report) -> Section | None:
+def _step(report: Report) -> Iterator[Section]:
   keys = (
     'config_name', 'topology', 'alias', 'devices', 'hosts', 'mesh',
     'batch_size', 'examples_per_device', 'image_size_px', 'bn_group_size',
@@ -130,12 +115,13 @@ def _step(report: Report) -> Section | None:
     'lower_seconds', 'compile_seconds',
   )  # fmt: skip
   rows = [(_label(k), value_text(k, report[k])) for k in keys if k in report]
-  return Section('The step', rows=rows) if rows else None
+  if rows:
+    yield Section('The step', rows=rows)
 
 
-def _memory(report: Report) -> Section | None:
+def _memory(report: Report) -> Iterator[Section]:
   if 'hbm' not in report:
-    return None
+    return
   limit = report.get('hbm_limit_bytes')
   parts = [(k.replace('_', ' '), v) for k, v in report['hbm'].items() if v]
   total = report.get('peak_hbm_bytes', sum(v for _, v in parts))
@@ -146,16 +132,18 @@ def _memory(report: Report) -> Section | None:
   notes = [verdict(report)] if 'fits' in report else []
   if report.get('error'):
     notes.append(f'The compiler: {report["error"]}')
-  return Section(
+  bars = [*parts, ('total', total), *([('limit', limit)] if limit else [])]
+  yield Section(
     'HBM of one device, at the peak',
     notes,
     ('part', 'size', 'of the limit'),
     rows,
-    Bars([(n, v / _GIB) for n, v in parts], limit and limit / _GIB, 'GiB'),
+    [(name, value / _GIB) for name, value in bars],
+    'GiB',
   )
 
 
-def _remedies(report: Report) -> Section | None:
+def _remedies(report: Report) -> Iterator[Section]:
   rows = [
     (
       r['option'],
@@ -167,11 +155,14 @@ def _remedies(report: Report) -> Section | None:
     for r in report.get('remedies', ())
   ]
   columns = ('option', 'saves', 'peak', 'fits', 'costs')
-  notes = ('Each alone, estimated; an audit with the option tells.',)
-  return Section('What lowers it', notes, columns, rows) if rows else None
+  notes = (
+    'Estimates for one option at a time; run the audit with it to be sure.',
+  )
+  if rows:
+    yield Section('What lowers it', notes, columns, rows)
 
 
-def _costs(report: Report) -> Section | None:
+def _costs(report: Report) -> Iterator[Section]:
   keys = (
     'flops_per_device', 'flops_of_products', 'flops_analytic', 'flops_ratio',
     'bytes_accessed_per_device', 'hbm_bytes_per_device', 'roofline_seconds',
@@ -183,16 +174,17 @@ def _costs(report: Report) -> Section | None:
     rate = report['images_per_sec_per_host'] / report['host_cores']
     rows.append(('images per sec per host core', number(rate)))
   note = (
-    'The bound takes every instruction at its roofline, one after the other, '
-    'and collectives as memory traffic: a step takes longer.'
+    'The bound runs every instruction at its roofline, one after the other, '
+    'and counts collectives as memory traffic: a real step takes longer.'
   )
-  return Section('Work of one device', (note,), rows=rows) if rows else None
+  if rows:
+    yield Section('Work of one device', (note,), rows=rows)
 
 
-def _scopes(report: Report) -> Section | None:
+def _scopes(report: Report) -> Iterator[Section]:
   scopes = report.get('by_scope')
   if not scopes:
-    return None
+    return
   rows = [
     (
       name.replace('_', ' '),
@@ -205,18 +197,19 @@ def _scopes(report: Report) -> Section | None:
     (name.replace('_', ' '), 100 * spent['share'])
     for name, spent in scopes.items()
   ]
-  return Section(
+  yield Section(
     'Sub-steps, at the roofline',
     (),
     ('sub-step', 'share', 'time', 'FLOPs', 'HBM traffic'),
     rows,
-    Bars(shares, None, '%'),
+    shares,
+    '%',
   )
 
 
-def _collectives(report: Report) -> Section | None:
+def _collectives(report: Report) -> Iterator[Section]:
   if 'collectives' not in report:
-    return None
+    return
   found = report['collectives']
   rows = [
     (
@@ -235,60 +228,99 @@ def _collectives(report: Report) -> Section | None:
   sizes = [
     (f'{c["count"]} {c["kind"]}', c['count'] * c['bytes'] / 1e6) for c in found
   ]
-  return Section(
+  yield Section(
     'Collectives of a step',
     notes,
     ('kind', 'type', 'payload of a device', 'group', 'times'),
     rows,
-    Bars(sizes, None, 'MB') if found else None,
+    sizes,
+    'MB',
     overlap.get('evidence', ()),
   )
 
 
-def _comparison(report: Report) -> Section | None:
+def _comparison(report: Report) -> Iterator[Section]:
   columns = (
     'name', 'fits', 'peak_hbm_bytes', 'flops_per_device_ratio',
     'bytes_accessed_per_device_ratio', 'roofline_seconds',
     'roofline_seconds_ratio', 'compile_seconds_ratio', 'error',
   )  # fmt: skip
   notes = ('Ratios are to the first row.',)
-  return _of_rows('What it costs', notes, columns, report.get('comparison'))
+  yield from _of_rows('What it costs', notes, columns, report.get('comparison'))
 
 
-def _sweep(report: Report) -> Section | None:
+def _sweep(report: Report) -> Iterator[Section]:
   columns = (
     'topology', 'alias', 'devices', 'method', 'batch_size',
     'examples_per_device', 'bn_group_size', 'mesh', 'microbatches', 'remat',
     'fits', 'peak_hbm_bytes', 'hbm_limit_bytes', 'roofline_seconds',
     'images_per_sec_bound', 'images_per_sec_per_host', 'error',
   )  # fmt: skip
-  return _of_rows('What fits where', (), columns, report.get('sweep'))
+  yield from _of_rows('What fits where', (), columns, report.get('sweep'))
 
 
-def _scaling(report: Report) -> Section | None:
+def _scaling(report: Report) -> Iterator[Section]:
+  scaling = report.get('scaling') or {}
+  rows = [
+    {'mode': mode, 'calibration': s['calibration'].get('name', '')} | row
+    for mode in ('weak', 'strong')
+    for s in scaling.get(mode, ())
+    for row in s['rows']
+  ]
   columns = (
     'mode', 'calibration', 'topology', 'slices', 'devices', 'batch_size',
     'examples_per_device', 'microbatches', 'compute_seconds',
     'collective_seconds', 'step_seconds', 'overlapped_step_seconds',
-    'efficiency', 'train_seconds',
+    'efficiency', 'overlapped_efficiency', 'steps', 'train_seconds',
   )  # fmt: skip
-  scaling = report.get('scaling') or ()
-  if isinstance(scaling, Mapping):
-    scaling = [
-      {'mode': mode, 'calibration': s['calibration'].get('name', '')} | row
-      for mode in ('weak', 'strong')
-      for s in scaling.get(mode, ())
-      for row in s['rows']
-    ]
-  return _of_rows('Scaling, predicted', (), columns, scaling)
+  note = (
+    'Weak: the same examples on each device. Strong: the same batch on all of '
+    'them. Overlapped: the sum of gradients runs beside computing throughout.'
+  )
+  yield from _of_rows('Scaling, predicted', (note,), columns, rows)
+  if scaling.get('anchor'):
+    yield _anchor(scaling['anchor'])
+  yield from _of_rows(
+    'Assumptions of the scaling',
+    (),
+    ('name', 'value', 'unit', 'source'),
+    scaling.get('assumptions'),
+  )
 
 
-def _versions(report: Report) -> Section | None:
+def _anchor(found: Report) -> Section:
+  measured = found['measured_step_seconds']
+  low, high = (found[k] for k in ('overlapped_ratio', 'ratio'))
+  shares = {
+    name: _percent(found[f'{name}_share'])
+    for name in ('compute', 'bandwidth', 'latency', 'unexplained')
+  }
+  text = f"""\
+{found['name']}; {found['source']}.
+Measured {_duration(measured)}; predicted at the roofline \
+{_duration(low * measured)} to {_duration(high * measured)}, {low:.2f} to \
+{high:.2f} of it.
+Of the measured step: computing {shares['compute']}, bandwidth of collectives \
+{shares['bandwidth']}, their latency {shares['latency']}, unexplained \
+{shares['unexplained']}.
+If computing is slower than the roofline in proportion, it runs at \
+{_percent(found['efficiency'])} of it; if every step loses the same time, that \
+is {_duration(found['overhead_seconds'])}.
+One measurement cannot tell these two apart, and they differ most where a \
+device has many examples. It tests neither how time grows with examples, \
+devices or slices nor another generation or method. With \
+{found['examples_per_device']} examples per device it weighs most what matters \
+least for many: launches, latency and small tensors."""
+  return Section('The only public step time', text.splitlines())
+
+
+def _versions(report: Report) -> Iterator[Section]:
   rows = [(k, str(v)) for k, v in report.get('versions', {}).items()]
-  return Section('Versions', rows=rows) if rows else None
+  if rows:
+    yield Section('Versions', rows=rows)
 
 
-_SECTIONS: Sequence[Callable[[Report], Section | None]] = (
+_SECTIONS = (
   _step, _memory, _remedies, _costs, _scopes, _collectives, _comparison, _sweep,
   _scaling, _versions,
 )  # fmt: skip
@@ -299,24 +331,23 @@ def _of_rows(
   notes: Sequence[str],
   columns: Sequence[str],
   rows: Iterable[Report] | None,
-) -> Section | None:
-  """A table of those `columns` that any of the rows has."""
+) -> Iterator[Section]:
+  """A table with those of `columns` that any row has; none without a row."""
   rows = list(rows or ())
   columns = [c for c in columns if any(c in row for row in rows)]
-  if not columns:
-    return None
   cells = [
     [value_text(c, row[c]) if c in row else '-' for c in columns]
     for row in rows
   ]
-  return Section(name, notes, [_label(c) for c in columns], cells)
+  if columns:
+    yield Section(name, notes, [_label(c) for c in columns], cells)
 
 
 # ---- Numbers -----------------------------------------------------------------
 
 
 def value_text(key: str, value: Any) -> str:
-  """A value with the unit that its name ends in."""
+  """Formats a value with the unit that its key ends in."""
   if value is None:
     return '-'
   if isinstance(value, bool):
@@ -329,7 +360,9 @@ def value_text(key: str, value: Any) -> str:
     return ', '.join(map(str, value)) or 'none'
   if 'ratio' in key:
     return f'{value:.3f}'
-  if key in ('share', 'efficiency'):
+  if key == 'value':
+    return f'{value:.4g}'
+  if key.endswith(('share', 'efficiency')):
     return _percent(value)
   if 'bytes' in key:
     return bytes_text(value)
@@ -341,14 +374,14 @@ def value_text(key: str, value: Any) -> str:
 
 
 def number(value: float) -> str:
-  """Whole where it is whole or large, else with three digits."""
+  """Formats a number: whole if it is whole or large, else three digits."""
   if value == int(value) or abs(value) >= 1000:
     return f'{value:,.0f}'
   return f'{value:.3g}'
 
 
 def bytes_text(value: float | None) -> str:
-  """In B, KiB, MiB or GiB."""
+  """Formats bytes in B, KiB, MiB or GiB."""
   if value is None:
     return '-'
   for unit, size in (('GiB', _GIB), ('MiB', 2**20), ('KiB', 2**10)):
@@ -372,14 +405,14 @@ def _percent(share: float) -> str:
 
 
 def _label(key: str) -> str:
-  """Of a key of the report: without the unit that the value carries."""
+  """The name of a key, without the unit that its value carries."""
   for unit in ('_bytes', '_seconds'):
     key = key.removesuffix(unit).replace(unit + '_', '_')
   return key.replace('_px', '').replace('_', ' ').replace('flops', 'FLOPs')
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-  """Columns as wide as their cells; the first to the left, numbers right."""
+  """Columns as wide as their cells; the first left-aligned, others right."""
   widths = [max(map(len, column)) for column in zip(*table, strict=True)]
   lines = []
   for row in table:
@@ -392,7 +425,7 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _escaped(cell: str) -> str:
-  """Neither a column of a Markdown table, nor emphasis, nor HTML."""
+  """Escapes what Markdown reads as a column, emphasis or HTML."""
   for mark in '\\`*_|[]':
     cell = cell.replace(mark, '\\' + mark)
   return cell.replace('&', '&amp;').replace('<', '&lt;').replace('\n', ' ')

@@ -1,4 +1,4 @@
-"""Several programs side by side: what an option costs, and what fits where."""
+"""Audits several programs: what an option costs, and what fits where."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _COLUMNS = (
 
 
 def with_fields(config: Config, **fields: Any) -> Config:
-  """`config` with flat fields replaced; None takes the preset's value."""
+  """Returns `config` with fields replaced; None takes the preset's value."""
   return from_config_dict(to_dict(config) | fields)
 
 
 def variants(config: Config) -> Iterator[tuple[str, Config]]:
-  """What `compare` compiles: name and configuration, the baseline first."""
+  """Yields names and configurations to compare, the baseline first."""
   adversarial = (
     config if config.is_adversarial else with_method(config, 'conadv')
   )
@@ -55,7 +55,7 @@ def variants(config: Config) -> Iterator[tuple[str, Config]]:
 
 
 def with_method(config: Config, method: str) -> Config:
-  """`config` with another method, at that one's staleness."""
+  """Returns `config` with another method and its staleness."""
   return with_fields(
     config,
     method=method,
@@ -67,10 +67,11 @@ def with_method(config: Config, method: str) -> Config:
 def compare(
   config: Config, topology: Topology, audit: Audit
 ) -> list[dict[str, Any]]:
-  """Cost of staleness, views, accumulation and remat, against the baseline.
+  """Compares the cost of staleness, views, accumulation and remat.
 
-  Ratios are of FLOPs, bytes accessed, roofline and compile time. A variant that
-  the model or the slice cannot take has only a `name` and an `error`.
+  Ratios to the baseline are of FLOPs, bytes, roofline and compile time. A
+  variant that the model or the slice does not allow has only a `name` and an
+  `error`.
   """
   rows = []
   for name, variant in variants(config):
@@ -98,11 +99,11 @@ def sweep(
   batch_sizes: Sequence[int],
   audit: Audit,
 ) -> list[dict[str, Any]]:
-  """The accumulation with which each batch fits each slice.
+  """Finds the accumulation with which each batch fits each slice.
 
-  One row for every program that was compiled, so that those that do not fit
-  are seen as well; where one does not, the next has as many microbatches as it
-  is estimated to need. All else stays the configuration's.
+  Returns a row for every program that was compiled, also for those that do not
+  fit. After one of these, the next has as many microbatches as it is estimated
+  to need. Everything else stays as configured.
   """
   return [
     row
@@ -147,5 +148,5 @@ def _trials(
 
 
 def row_of(report: dict[str, Any]) -> dict[str, Any]:
-  """The columns of a report that a table of several shows."""
+  """Picks the columns of a report for a table of several."""
   return {name: report[name] for name in _COLUMNS if name in report}

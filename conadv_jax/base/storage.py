@@ -1,4 +1,4 @@
-"""Files that fail: bounded retries, and errors that say where and why."""
+"""Retries reads and writes that fail; errors name the path and the fix."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _JITTER = 0.25
 _sleep = time.sleep
 _random = random.Random()  # hosts must differ, whatever the run's seed is
 
-# Another attempt would not help. Whatever else fails is tried again: that costs
+# Errors that another attempt would not cure. All others are retried: that costs
 # some seconds, and network file systems have errors of their own.
 _LASTING = {
   errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR,
@@ -38,6 +38,7 @@ _LASTING_CLASSES = (
   FileExistsError,
 )  # fmt: skip
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_TEXTS = tuple(map(os.strerror, _FULL))  # as tensorstore passes them on
 
 # Codes of tensorflow's errors, which file systems of buckets raise, as those of
 # the operating system; a code that is not here is no failure of storage.
@@ -58,7 +59,7 @@ T = TypeVar('T')
 
 
 class _Retries:
-  """How many there were; readers are in many threads."""
+  """Counts retries; readers are in many threads."""
 
   def __init__(self):
     self.count = 0
@@ -73,28 +74,28 @@ _retries = _Retries()
 
 
 def read(function: Callable[[], T], path: os.PathLike | str) -> T:
-  """`function()`, which reads `path`, tried again while storage fails.
+  """Returns `function()`, which reads `path`; retries it while storage fails.
 
-  Up to 5 attempts, with at most 9.4 s of waiting in all; each further one is
-  said on stderr.
+  It makes up to 5 attempts, waits at most 9.4 s in all, and reports each retry
+  on stderr.
 
   Raises:
-    StorageError: it failed to the last.
-    OSError: at once, where another attempt would not help; also in place of
-      such an error of tensorflow's file systems.
+    StorageError: if the last attempt failed.
+    OSError: at once, where a retry would not help; also in place of such an
+      error of tensorflow's file systems.
   """
   return _attempts(function, path, 'read')
 
 
 def write(function: Callable[[], T], path: os.PathLike | str) -> T:
-  """`function()`, which writes `path`, tried again as by `read`.
+  """Returns `function()`, which writes `path`; retries it as `read` does.
 
   Args:
     function: may be called again after it has failed half-way.
     path: what it writes; may not be there yet.
 
   Raises:
-    StorageError: it failed to the last, or at once where another attempt would
+    StorageError: if the last attempt failed, or at once where a retry would
       not help, as on a full disk.
   """
   try:
@@ -104,7 +105,7 @@ def write(function: Callable[[], T], path: os.PathLike | str) -> T:
 
 
 def write_text(path: epath.Path, text: str) -> None:
-  """Writes through a temporary file, so that no reader sees half of it.
+  """Writes `text` through a temporary file, so that no reader sees half of it.
 
   Raises:
     StorageError: as `write`.
@@ -122,19 +123,19 @@ def write_text(path: epath.Path, text: str) -> None:
 def failure(
   error: BaseException, path: os.PathLike | str, what: str = 'written'
 ) -> StorageError:
-  """The error for `path`, with the space left there and a fix.
+  """Makes the error for `path`, with the free space there and a fix.
 
   Args:
     error: why; an OSError or any other.
     path: a file or directory.
     what: 'written' or 'read'.
   """
-  details, fix = '', 'see that the storage is there and works'
+  details, fix = '', 'check that the storage is there and works'
   if what == 'written':
     details = space(path)
-    fix = 'see that the storage is there and may be written'
+    fix = 'check that the storage is there and can be written'
     if is_full(error):
-      fix = 'make room there, or raise the quota'
+      fix = 'free some space, or raise the quota'
   reason = getattr(error, 'strerror', None) or error
   return StorageError(
     redact(
@@ -144,9 +145,15 @@ def failure(
   )
 
 
-def is_full(error: BaseException) -> bool:
-  """Whether `error` says that there is no space, or no more for this user."""
-  return isinstance(error, OSError) and error.errno in _FULL
+def is_full(error: BaseException | None) -> bool:
+  """Whether `error`, or a cause of it, says that a disk or quota is full."""
+  while error is not None:
+    if isinstance(error, OSError) and error.errno in _FULL:
+      return True
+    if any(text in str(error) for text in _FULL_TEXTS):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def space(path: os.PathLike | str) -> str:
@@ -170,7 +177,7 @@ def is_remote(path: os.PathLike | str) -> bool:
 
 
 def num_retries() -> int:
-  """Attempts of this process that followed a failed one."""
+  """Returns how many attempts of this process followed a failed one."""
   return _retries.count
 
 

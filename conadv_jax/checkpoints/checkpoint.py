@@ -1,9 +1,9 @@
-"""Checkpoints that are complete, checked and never the only copy of a guess.
+"""Saves and restores the state of a run; damage is found, not restored.
 
 A checkpoint is a directory named by its step, with the state and a manifest of
-its leaves; a file written last commits both. What lacks that file is no
-checkpoint. The manifest has a checksum of every leaf (`checksum`): storage
-libraries restore flipped bits without an error.
+its leaves. A file written last commits both: a directory without it is not a
+checkpoint. The manifest has a checksum of every leaf (`checksum`), because
+storage libraries restore flipped bits without an error.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from conadv_jax.method.state import TrainState
 
 _MAX_FAILURES = 3
 _BACK_OFF_SECONDS = (1, 4)  # after the first failure in a row, and the next
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_TEXTS = tuple(map(os.strerror, _FULL))  # as tensorstore passes them on
 _FULL_BYTES = 2**20  # no checkpoint fits into this
 _sleep = time.sleep
 
@@ -37,7 +35,7 @@ class Checkpoints:
   """The checkpoints of a run, in `workdir/checkpoints`.
 
   The pending perturbation is left out: it is as large as a batch of float
-  images, and `train_step.pending_perturbation` makes it again bit for bit.
+  images, and `pending_perturbation` computes it again bit for bit.
 
   All hosts make the same calls. Which steps there are is what host 0 sees.
   """
@@ -50,13 +48,13 @@ class Checkpoints:
     strict: bool = False,
     read_only: bool = False,
   ):
-    """Opens the directory; what a killed save left there is removed.
+    """Opens the directory and removes what a killed save left there.
 
     Args:
       workdir: of the run.
-      keep: newest checkpoints that stay.
-      strict: whether a damaged checkpoint is an error, not passed over.
-      read_only: leaves alone what a training run may be writing there.
+      keep: how many of the newest checkpoints stay.
+      strict: whether a damaged checkpoint is an error; else it is skipped.
+      read_only: changes nothing; a training run may be writing there.
     """
     self._directory = files.directory_of(epath.Path(workdir))
     self._keep = keep
@@ -91,20 +89,20 @@ class Checkpoints:
   def save(
     self, step: int, state: TrainState, facts: Mapping[str, Any] | None = None
   ) -> None:
-    """Starts saving `state`; a step that is already there is kept.
+    """Starts saving `state`; does nothing if `step` is already saved.
 
-    It first waits for the save before, if that has not ended.
+    It first waits for the previous save, if that has not ended.
 
     Args:
       step: of the run.
       state: as it is now; it may be donated when this returns.
-      facts: what the manifest is to say besides. A checkpoint with a
+      facts: further content of the manifest. A checkpoint with a
         `nonfinite_streak` of 0 is known to be good.
 
     Raises:
-      CheckpointError: for numbers that are not finite, and for a step before
-        one that is there; nothing is written.
-      StorageError: as `poll`, if the save before failed.
+      CheckpointError: for numbers that are not finite, or a step before one
+        that is saved; nothing is written.
+      StorageError: as `poll`, if the previous save failed.
     """
     # Hosts note the end of a save at different times, its start at the same.
     if step == self._started or step in self.steps():
@@ -134,15 +132,15 @@ class Checkpoints:
     self._started = self._pending = step
 
   def poll(self) -> bool:
-    """Call it after every step: notes the end of a save, at once.
+    """Notes the end of a save without waiting; call it after every step.
 
     Returns:
-      Whether the state of now is to be saved, as the last save failed. It
-      waits for a few seconds then.
+      Whether the current state should be saved because the last save failed.
+      In that case the call waits for a few seconds.
 
     Raises:
-      StorageError: if that cannot help: the disk is full, it has failed too
-        often, or there are several hosts.
+      StorageError: if another attempt cannot help: the disk is full, saves
+        have failed too often, or there are several hosts.
     """
     if self._manager.is_saving_in_progress():
       return False
@@ -164,7 +162,7 @@ class Checkpoints:
   def save_now(
     self, step: int, state: TrainState, facts: Mapping[str, Any] | None = None
   ) -> None:
-    """`save` and `wait`, tried again where `poll` would ask for it."""
+    """Saves and waits, and retries where `poll` would ask for it."""
     self.save(step, state, facts)
     while self._settle():
       self.save(step, state, facts)
@@ -173,22 +171,22 @@ class Checkpoints:
   def restore(
     self, like: TrainState, step: int | None = None
   ) -> tuple[int, TrainState, dict[str, Any]] | None:
-    """The newest good state, placed and typed as the abstract `like`.
+    """Restores the newest good state, placed and typed as the abstract `like`.
 
-    Its perturbation is None. Damaged ones that are newer are said and, unless
-    the directory is open for reading only, renamed: they would be in the way
-    of the steps to come.
+    Its perturbation is None. Newer checkpoints that are damaged are reported.
+    They are also renamed, unless the directory is open for reading only, as
+    the run will save their steps again.
 
     Args:
       like: shapes, types and shardings.
-      step: takes this one only.
+      step: restores this one only.
 
     Returns:
-      Step, state and the facts it was saved with; None if there is none.
+      Step, state and the facts it was saved with; None without a checkpoint.
 
     Raises:
       CheckpointError: if none is good; with `strict`, if the newest is not.
-      StorageError: if files cannot be read, whatever is in them.
+      StorageError: if files cannot be read.
     """
     like = like.replace(perturbation=None)
     steps = [step] if step is not None else self.steps()[::-1]
@@ -200,19 +198,19 @@ class Checkpoints:
       reason = f'{self._directory / str(candidate)}: {reason}'
       if self._strict or step is not None:
         raise CheckpointError(
-          f'{reason}; take an older one with checkpoint.strict=False, or '
+          f'{reason}; use an older one with checkpoint.strict=False, or '
           'remove the directory'
         )
-      hosts.say(f'damaged, passed over: {reason}')
+      hosts.say(f'damaged, skipped: {reason}')
     if steps:
       raise CheckpointError(
         f'no checkpoint in {self._directory} is good; the lines above say what '
-        'is wrong with each. Use another --workdir, or put back a good copy'
+        'is wrong with each. Use another --workdir, or restore a good copy'
       )
     return None
 
   def close(self) -> None:
-    """Waits for the save under way.
+    """Waits for the save in progress.
 
     Raises:
       StorageError: if it failed.
@@ -226,13 +224,13 @@ class Checkpoints:
   # ---- Saving, inside ------------------------------------------------------
 
   def _settle(self) -> bool:
-    """Ends the save under way; see `poll`."""
+    """Ends the save in progress; see `poll`."""
     try:
       self._confirm_pending()
     except StorageError as failure:
       if hosts.count() > 1 or self._failures == _MAX_FAILURES:
         raise
-      if _is_full(failure) or _free_bytes(self._directory) < _FULL_BYTES:
+      if storage.is_full(failure) or _free_bytes(self._directory) < _FULL_BYTES:
         raise
       seconds = _BACK_OFF_SECONDS[self._failures - 1]
       hosts.say(f'{failure}; saving again in {seconds} s')
@@ -241,7 +239,7 @@ class Checkpoints:
     return False
 
   def _confirm_pending(self) -> None:
-    """Waits for the save under way, and sees that it is on disk."""
+    """Waits for the save in progress, and checks that it is on disk."""
     step, self._pending = self._pending, None
     if step is None:
       return
@@ -270,7 +268,7 @@ class Checkpoints:
         hosts.say(f'{error}; it stays until the next start')
 
   def _failure(self, step: int, error: BaseException) -> StorageError:
-    if _is_full(error):
+    if storage.is_full(error):
       error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     failure = storage.failure(error, self._directory)
     return StorageError(f'step {step} could not be saved: {failure}')
@@ -280,9 +278,9 @@ class Checkpoints:
   def _read(
     self, step: int, like: TrainState
   ) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
-    """State and facts, or what is wrong with them: the same on all hosts.
+    """Reads state and facts, or what is wrong with them; as on all hosts.
 
-    Hosts agree after each part, as the next one needs all of them.
+    Hosts agree after each part, because the next one needs all of them.
     """
     path = self._directory / str(step)
     checked = hosts.on_writer(
@@ -346,16 +344,6 @@ def _damage(declared: Mapping[str, Any], state: TrainState) -> str:
     f'{len(damaged)} of {len(sums)} leaves are not as they were saved: '
     f'{", ".join(damaged[:4])}'
   )
-
-
-def _is_full(error: BaseException | None) -> bool:
-  while error is not None:
-    if isinstance(error, OSError) and error.errno in _FULL:
-      return True
-    if any(text in str(error) for text in _FULL_TEXTS):
-      return True
-    error = error.__cause__ or error.__context__
-  return False
 
 
 def _free_bytes(directory: epath.Path) -> float:

@@ -26,12 +26,12 @@ _SEEDS = (0x243F6A88, 0x85A308D3)
 
 
 def checksums(tree: Any) -> tuple[dict[str, str], list[str]]:
-  """{path: checksum of 16 hex digits} of every leaf, in one transfer.
+  """Computes {path: checksum of 16 hex digits} of every leaf.
 
-  Also the paths of leaves that hold a number that is not finite. All hosts
-  must call it, and get the same.
+  Also returns the paths of leaves that hold a number that is not finite. All
+  hosts must call it, and get the same.
   """
-  # To compile while steps of several CPU devices run can leave both waiting.
+  # Compiling while steps of several CPU devices run can deadlock.
   jax.block_until_ready(tree)
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   found = [_program(_replicated(x))(x) for _, x in leaves]

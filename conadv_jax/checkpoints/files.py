@@ -1,4 +1,4 @@
-"""The directories of checkpoints, and what must be so before one is read."""
+"""The directories of checkpoints, and checks of one before it is read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SLACK_BYTES = 2**26
 UNWRITABLE = (
   OSError, ValueError, KeyError, TypeError, RuntimeError, CheckpointError,
 )  # fmt: skip
-# What files raise that are not as we write them.
+# What reading raises for files that are not as we write them.
 _UNREADABLE = (*UNWRITABLE, AttributeError, IndexError)
 
 
@@ -57,9 +57,9 @@ def committed(directory: epath.Path) -> list[int]:
 
 
 def tidy(directory: epath.Path, read_only: bool) -> None:
-  """Removes what killed saves and removals left, and says what is no step.
+  """Removes what killed saves and removals left; reports what it ignores.
 
-  Orbax would do so in a thread, while the run saves again.
+  Orbax would do so in a thread, while the run is saving again.
   """
   if not directory.exists():
     return
@@ -87,7 +87,7 @@ def _is_leftover(path: epath.Path) -> bool:
 
 
 def removable(directory: epath.Path, keep: int) -> list[int]:
-  """Steps that are neither among the newest nor the newest known good one."""
+  """Lists all steps but the newest ones and the newest known good one."""
   steps = committed(directory)
   kept, older = steps[-keep:], steps[:-keep]
 
@@ -105,8 +105,8 @@ def removable(directory: epath.Path, keep: int) -> list[int]:
 
 
 def remove(path: epath.Path) -> None:
-  """Removes a checkpoint; works again after it has failed half-way."""
-  # First what makes it a checkpoint: half of one is then not taken for it.
+  """Removes a checkpoint; can be called again after it failed half-way."""
+  # The commit file first, so that what is left is not taken for a checkpoint.
   (path / _COMMITTED).unlink(missing_ok=True)
   faults.point('checkpoint/mid_removal', step_of(path))
   if path.exists():
@@ -117,10 +117,10 @@ def remove(path: epath.Path) -> None:
 
 
 def inspect(path: epath.Path, step: int, like: TrainState) -> dict[str, Any]:
-  """The manifest, or what is wrong, of a checkpoint that may be a stranger's.
+  """Returns the manifest of an untrusted checkpoint, or what is wrong with it.
 
   Raises:
-    StorageError: if files cannot be read, whatever is in them.
+    StorageError: if files cannot be read.
   """
 
   def check() -> dict[str, Any]:
@@ -141,7 +141,7 @@ def inspect(path: epath.Path, step: int, like: TrainState) -> dict[str, Any]:
 
 
 def _check_files(path: epath.Path, like: TrainState) -> None:
-  """Refuses links, which could lead anywhere, and more than can be ours."""
+  """Refuses links, which could lead anywhere, and files that are too large."""
   total = sum(x.stat().length for x in _walk(path) if not x.is_dir())
   expected = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
   if total > 2 * expected + _SLACK_BYTES:
@@ -151,7 +151,7 @@ def _check_files(path: epath.Path, like: TrainState) -> None:
 
 
 def _walk(path: epath.Path) -> Iterator[epath.Path]:
-  """`path` and all below; what it refuses, it does not open."""
+  """Yields `path` and all below; what it refuses, it does not open."""
   if not storage.is_remote(path):
     _check_kind(path)
   yield path
@@ -169,9 +169,9 @@ def _check_kind(path: epath.Path) -> None:
 
 
 def _check_stored(path: epath.Path, like: TrainState) -> None:
-  """Refuses declared sizes that the reader would allocate, or abort over.
+  """Refuses shapes for which the reader would allocate too much, or abort.
 
-  Keys of our format (OCDBT) are no paths, and tensorstore refuses '..' and
+  In our format (OCDBT) keys are not paths, and tensorstore refuses '..' and
   absolute paths in the names of the files that hold their values. In another
   format, where arrays are directories, keys would be paths.
   """

@@ -29,7 +29,7 @@ def make(
     step: of the run.
     state: what is saved.
     sums: {path: checksum} of its leaves, from `checksum`.
-    facts: what else is to be said, as JSON can hold it.
+    facts: further content that JSON can hold.
   """
   leaves = jax.tree_util.tree_leaves_with_path(state)
   content = {

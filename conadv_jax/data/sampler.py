@@ -44,20 +44,29 @@ def example_ids(
   ids = np.empty(batch_size, np.int64)
   for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
     here = epochs == epoch
-    ids[here] = _permutation(seed, epoch, num_examples)[places[here]]
+    ids[here] = _of_epoch(seed, epoch, num_examples)[places[here]]
   return ids, epochs
+
+
+def permutation(
+  seed: int, epoch: int, count: int, stream: int = 0
+) -> np.ndarray:
+  """An order of `count` items, int64, keyed by (seed, epoch, stream).
+
+  Sorts raw Philox words: NumPy promises those for ever, while
+  `Generator.permutation` may change between releases.
+  """
+  words = np.random.Philox(
+    key=np.array([seed, epoch], np.uint64),
+    counter=np.array([0, 0, 0, stream], np.uint64),
+  )
+  return np.argsort(words.random_raw(count), kind='stable')
 
 
 # A batch needs one epoch or two neighbours, train and restart a few more.
 @functools.lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-  """The order of all ids in one epoch, int64 [N], keyed by (seed, epoch).
-
-  Sorts raw Philox words: NumPy promises those words for ever, while
-  `Generator.permutation` may change between releases.
-  """
-  words = np.random.Philox(key=np.array([seed, epoch], np.uint64))
-  order = np.argsort(words.random_raw(num_examples), kind='stable')
+def _of_epoch(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+  order = permutation(seed, epoch, num_examples)
   order.setflags(write=False)  # The cache hands it to every caller.
   return order
 

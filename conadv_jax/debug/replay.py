@@ -13,7 +13,6 @@ bad_steps/STEP.png to the work directory and changes nothing else there.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -30,17 +29,15 @@ from conadv_jax.base import storage
 from conadv_jax.base.errors import CheckpointError, ConfigError
 from conadv_jax.checkpoints import checksum
 from conadv_jax.checkpoints.checkpoint import Checkpoints
-from conadv_jax.data import datasets
 from conadv_jax.data.quarantine import Quarantine
-from conadv_jax.data.sources import cache
 from conadv_jax.debug import diagnosis
 from conadv_jax.experiment import Run
-from conadv_jax.hosts.watchdog import Watchdog
 from conadv_jax.method import optim
 from conadv_jax.method.staleness import pending_perturbation
 from conadv_jax.method.state import TrainState
 from conadv_jax.run import bad_steps, feed, metrics, plots, preflight, workdir
 from conadv_jax.run.bad_steps import to_json
+from conadv_jax.run.guard import Guard
 from conadv_jax.run.reopen import parse_args
 
 Row = dict[str, Any]
@@ -59,16 +56,14 @@ def main(argv: Sequence[str]) -> Row:
   """
   step, rest = _parse_step(cli.start_hosts(argv))
   path, config = parse_args(rest)
-  with contextlib.ExitStack() as stack:
-    watchdog = stack.enter_context(Watchdog(config.hang_timeout_seconds))
-    stack.push(watchdog.verdict)
+  with Guard(config.hang_timeout_seconds) as guard:
     preflight.check_program(config)
     run = experiment.build(config)
     if not 1 <= step <= run.steps.stop:
       raise ConfigError(
         f'replay={step}: the run in {path} has steps 1 to {run.steps.stop}'
       )
-    return _Replay(path, run, step, watchdog).report()
+    return _Replay(path, run, step, guard).report()
 
 
 def _parse_step(argv: Sequence[str]) -> tuple[int, list[str]]:
@@ -84,11 +79,11 @@ def _parse_step(argv: Sequence[str]) -> tuple[int, list[str]]:
 class _Replay:
   """One replay: brings the run to a step, and looks at it."""
 
-  def __init__(self, path: epath.Path, run: Run, step: int, watchdog: Watchdog):
+  def __init__(self, path: epath.Path, run: Run, step: int, guard: Guard):
     self._path, self._run, self._step = path, run, step
-    self._watchdog = watchdog
-    watchdog.phase('data', limited=False)
-    self._source = cache.load(run.spec, 'train', run.config.dataset)
+    self._guard = guard
+    guard.enter('data')
+    self._source = run.spec.open('train', run.config.dataset)
     self._check_run()
     self._known = hosts.on_writer('what is known of the step', self._read)
 
@@ -101,7 +96,7 @@ class _Replay:
     ids, next_ids = bad_steps.global_ids(
       self._run, example_ids, (self._step - 1, self._step)
     )
-    self._watchdog.phase('diagnosis', self._step, limited=False)
+    self._guard.enter('diagnosis', self._step)
     numbers = {
       name: float(value)
       for name, value in jax.device_get(values).items()
@@ -128,7 +123,7 @@ class _Replay:
     content = json.loads(storage.read(file.read_text, file))
     config = self._run.config.dataset
     now = {
-      'version': datasets.version(self._run.spec, config.data_dir),
+      'version': self._run.spec.version(config.data_dir),
       'num_train': self._source.num_examples,
     }
     for name, value in now.items():
@@ -158,7 +153,7 @@ class _Replay:
 
   def _restored(self) -> tuple[int, TrainState]:
     """The newest good checkpoint before the step, or the initial state."""
-    self._watchdog.phase('restore')
+    self._guard.enter('restore')
     steps: list[int] = []
     if (self._path / 'checkpoints').exists():
       checkpoints = Checkpoints(self._path, read_only=True)
@@ -167,7 +162,7 @@ class _Replay:
       try:
         _, state, _ = checkpoints.restore(self._run.abstract_state(), step)
       except CheckpointError as error:
-        hosts.say(f'damaged, passed over: {error}')
+        hosts.say(f'damaged, skipped: {error}')
       else:
         hosts.say(f'replaying from the checkpoint of step {step}')
         return step, state
@@ -179,7 +174,7 @@ class _Replay:
   ):
     """(state before the step, after it, its metrics, batch, next batch)."""
     run, stop = self._run, self._step
-    self._watchdog.phase('compile', limited=False)
+    self._guard.enter('compile')
     step_fn = run.compile_step()
     quarantine = Quarantine(max_share=run.config.dataset.max_bad_share)
     batches = feed.batches(
@@ -192,7 +187,7 @@ class _Replay:
     )
     said = time.monotonic()
     for step in range(start + 1, stop):
-      self._watchdog.phase('step', step)
+      self._guard.enter('step', step)
       following = next(batches)
       state, values = step_fn(state, batch, following)
       batch = following
@@ -255,13 +250,8 @@ class _Replay:
       'label': int(labels[place]),
       'predicted': int(predicted_N[place]),
       'loss': to_json(loss_N[place]),
-      'file': self._file_of(int(ids[place])),
+      'file': self._source.describe(int(ids[place])),
     }
-
-  def _file_of(self, example_id: int) -> str:
-    # Data sets that are read into memory whole have none.
-    describe = getattr(self._source, 'describe', None)
-    return describe(example_id) if describe else '-'
 
   def _draw(self, batch, delta, labels, loss_N, ids) -> None:
     """Writes the picture of the worst examples, whatever the view."""

@@ -1,16 +1,17 @@
-"""What to know about an exported network, as JSON and as Markdown."""
+"""The model card of an exported network, as JSON and as Markdown."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from etils import epath
 from flax import traverse_util
 
-from conadv_jax.config import METHODS, Config, from_config_dict, to_dict
+from conadv_jax import models
+from conadv_jax.config import Config, from_config_dict, to_dict
 from conadv_jax.data.datasets import DatasetSpec
 from conadv_jax.experiment import Run
 from conadv_jax.method.state import Snapshot
@@ -33,10 +34,10 @@ CITATION = f"""\
 
 
 def make(run: Run, directory: epath.Path, step: int, weights: Snapshot) -> Card:
-  """The card of `weights`, those of `step` of the run in `directory`.
+  """Makes the card of `weights`, those of `step` of the run in `directory`.
 
-  What the run did not measure on these very weights is None, or not in the list
-  `evaluations`.
+  `evaluations` lists only what was measured on these very weights; `top1` is
+  None if nothing was.
   """
   config = run.config
   origin = json.loads((directory / 'config.json').read_text())
@@ -46,8 +47,10 @@ def make(run: Run, directory: epath.Path, step: int, weights: Snapshot) -> Card:
   return {
     'card': KIND,
     'model': config.model,
-    'parameters': count_parameters(weights.params),
+    'timm_name': timm_name(config.model),
+    'parameters': count_parameters(weights),
     'method': config.method,
+    'views': [list(pair) for pair in config.views],
     'staleness_steps': config.staleness_steps,
     'dataset': {
       'name': run.spec.name,
@@ -75,23 +78,37 @@ def make(run: Run, directory: epath.Path, step: int, weights: Snapshot) -> Card:
   }
 
 
-def count_parameters(params: Any) -> int:
-  """Parameters of the network that one route is."""
-  flat = traverse_util.flatten_dict(params)
-  norms = {path[:-1] for path in flat if path[-1] == 'scale'}
-  sizes = {
+def timm_name(model: str) -> str | None:
+  """Returns timm's name of our `model`; None if timm has no such network."""
+  if models.get(model).timm_module is None:
+    return None
+  return f'tf_{model}' if model.startswith('efficientnet') else model
+
+
+def norms_of(weights: Snapshot) -> set[tuple[str, ...]]:
+  """Returns the paths of the batch norms, whose leaves have a row per route."""
+  stats = traverse_util.flatten_dict(weights.batch_stats)
+  return {path[:-1] for path in stats}
+
+
+def count_parameters(weights: Snapshot) -> int:
+  """Counts the parameters of the network that one route is."""
+  norms = norms_of(weights)
+  shapes = {
     path: leaf.shape[1:] if path[:-1] in norms else leaf.shape
-    for path, leaf in flat.items()
+    for path, leaf in traverse_util.flatten_dict(weights.params).items()
   }
-  return sum(jax.ShapeDtypeStruct(s, bool).size for s in sizes.values())
+  return sum(map(math.prod, shapes.values()))
 
 
 def evaluations(
   directory: epath.Path, config: Config, step: int
 ) -> list[dict[str, Any]]:
-  """What summary.json has on the weights of `step`, `eval.route` and EMA.
+  """Finds the evaluations in summary.json of `step`, `eval.route` and EMA.
 
-  Rows have `attack` (none, fgsm, pgd), `epsilon`, `attack_steps`, `top1`.
+  Returns:
+    Rows with `attack` ('none' for clean images), `epsilon`, `attack_steps` and
+    `top1`; of several of one kind, the newest.
   """
   file = directory / 'summary.json'
   summary = json.loads(file.read_text()) if file.exists() else {}
@@ -107,7 +124,7 @@ def evaluations(
     if (row['step'], row['route'], row['use_ema']) == wanted:
       names = ('attack', 'epsilon', 'attack_steps', 'top1')
       rows.append({name: row[name] for name in names})
-  # The newest of a kind.
+  # A later row of a kind replaces an earlier one.
   return list({tuple(r.values())[:-1]: r for r in rows}.values())
 
 
@@ -120,9 +137,9 @@ def _row(trained: Config, name: str, top1: float) -> dict[str, Any]:
 
 
 def input_of(config: Config, spec: DatasetSpec) -> dict[str, Any]:
-  """How an image becomes input, in the words of timm's `pretrained_cfg`.
+  """Describes the preprocessing in the words of timm's `pretrained_cfg`.
 
-  The central square, of `crop_pct` of the shorter side, is resized; images of a
+  The central square, `crop_pct` of the shorter side, is resized. Images of a
   data set of one size are taken as they are.
   """
   height, width, channels = spec.image_shape
@@ -137,7 +154,7 @@ def input_of(config: Config, spec: DatasetSpec) -> dict[str, Any]:
 
 
 def markdown(card: Mapping[str, Any]) -> str:
-  """The card as a page for people."""
+  """Renders the card as a page of Markdown."""
   dataset, config = card['dataset'], card['config']
   staleness = card['staleness_steps']
   method = card['method'] + (f' (staleness {staleness})' if staleness else '')
@@ -188,7 +205,7 @@ def _input(card: Mapping[str, Any]) -> str:
 
 
 def _accuracies(card: Mapping[str, Any]) -> str:
-  """Rows of `evaluations`; 'not evaluated' for what is not among them."""
+  """A table of `evaluations`; 'not evaluated' where there is none."""
   rows = list(card['evaluations'])
   if card['top1'] is None:
     rows.insert(0, {'attack': 'none', 'top1': None})
@@ -198,9 +215,8 @@ def _accuracies(card: Mapping[str, Any]) -> str:
   lines = []
   for row in rows:
     top1 = 'not evaluated' if row['top1'] is None else f'{row["top1"]:.2f}'
-    attacked = row['attack'] in ('fgsm', 'pgd')
-    radius = f'{row["epsilon"]:g}' if attacked else ''
-    steps = row['attack_steps'] if attacked else ''
+    radius = f'{row["epsilon"]:g}' if row.get('epsilon') else ''
+    steps = row.get('attack_steps') or ''
     lines.append((row['attack'], radius, steps, top1))
   images = f'On {card["dataset"]["num_eval"]:,} images that were not trained on'
   return f'{images}; attacks are in an L-infinity ball.\n\n' + _table(
@@ -209,7 +225,7 @@ def _accuracies(card: Mapping[str, Any]) -> str:
 
 
 def _recipe(card: Mapping[str, Any]) -> dict[str, str]:
-  """The config that matter most; `config` of the JSON has all."""
+  """The settings that matter most; `config` in the JSON has all of them."""
   config = card['config']
   optimizer, schedule = config['optimizer'], config['schedule']
   attack, ema = config['attack'], config['ema']['decay']
@@ -223,7 +239,7 @@ def _recipe(card: Mapping[str, Any]) -> dict[str, str]:
     f'{schedule["name"]} decay',
     'loss': f'label smoothing {config["loss"]["label_smoothing"]:g}',
   }
-  if any(view == 'adv' for view, _ in METHODS[card['method']].views):
+  if any(view == 'adv' for view, _ in card['views']):
     rows['attack'] = (
       f'{attack["preset"]}: {attack["norm"]} radius {attack["epsilon"]:g} '
       f'grey levels of 255, steps of {attack["step_size"]:g}: '

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-import functools
 import ipaddress
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator, Sequence
 
 import jax
-from jax._src import cloud_tpu_init, clusters, distributed
 
 from conadv_jax import hosts
-from conadv_jax.base.errors import ConfigError, HostError
+from conadv_jax.base import errors
+from conadv_jax.base.errors import ConfigError
+from conadv_jax.hosts import private
 
 _SHUTDOWN_SECONDS = 60
-# JAX ends a process that it takes for cut off, without a word about which host
-# is lost. The watchdog, which knows, must come first.
+# JAX aborts a process that it takes for cut off, without naming the host that
+# is lost. What of ours can name it must come first.
 _JAX_LATER_SECONDS = 30
+_peer_timeout_seconds = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,11 @@ class _Place:
   num_hosts: int
   host_index: int
   local_device_ids: Sequence[int] | None = None
+
+
+def peer_timeout_seconds() -> int:
+  """Silence after which a host is taken for lost, as given to `start`."""
+  return _peer_timeout_seconds
 
 
 def start(
@@ -52,14 +58,14 @@ def start(
     num_hosts: number of hosts; 1 alone means not to look for others.
     host_index: this host, from 0.
     start_timeout_seconds: how long to wait for the others. Then the process
-      ends with `errors.HOST`, after messages that say which hosts are missing,
-      as far as host 0 is there to tell, and what to check.
+      ends with `errors.HOST` and a message that says what to check.
     peer_timeout_seconds: silence after which a host is taken for lost.
 
   Raises:
     ConfigError: for arguments that do not go together, a port that is taken,
       or hosts that cannot be found.
   """
+  global _peer_timeout_seconds
   if jax.distributed.is_initialized():
     return
   for name, seconds in (
@@ -70,7 +76,7 @@ def start(
       raise ConfigError(
         f'--{name}_timeout_seconds={seconds}: must be 1 or more'
       )
-  hosts.known.peer_timeout_seconds = peer_timeout_seconds
+  _peer_timeout_seconds = peer_timeout_seconds
   address = os.environ.get('JAX_COORDINATOR_ADDRESS')
   if num_hosts is not None and host_index is not None:
     coordinator = coordinator or address
@@ -124,16 +130,15 @@ def _explicit(
 
 def _detected(address: str | None, timeout_seconds: int) -> _Place | None:
   """What JAX finds out by itself; None where there are no other hosts."""
-  on_tpu_vm = cloud_tpu_init.running_in_cloud_tpu_vm
+  on_tpu_vm = private.on_tpu_vm()
   if on_tpu_vm and jax.config.jax_platforms == 'cpu':
     return None
   fix = (
     'say which hosts there are with --coordinator=HOST:PORT --num_hosts=N '
     '--host_index=I, or --num_hosts=1 for this one alone'
   )
-  detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
   try:
-    found = detect(address, None, None, None, None, timeout_seconds)
+    found = private.detect(address, timeout_seconds)
   except (OSError, RuntimeError, ValueError, ImportError) as error:
     raise ConfigError(
       f'looking for other hosts failed: {error}; {fix}'
@@ -142,8 +147,8 @@ def _detected(address: str | None, timeout_seconds: int) -> _Place | None:
     return _Place(*found)
   if address:
     raise ConfigError(
-      f'JAX_COORDINATOR_ADDRESS={address}: not known is how many hosts there '
-      f'are and which is this one; {fix}'
+      f'JAX_COORDINATOR_ADDRESS={address}: it is not known how many hosts '
+      f'there are and which one this is; {fix}'
     )
   if on_tpu_vm and 'TPU_SKIP_MDS_QUERY' in os.environ:
     # It is for compiling without a TPU, and hides the other hosts of a slice.
@@ -158,102 +163,59 @@ def _join(place: _Place, timeout_seconds: int) -> None:
   host, _, port = place.coordinator.rpartition(':')
   if place.host_index == 0:
     _check_port_is_free(place.coordinator, int(port))
+  label = f'host {place.host_index} of {place.num_hosts}: '
   check = (
     f'was the same command started on all {place.num_hosts} hosts, each with '
     f'its own host index, and can they reach port {port} of {host}?'
   )
   print(
-    f'host {place.host_index} of {place.num_hosts}: waiting up to '
-    f'{timeout_seconds} s for all hosts at {place.coordinator}. Should this '
-    f'fail: {check}',
+    f'{label}waiting up to {timeout_seconds} s for all hosts at '
+    f'{place.coordinator}. Should this fail: {check}',
     flush=True,
   )
-  hosts.known.lost = lambda: (
-    f'not all hosts came to {place.coordinator} in {timeout_seconds} s; the '
-    'message of JAX above has the numbers of those that are missing, under '
-    f'"timed out task names", if this host reached host 0: {check}'
+  late = (
+    f'{label}error: not all hosts came to {place.coordinator} in '
+    f'{timeout_seconds} s; those that did have said so in their logs; {check}'
   )
-  _hook_into_abort(f'host {place.host_index} of {place.num_hosts}: ')
-  bind = place.coordinator if _is_loopback(host) else None
   try:
-    with _missing_hosts_are_named(timeout_seconds):
+    with _ended_after(timeout_seconds, late):
       jax.distributed.initialize(
         place.coordinator,
         place.num_hosts,
         place.host_index,
         local_device_ids=place.local_device_ids,
         cluster_detection_method='deactivate',
-        # Later than the service, which can name the missing hosts.
-        initialization_timeout=timeout_seconds + 5,
-        heartbeat_timeout_seconds=(
-          hosts.known.peer_timeout_seconds + _JAX_LATER_SECONDS
-        ),
+        initialization_timeout=timeout_seconds + _JAX_LATER_SECONDS,
+        heartbeat_timeout_seconds=_peer_timeout_seconds + _JAX_LATER_SECONDS,
         shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
-        coordinator_bind_address=bind,
+        coordinator_bind_address=(
+          place.coordinator if _is_loopback(host) else None
+        ),
       )
   except jax.errors.JaxRuntimeError as error:
     raise ConfigError(
       f'--coordinator={place.coordinator}: could not join: {error}'
     ) from error
-  hosts.known.lost = _lost_coordinator
   # JAX notes SIGTERM for a service of its own and drops it. Until the run
   # handles it (stop.StopRequest), the signal is to end the process as always.
   signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 @contextlib.contextmanager
-def _missing_hosts_are_named(timeout_seconds: int) -> Iterator[None]:
-  """The service of JAX then tells all that came which hosts did not.
+def _ended_after(seconds: float, message: str) -> Iterator[None]:
+  """In this context the process ends with `errors.HOST` after `seconds`."""
 
-  It has a limit of its own for that, an hour, which JAX has no argument for.
-  """
-  library, name = distributed._jax, 'get_distributed_runtime_service'
-  original = getattr(library, name)
-  limited = functools.partial(
-    original, cluster_register_timeout=timeout_seconds
-  )
-  setattr(library, name, limited)
+  def end() -> None:
+    os.write(2, f'{message}\n'.encode())
+    os._exit(errors.HOST)
+
+  timer = threading.Timer(seconds, end)
+  timer.daemon = True
+  timer.start()
   try:
     yield
   finally:
-    setattr(library, name, original)
-
-
-def _hook_into_abort(label: str) -> None:
-  """Ends the process with our message and exit code where JAX aborts it.
-
-  The moment host 0 is gone, a thread of JAX calls abort(). A handler of Python
-  would run too late for that, in the main thread; this one runs in the thread
-  that calls. Any other abort goes on as if it were not there.
-  """
-  libc = ctypes.CDLL(None)
-  libc.signal.restype = ctypes.c_void_p
-  libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
-
-  @ctypes.CFUNCTYPE(None, ctypes.c_int)
-  def handle(_):
-    failure = hosts.known.failure
-    if failure is None and (message := hosts.known.lost()) is not None:
-      failure = HostError(message)
-    if failure is not None:
-      os.write(2, f'{label}error: {failure}\n'.encode())
-      os._exit(failure.exit_code)
-    libc.signal(signal.SIGABRT, before)
-
-  hosts.known.abort_handler = handle
-  before = libc.signal(
-    signal.SIGABRT, ctypes.cast(handle, ctypes.c_void_p).value
-  )
-
-
-def _lost_coordinator() -> str | None:
-  """The message if nobody listens at host 0 any more."""
-  host, _, port = hosts.coordinator().rpartition(':')
-  try:
-    with socket.create_connection((host.strip('[]'), int(port)), timeout=2):
-      return None
-  except OSError as error:
-    return f'{hosts.silent_coordinator()}: {error.strerror or error}'
+    timer.cancel()
 
 
 def _check_port_is_free(coordinator: str, port: int) -> None:

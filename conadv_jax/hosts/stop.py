@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,8 @@ import numpy as np
 
 from conadv_jax import hosts
 from conadv_jax.base import errors
-from conadv_jax.devices import mesh as mesh_lib
+from conadv_jax.devices.mesh import example_sharding, replicated
+from conadv_jax.hosts import leaving
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Above all signals: it wins where both come at once.
@@ -37,12 +37,13 @@ class Stopped(Exception):
 class StopRequest:
   """Remembers SIGINT or SIGTERM, so that the loop can save and leave.
 
-  Ctrl-C after that interrupts at once; SIGTERM may come from several senders.
+  A second Ctrl-C interrupts at once; SIGTERM may come from several senders.
   """
 
   def __init__(self):
     self.signal: signal.Signals | None = None
     self._leave: Callable[[int], None] | None = None
+    self._last: Callable[[], None] = lambda: None
 
   def __enter__(self) -> StopRequest:
     # Python's handlers wait for the main thread to come back from a compiler
@@ -64,38 +65,38 @@ class StopRequest:
     self._thread.join()
     os.close(self._read)
 
-  @contextlib.contextmanager
-  def leaving_at_once(
-    self, reason: str, last: Callable[[], None] = lambda: None
-  ) -> Iterator[None]:
-    """In this context a signal ends the process at once, with exit code 42.
+  def leave_at_once(self, reason: str) -> None:
+    """From now on a signal ends the process at once, with exit code 42.
 
     For times in which there is nothing to save, however long a compiler or a
-    file system keeps the main thread.
+    file system keeps the main thread. A signal that came before counts.
 
     Args:
       reason: why nothing has to be saved, for the user.
-      last: called before the end, in another thread.
     """
 
     def leave(number: int) -> None:
       text = (
         f'{signal.Signals(number).name}: {reason}; run the same command again '
-        'to go on'
+        'to resume'
       )
       sys.stdout.flush()
       os.write(2, f'\n{hosts.label()}{text}\n'.encode())
-      last()
-      hosts.abandon(text, errors.PREEMPTED)
-      hosts.leave(errors.PREEMPTED)
+      self._last()
+      leaving.abandon(text, errors.PREEMPTED)
+      leaving.leave(errors.PREEMPTED)
 
-    before, self._leave = self._leave, leave
-    try:
-      if self.signal is not None:
-        leave(self.signal)
-      yield
-    finally:
-      self._leave = before
+    self._leave = leave
+    if self.signal is not None:
+      leave(self.signal)
+
+  def before_leaving(self, last: Callable[[], None]) -> None:
+    """Calls `last`, in another thread, before a signal ends the process."""
+    self._last = last
+
+  def save_first(self) -> None:
+    """From now on a signal is remembered only: there is a state to save."""
+    self._leave = None
 
   def _handle(self, number: int, _) -> None:
     if self.signal is not None:
@@ -118,9 +119,9 @@ class Agreement:
   """What, if anything, stops all hosts before the same step.
 
   Each call starts the maximum of the hosts' signals over all devices, behind
-  the step that runs, and reads that of the call before: no device waits for a
-  host, and a signal on any host stops all at most two steps later. An input
-  that failed counts as one; two batches of it must still be there. JAX's
+  the running step, and reads that of the call before. So no device waits for a
+  host, and a signal on any host stops all at most two steps later. A failed
+  input counts as a signal; two batches of it must be left. JAX's
   `reached_preemption_sync_point` knows SIGTERM only, takes the handler from
   Python, and never fires if the signal comes before its first call.
   """
@@ -128,7 +129,7 @@ class Agreement:
   def __init__(self, request: StopRequest, mesh: jax.sharding.Mesh):
     self._request = request
     self._asked: jax.Array | None = None
-    sharding = mesh_lib.example_sharding(mesh)
+    sharding = example_sharding(mesh)
 
     def flags(number: int) -> jax.Array:
       return jax.make_array_from_callback(
@@ -139,7 +140,7 @@ class Agreement:
     self._flags = {
       number: flags(number) for number in (0, *_SIGNALS, _INPUT_FAILED)
     }
-    self._max = jax.jit(jnp.max, out_shardings=mesh_lib.replicated(mesh))
+    self._max = jax.jit(jnp.max, out_shardings=replicated(mesh))
 
   def check(self, input_failed: bool = False) -> None:
     """Call it on every host, before every step and batch of an evaluation.

@@ -1,19 +1,15 @@
 """Ends a run that hangs, or whose other hosts are lost, in bounded time.
 
-The main thread says by `Watchdog.phase` what it begins. Of two threads beside
-it, one measures how long that takes; the other, with several hosts, exchanges
-signs of life with them through the key-value store of JAX's coordinator, as
-its calls may wait for ever. Every 2 s (or a tenth of the peer timeout, if that
-is less) a host writes one key and reads one, and host 0 reads the signs of life
-of all: for 256 hosts 256 small calls a second.
+The main thread tells `Watchdog.phase` what it begins, and a thread measures how
+long that takes. With several hosts it also looks at what `peers` has read of
+the others.
 
-Time is counted in ticks that the process was awake for, so that a process that
-was stopped for a while, or a clock that jumps, ends nothing.
+Time is counted in ticks during which the process ran. So a process that was
+stopped for a while, or a clock that jumps, ends nothing.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import faulthandler
 import os
 import sys
@@ -21,17 +17,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
-
-import jax
+from typing import NoReturn
 
 from conadv_jax import hosts
 from conadv_jax.base import errors
 from conadv_jax.base.errors import HostError
+from conadv_jax.hosts import join, leaving
+from conadv_jax.hosts.peers import Peers, place, places
 
 _TICK_SECONDS = 0.25
 _AWAKE_SECONDS = 1.0  # the most that counts between two ticks
-_BEAT_SECONDS = 2.0
+_READ_SECONDS = 2.0
 _REARM_SECONDS = 10.0
 # Python that does not come to run is ended this much later than a phase is.
 _STUCK_SECONDS = 600
@@ -39,9 +35,6 @@ _STUCK_SECONDS = 600
 # writer has confirmed it.
 _GRACE_SECONDS = 3.0
 _GRACE_SAVE_SECONDS = 60.0
-# After a failed collective, a host is lost if it misses this many beats.
-_MISSED_BEATS = 5
-_ENDED = 'ended'  # the phase of a host that said goodbye
 # How errors of collectives begin, of type RuntimeError or ValueError.
 _REMOTE_ERRORS = (
   'ABORTED:', 'CANCELLED:', 'DEADLINE_EXCEEDED:', 'INTERNAL:', 'UNAVAILABLE:',
@@ -67,10 +60,10 @@ class _AwakeClock:
 class Watchdog:
   """In this context, the process ends if a phase takes too long.
 
-  With several hosts it also ends, within seconds, if another host said by
-  `hosts.abandon` that it failed, and after `hosts.peer_timeout_seconds()` if
-  one gives no sign of life; `errors.HANG`, the code of the other host, and
-  `errors.HOST` are the exit codes. The message names the host and what it did.
+  Its exit code is then `errors.HANG`. With several hosts it also ends within
+  seconds if another host failed (`leaving.abandon`), with the exit code of that
+  host; and with `errors.HOST` if one gives no sign of life for
+  `join.peer_timeout_seconds()`. The message names the host and what it did.
   """
 
   def __init__(
@@ -88,13 +81,13 @@ class Watchdog:
     self._seen, self._since = self._phase, 0.0
     self._rearmed = -_REARM_SECONDS
     self._failed_since: float | None = None
-    self._peers: _Peers | None = None
+    self._peers: Peers | None = None
     self._stop = threading.Event()
 
   def phase(
     self, name: str, step: int | None = None, limited: bool = True
   ) -> None:
-    """The main thread begins `name`: progress, which restarts the limit.
+    """Notes that the main thread begins `name`, which restarts the limit.
 
     Args:
       name: 'input', 'step', 'save', 'restore', 'evaluate', 'compile', 'data'.
@@ -106,7 +99,7 @@ class Watchdog:
 
   def __enter__(self) -> Watchdog:
     if hosts.count() > 1:
-      self._peers = _Peers(lambda: self._phase, hosts.peer_timeout_seconds())
+      self._peers = Peers(lambda: self._phase, join.peer_timeout_seconds())
       self._peers.start()
     self._thread = threading.Thread(
       target=self._run, name='watchdog', daemon=True
@@ -124,11 +117,11 @@ class Watchdog:
       self._peers.stop()
 
   def verdict(self, _, error: BaseException | None, __) -> None:
-    """Tells whether `error` is there because another host is lost.
+    """Ends the process if `error` is there because another host is lost.
 
-    A collective fails when a host dies, and the process ends here if one is
-    found. It has the arguments of an exit callback, for contexts inside of this
-    one that would wait for the lost host when they are left.
+    A collective fails when a host dies. The arguments are those of an exit
+    callback, for contexts inside of this one that would wait for the lost host
+    when they are left.
     """
     if self._peers is None or not _may_be_of_another(error):
       return
@@ -138,7 +131,7 @@ class Watchdog:
       f'{self._peers.suspect():.0f} s whether another host is lost'
     )
     # The watchdog's thread ends the process if it is.
-    self._stop.wait(self._peers.suspect() + 2 * _BEAT_SECONDS)
+    self._stop.wait(self._peers.suspect() + 2 * _READ_SECONDS)
 
   def _run(self) -> None:
     while not self._stop.wait(_TICK_SECONDS):
@@ -161,17 +154,17 @@ class Watchdog:
     name, step, limited = self._seen
     seconds = now - self._since
     if limited and 0 < self._timeout_seconds < seconds:
-      place = _place({'phase': name, 'step': step})
+      where = place({'phase': name, 'step': step})
       message = (
-        f'no progress for {seconds:.0f} s in {place} (limit '
+        f'no progress for {seconds:.0f} s in {where} (limit '
         f'{self._timeout_seconds} s, hang_timeout_seconds)'
       )
       _say(message)
       _dump_stacks()
       if self._peers is not None:
-        hosts.within(_BEAT_SECONDS, self._peers.read)
-        _say(f'the hosts, as they last said: {_places(self._peers.beats)}')
-        hosts.abandon(message, errors.HANG)
+        leaving.within(_READ_SECONDS, self._peers.read)
+        _say(f'what the hosts last reported: {places(self._peers.beats)}')
+        leaving.abandon(message, errors.HANG)
         # While this process is there, the others hang where they are, and show
         # it; the end of one breaks collectives.
         time.sleep(self._peers.listening_seconds)
@@ -189,119 +182,11 @@ class Watchdog:
       # Unless the main thread, which may have heard it too, ends before.
       if now - self._failed_since >= grace:
         _say(f'error: {failure}')
-        hosts.leave(failure.exit_code)
+        leaving.leave(failure.exit_code)
     elif lost := self._peers.lost(now):
       message, absent = lost
       _say(f'error: {message}')
       _end(message, errors.HOST, absent)
-
-
-class _Peers:
-  """The thread that talks to other hosts, and what it heard.
-
-  Attributes:
-    failure: what another host announced, or None.
-    beats: the newest sign of life of every host, on hosts that read them.
-    listening_seconds: after which the others heard what this host announced.
-  """
-
-  def __init__(
-    self,
-    phase: Callable[[], tuple[str, int | None, bool]],
-    timeout_seconds: float,
-  ):
-    self._phase = phase
-    self._timeout_seconds = timeout_seconds
-    self._pause_seconds = min(_BEAT_SECONDS, timeout_seconds / 10)
-    self.listening_seconds = self._pause_seconds + 4 * _TICK_SECONDS
-    self._suspecting = False
-    self._stop = threading.Event()
-    self._thread = threading.Thread(target=self._run, name='peers', daemon=True)
-    self._rounds = 0  # in which the coordinator answered
-    self._answered = (0, 0.0)  # rounds, and since when there are so many
-    self._signs: dict[int, _Sign] = {}
-    self.failure: HostError | None = None
-    self.beats: dict[int, dict[str, Any]] = {}
-
-  def start(self) -> None:
-    self._thread.start()
-
-  def stop(self) -> None:
-    """Says goodbye: from now on no host expects a sign of life."""
-    self._stop.set()
-    self._thread.join(_GRACE_SECONDS)  # or its beat would come after this one
-    hosts.within(self._pause_seconds, lambda: self._beat(_ENDED))
-
-  def suspect(self) -> float:
-    """From now on looks for lost hosts here, and sooner; returns how soon."""
-    self._suspecting = True
-    return min(self._timeout_seconds, _MISSED_BEATS * self._pause_seconds)
-
-  def _run(self) -> None:
-    while not self._stop.is_set():
-      try:
-        self._talk()
-      except jax.errors.JaxRuntimeError:
-        pass  # `lost` counts the time without an answer
-      self._stop.wait(self._pause_seconds)
-
-  def _talk(self) -> None:
-    name, step, _ = self._phase()
-    self._beat(name, step)
-    self.failure = hosts.failure()
-    if hosts.is_writer() or self._suspecting:
-      self.read()
-    self._rounds += 1
-
-  def read(self) -> None:
-    """Reads the signs of life of all hosts."""
-    self.beats = beats = hosts.beats()
-    for host, beat in beats.items():
-      sign = self._signs.get(host)
-      same = sign is not None and sign.count == beat['count']
-      missed = sign.missed + 1 if same else 0
-      self._signs[host] = _Sign(beat['count'], missed)
-
-  def _beat(self, name: str, step: int | None = None) -> None:
-    hosts.beat({'count': self._rounds, 'phase': name, 'step': step})
-
-  def lost(self, now: float) -> tuple[str, list[int]] | None:
-    """A message and the numbers of hosts that gave no sign of life too long.
-
-    Args:
-      now: seconds of a clock that stands still while this process does.
-    """
-    if self._rounds != self._answered[0]:
-      self._answered = (self._rounds, now)
-    silent = now - self._answered[1]
-    if silent > self._timeout_seconds:
-      return f'{hosts.silent_coordinator()} for {silent:.0f} s', [0]
-    seconds = self.suspect() if self._suspecting else self._timeout_seconds
-    absent = sorted(
-      host
-      for host, sign in self._signs.items()
-      # In rounds of ours: time in which we could not read does not count.
-      if sign.missed * self._pause_seconds >= seconds
-      and host != hosts.index()
-      and self.beats[host]['phase'] != _ENDED
-    )
-    if not absent:
-      return None
-    last = {host: self.beats[host] for host in absent}
-    where = _places(last) if len(absent) > 1 else _place(last[absent[0]])
-    have = 'has' if len(absent) == 1 else 'have'
-    return (
-      f'{_named(absent)} {have} not been heard of for {seconds:g} s (last: '
-      f'{where})'
-    ), absent
-
-
-@dataclasses.dataclass
-class _Sign:
-  """The count of a host's newest beat, and how often it was read since."""
-
-  count: int
-  missed: int = 0
 
 
 def _may_be_of_another(error: BaseException | None) -> bool:
@@ -312,27 +197,6 @@ def _may_be_of_another(error: BaseException | None) -> bool:
         return True
     error = error.__cause__ or error.__context__
   return False
-
-
-def _place(beat: dict[str, Any]) -> str:
-  """'step 18', 'input of step 18', 'restore'."""
-  name, step = beat['phase'], beat['step']
-  if step is None:
-    return name
-  return f'step {step}' if name == 'step' else f'{name} of step {step}'
-
-
-def _places(beats: dict[int, dict[str, Any]]) -> str:
-  """'hosts 0, 2-3: step 18; host 1: input of step 18'."""
-  places: dict[str, list[int]] = {}
-  for host, beat in sorted(beats.items()):
-    places.setdefault(_place(beat), []).append(host)
-  return '; '.join(f'{_named(group)}: {at}' for at, group in places.items())
-
-
-def _named(numbers: list[int]) -> str:
-  """'host 1', 'hosts 2, 5-9'."""
-  return f'host{"s" if len(numbers) > 1 else ""} {hosts.ranges(numbers)}'
 
 
 def _say(text: str) -> None:
@@ -354,5 +218,5 @@ def _dump_stacks() -> None:
 
 def _end(message: str, code: int, absent: Iterable[int] = ()) -> NoReturn:
   if 0 not in absent:
-    hosts.abandon(message, code)
-  hosts.leave(code, tuple(absent))
+    leaving.abandon(message, code)
+  leaving.leave(code, tuple(absent))

@@ -1,3 +1,1 @@
 """The method: one training step, and what it is made of."""
-
-"""The method: one training step, and what it is made of."""

@@ -1,4 +1,4 @@
-"""Optimizers: optax chains with masks chosen by parameter path."""
+"""Optimizers by name: optax chains with masks chosen by parameter path."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from conadv_jax.base.errors import unknown
 from conadv_jax.config import Optimizer
 
 Params = Any
@@ -19,19 +20,21 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def is_kernel(path: str) -> bool:
-  """True for kernels (decayed, layer-wise adapted), False for scale and bias.
+  """True for kernels and embeddings: decayed, and layer-wise adapted.
 
-  Raises:
-    ValueError: for a leaf of any other name, so that none is left out.
+  Those are the leaves whose last name is `kernel` or `embedding`, or ends in
+  `_kernel` or `_embedding`: a table of positions, too. Everything else is left
+  as it is: `scale` and `bias` (of batch norm a matrix, one row per route) and
+  any other name. So a network that calls a matrix of weights something else
+  excludes it from decay. The rule goes by name because `shard_optimizer` makes
+  vectors of large leaves.
   """
   leaf = path.rsplit('/', 1)[-1]
-  if leaf not in ('kernel', 'scale', 'bias'):
-    raise ValueError(f'parameter {path!r}: no rule says whether it decays')
-  return leaf == 'kernel'
+  return leaf.rsplit('_', 1)[-1] in ('kernel', 'embedding')
 
 
 def kernel_mask(params: Params) -> Params:
-  """Tree of bools: True on kernels."""
+  """Tree of bools: True on kernels and embeddings."""
   return jax.tree_util.tree_map_with_path(
     lambda path, _: is_kernel(path_name(path)), params
   )
@@ -40,42 +43,14 @@ def kernel_mask(params: Params) -> Params:
 def make_optimizer(
   config: Optimizer, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-  """The optimizer `config.name`; decay and trust ratios on kernels only.
+  """Returns the optimizer `config.name` of OPTIMIZERS.
 
-  lars     see `lars`
-  sgd      (Nesterov) momentum of g + wd * w, times the learning rate
-  lamb     Adam direction + wd * w, scaled by |w| / |update| (arXiv:1904.00962);
-           trust ratio on kernels only, where optax.lamb scales every leaf
-  rmsprop  TensorFlow's: eps inside the root, mean square starts at 1, momentum
-           after the learning rate, L2 decay in the gradient
-
+  Raises:
+    ConfigError: if there is none of that name.
   """
-  decay = optax.add_decayed_weights(config.weight_decay, kernel_mask)
-  if config.name == 'lars':
-    return lars(config, schedule)
-  if config.name == 'sgd':
-    return optax.chain(
-      decay, optax.sgd(schedule, config.momentum or None, config.nesterov)
-    )
-  if config.name == 'lamb':
-    return optax.chain(
-      optax.scale_by_adam(config.beta1, config.beta2, config.eps),
-      decay,
-      optax.masked(optax.scale_by_trust_ratio(), kernel_mask),
-      optax.scale_by_learning_rate(schedule),
-    )
-  assert config.name == 'rmsprop', config.name
-  return optax.chain(
-    decay,
-    optax.rmsprop(
-      schedule,
-      decay=config.decay,
-      eps=config.eps,
-      initial_scale=1.0,
-      momentum=config.momentum or None,
-      nesterov=config.nesterov,
-    ),
-  )
+  if config.name not in OPTIMIZERS:
+    raise unknown('optimizer', config.name, OPTIMIZERS)
+  return OPTIMIZERS[config.name](config, schedule)
 
 
 def lars(
@@ -117,6 +92,62 @@ def lars(
     optax.scale_by_learning_rate(schedule),
     optax.trace(config.momentum, config.nesterov),
   )
+
+
+def sgd(
+  config: Optimizer, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+  """SGD: (Nesterov) momentum of g + wd * w, times the learning rate."""
+  return optax.chain(
+    _decay(config),
+    optax.sgd(schedule, config.momentum or None, config.nesterov),
+  )
+
+
+def lamb(
+  config: Optimizer, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+  """LAMB: u = Adam's direction + wd * w, times |w| / |u|.
+
+  You et al. 2019 (arXiv:1904.00962). The trust ratio is on kernels only;
+  optax.lamb scales every leaf.
+  """
+  return optax.chain(
+    optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+    _decay(config),
+    optax.masked(optax.scale_by_trust_ratio(), kernel_mask),
+    optax.scale_by_learning_rate(schedule),
+  )
+
+
+def rmsprop(
+  config: Optimizer, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+  """RMSProp as TensorFlow has it.
+
+  eps is inside the root, the mean square starts at 1, momentum comes after the
+  learning rate, and the gradient is g + wd * w.
+  """
+  return optax.chain(
+    _decay(config),
+    optax.rmsprop(
+      schedule,
+      decay=config.decay,
+      eps=config.eps,
+      initial_scale=1.0,
+      momentum=config.momentum or None,
+      nesterov=config.nesterov,
+    ),
+  )
+
+
+# An optimizer of your own: a function here, a line in this table, and its eps
+# in `config.OPTIMIZER_EPS`, the names that a config accepts.
+OPTIMIZERS = {'lars': lars, 'sgd': sgd, 'lamb': lamb, 'rmsprop': rmsprop}
+
+
+def _decay(config: Optimizer) -> optax.GradientTransformation:
+  return optax.add_decayed_weights(config.weight_decay, kernel_mask)
 
 
 def trust_ratio(config: Optimizer, g: jax.Array, w: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import flax.linen as nn
 import jax
 
 from conadv_jax.base.errors import ConfigError, unknown
-from conadv_jax.models import efficientnet, resnet, resnet_small, stochastic
+from conadv_jax.models import efficientnet, resnet, stochastic, vit
 
 Variables = dict[str, Any]
 
@@ -30,7 +31,7 @@ class ApplyFn(Protocol):
     """Images [G, V, b, H, W, C] -> (logits [G, V, b, K], batch_stats).
 
     Args:
-      variables: `params` and `batch_stats`.
+      variables: `params`, and `batch_stats` if the network has any.
       x: normalised images.
       routes: row of the batch norms that each view uses, length V.
       train: normalise by the statistics of the batch; move the running ones.
@@ -49,7 +50,8 @@ class Entry:
   in the papers' tables, and two FLOPs to XLA.
 
   Attributes:
-    build: (num_classes, num_routes, ...) -> module.
+    build: (num_classes, ...) -> module. `create` gives it those of the fields
+      in COMMON_FIELDS that it names as parameters.
     resolution_px: side of the images that it is made for.
     parameters: published number of them, batch statistics not counted.
     multiply_adds: published number of them in a forward pass.
@@ -96,8 +98,9 @@ def _efficientnet(
 
 
 MODELS: dict[str, Entry] = {
-  'resnet8': Entry(resnet_small.resnet8, 32),
-  'resnet20': Entry(resnet_small.resnet20, 32),
+  'resnet8': Entry(resnet.resnet8, 32),
+  'resnet20': Entry(resnet.resnet20, 32),
+  'vit_tiny': Entry(vit.vit_tiny, 32),
   'resnet18': _resnet(resnet.resnet18, 11_689_512, 1.814e9, _TORCHVISION),
   'resnet34': _resnet(resnet.resnet34, 21_797_672, 3.664e9, _TORCHVISION),
   'resnet50': _resnet(resnet.resnet50, 25_557_032, 4.089e9, _TORCHVISION),
@@ -143,6 +146,12 @@ MODELS: dict[str, Entry] = {
 }
 
 
+# Given to every network; those without batch norm, say, have no use for some.
+COMMON_FIELDS = (
+  'num_routes', 'bn_axis', 'bn_momentum', 'bn_epsilon', 'dtype', 'platform',
+)  # fmt: skip
+
+
 def get(name: str) -> Entry:
   """The registered network called `name`.
 
@@ -157,18 +166,23 @@ def get(name: str) -> Entry:
 def create(
   name: str, options: Mapping[str, Any] | None = None, **kwargs: Any
 ) -> nn.Module:
-  """The network called `name`.
+  """Returns the network called `name`.
 
   Args:
     name: in MODELS.
     options: by field of the configuration; 'none', False and None leave the
       network as it is.
-    **kwargs: fields that every network has.
+    **kwargs: `num_classes`, and any of COMMON_FIELDS, of which those are
+      ignored that the network lacks.
 
   Raises:
     ConfigError: for an unknown name, or an option that the network lacks.
   """
   entry = get(name)
+  fields = inspect.signature(entry.build).parameters
+  for field in COMMON_FIELDS:
+    if field not in fields:
+      kwargs.pop(field, None)
   for field, value in (options or {}).items():
     if value is None or value is False or value == 'none':
       continue
@@ -186,16 +200,18 @@ def make_apply_fn(model: nn.Module) -> ApplyFn:
   """`apply_fn` of a Linen module.
 
   Train mode returns the moved batch statistics; whoever must not move them
-  drops them. Evaluation mode returns them as they came.
+  drops them. Evaluation mode returns them as they came. Those of a network
+  without any are {}.
   """
 
   def apply_fn(variables, x, routes, train, key=None, examples=None):
     if not train:
-      return model.apply(variables, x, routes, False), variables['batch_stats']
+      logits = model.apply(variables, x, routes, False)
+      return logits, variables.get('batch_stats', {})
     rngs = {} if key is None else {stochastic.STREAM: key}
     logits, updates = model.apply(
       variables, x, routes, True, examples, mutable=['batch_stats'], rngs=rngs
     )
-    return logits, updates['batch_stats']
+    return logits, updates.get('batch_stats', {})
 
   return apply_fn

@@ -11,19 +11,17 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from conadv_jax.models import layers
-from conadv_jax.models.norm import Layout, RoutedBatchNorm
-from conadv_jax.models.stochastic import Dropout, DropPath
+from conadv_jax.models.network import RoutedNetwork, SqueezeExcite
+from conadv_jax.models.norm import Layout
+from conadv_jax.models.stochastic import DropPath
 
-# TensorFlow's own: a normal distribution, not truncated, over the fan out. That
-# of a depthwise kernel, one output per filter, is what Linen calls its fan in.
-_CONV_INIT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+# Over the fan out, as in TensorFlow: of a depthwise kernel, one output per
+# filter, that is what Linen calls its fan in.
 _DEPTHWISE_INIT = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
 # Uniform within 1 / sqrt(K) of 0 for K classes.
 _HEAD_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_out', 'uniform')
@@ -63,41 +61,6 @@ def scaled_repeats(repeats: int, factor: float) -> int:
   return math.ceil(repeats * factor)
 
 
-def conv(features: int, size: int, stride: int = 1, **kwargs: Any) -> nn.Conv:
-  """A square convolution with TensorFlow's 'SAME' padding.
-
-  Every convolution of this file is made here.
-  """
-  kwargs = {'kernel_init': _CONV_INIT} | kwargs
-  return nn.Conv(
-    features,
-    (size, size),
-    (stride, stride),
-    padding='SAME',
-    conv_general_dilated=layers.conv_general_dilated,
-    **kwargs,
-  )
-
-
-class SqueezeExcite(nn.Module):
-  """x * sigmoid(expand(swish(reduce(mean of x over pixels)))).
-
-  Attributes:
-    features: channels between the two.
-  """
-
-  features: int
-  conv: Callable[..., nn.Module]
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    y = x.mean((1, 2), keepdims=True, dtype=wide).astype(x.dtype)
-    y = self.conv(self.features, 1, use_bias=True, name='reduce')(y)
-    y = self.conv(x.shape[-1], 1, use_bias=True, name='expand')(nn.swish(y))
-    return x * nn.sigmoid(y)
-
-
 class MBConv(nn.Module):
   """Expand (1x1), depthwise, squeeze-excitation, project (1x1); plus x.
 
@@ -135,7 +98,7 @@ class MBConv(nn.Module):
       name='conv_depthwise',
     )(y)
     y = nn.swish(self.norm(name='norm_depthwise')(y, layout, train))
-    y = SqueezeExcite(max(1, channels // 4), self.conv, name='se')(y)
+    y = SqueezeExcite(max(1, channels // 4), nn.swish, self.conv, name='se')(y)
     y = self.conv(self.features, 1, name='conv_project')(y)
     y = self.norm(name='norm_project')(y, layout, train)
     if self.stride > 1 or channels != self.features:
@@ -143,80 +106,39 @@ class MBConv(nn.Module):
     return x + DropPath(self.drop_path_rate, name='drop_path')(y, layout)
 
 
-class EfficientNet(nn.Module):
+class EfficientNet(RoutedNetwork):
   """EfficientNet, for images from about 32 pixels.
 
   Batch norm is TensorFlow's with bn_momentum=0.99 and bn_epsilon=1e-3.
 
   Attributes:
-    num_classes: K.
-    num_routes: R, batch-norm rows.
-    bn_axis: mesh axis over whose devices a batch-norm group lies, or None.
     width_factor: of all channels; see `scaled_features`.
     depth_factor: of the blocks of each stage; see `scaled_repeats`.
-    dropout_rate: before the last layer.
     drop_path_rate: of block i of n it is this * i / n, from i = 0.
     stages: before scaling.
-    remat: 'none', or 'blocks' to keep only their inputs for the backward pass.
-    dtype: of activations; parameters and logits are float32 or wider.
   """
 
-  num_classes: int
-  num_routes: int
-  bn_axis: str | None = None
   width_factor: float = 1.0
   depth_factor: float = 1.0
   dropout_rate: float = 0.2
   drop_path_rate: float = 0.2
   stages: tuple[Stage, ...] = STAGES
-  remat: str = 'none'
+  head_init: nn.initializers.Initializer = _HEAD_INIT
   bn_momentum: float = 0.99
   bn_epsilon: float = 1e-3
-  dtype: Any = jnp.float32
 
-  @nn.compact
-  def __call__(
-    self,
-    x: jax.Array,
-    routes: tuple[int, ...],
-    train: bool,
-    examples: jax.Array | None = None,
-  ) -> jax.Array:
-    """x: normalised images [G, V, b, H, W, 3] -> logits [G, V, b, K]."""
-    layout = Layout(x.shape[0], routes, self.bn_axis, examples)
-    wide = jnp.promote_types(self.dtype, jnp.float32)
-    new_conv = functools.partial(
-      conv, use_bias=False, dtype=self.dtype, param_dtype=wide
-    )
-    norm = functools.partial(
-      RoutedBatchNorm,
-      num_routes=self.num_routes,
-      momentum=self.bn_momentum,
-      epsilon=self.bn_epsilon,
-      dtype=self.dtype,
-    )
+  def features(self, x: jax.Array, layout: Layout, train: bool) -> jax.Array:
+    conv, norm = self.parts(symmetric=False)
     features = scaled_features(32, self.width_factor)
-    y = new_conv(features, 3, 2, name='stem')(layout.fold(x))
+    y = conv(features, 3, 2, name='stem')(x)
     y = nn.swish(norm(name='stem_norm')(y, layout, train))
-    y = self._blocks(y, new_conv, norm, layout, train)
+    y = self._blocks(y, conv, norm, layout, train)
     features = scaled_features(1280, self.width_factor)
-    y = new_conv(features, 1, name='head_conv')(y)
-    y = nn.swish(norm(name='head_norm')(y, layout, train))
-    y = y.astype(wide).mean((1, 2))
-    y = Dropout(self.dropout_rate, name='dropout')(y, layout)
-    logits = nn.Dense(
-      self.num_classes,
-      kernel_init=_HEAD_INIT,
-      dtype=wide,
-      param_dtype=wide,
-      name='head',
-    )(y)
-    return layout.unfold(logits)
+    y = conv(features, 1, name='head_conv')(y)
+    return nn.swish(norm(name='head_norm')(y, layout, train))
 
-  def _blocks(self, y, new_conv, norm, layout, train):
-    new_block = MBConv
-    if self.remat == 'blocks':
-      new_block = nn.remat(MBConv, static_argnums=(3,))
+  def _blocks(self, y, conv, norm, layout, train):
+    new_block = self.block_class(MBConv)
     counts = [scaled_repeats(s.repeats, self.depth_factor) for s in self.stages]
     index = 0
     for number, (stage, count) in enumerate(
@@ -229,7 +151,7 @@ class EfficientNet(nn.Module):
           stride=1 if i else stage.stride,
           expand_ratio=stage.expand_ratio,
           drop_path_rate=self.drop_path_rate * index / sum(counts),
-          conv=new_conv,
+          conv=conv,
           norm=norm,
           name=f'stage{number}_block{i + 1}',
         )(y, layout, train)

@@ -1,10 +1,9 @@
-"""Residual networks for ImageNet, with the layers and names of timm.
+"""Residual networks; those for ImageNet with the layers and names of timm.
 
 He et al. 2015 (arXiv:1512.03385) in the form known as v1.5: a bottleneck
 strides in its 3x3 convolution. The last scale of each block starts at zero
 (Goyal et al. 2017, arXiv:1706.02677), the head near zero (MLPerf). ResNet-D: He
-et al. 2018 (arXiv:1812.01187). Squeeze-excitation: Hu et al. 2017
-(arXiv:1709.01507).
+et al. 2018 (arXiv:1812.01187).
 """
 
 from __future__ import annotations
@@ -19,33 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from conadv_jax.base.errors import ConfigError
-from conadv_jax.models import layers
-from conadv_jax.models.norm import Layout, RoutedBatchNorm
+from conadv_jax.models.network import RoutedNetwork, SqueezeExcite
+from conadv_jax.models.norm import Layout
 from conadv_jax.models.stochastic import DropPath
-
-_KERNEL_INIT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
-
-
-def conv(
-  features: int,
-  size: int,
-  stride: int = 1,
-  conv_general_dilated: Callable[..., jax.Array] = layers.conv_general_dilated,
-  **kwargs: Any,
-) -> nn.Conv:
-  """A square convolution, padded alike on both sides as in PyTorch.
-
-  Every convolution of this file is made here.
-  """
-  return nn.Conv(
-    features,
-    (size, size),
-    (stride, stride),
-    padding=size // 2,
-    kernel_init=_KERNEL_INIT,
-    conv_general_dilated=conv_general_dilated,
-    **kwargs,
-  )
 
 
 def space_to_depth_conv(
@@ -84,26 +59,6 @@ def space_to_depth_conv(
   )
 
 
-class SqueezeExcite(nn.Module):
-  """x * sigmoid(expand(relu(reduce(mean of x over pixels)))).
-
-  The inner width is `ratio` of the channels, rounded to a multiple of 8.
-  """
-
-  ratio: float
-  conv: Callable[..., nn.Module]
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    channels = x.shape[-1]
-    inner = max(8, int(channels * self.ratio + 4) // 8 * 8)
-    y = x.mean((1, 2), keepdims=True, dtype=wide).astype(x.dtype)
-    y = nn.relu(self.conv(inner, 1, use_bias=True, name='reduce')(y))
-    y = self.conv(channels, 1, use_bias=True, name='expand')(y)
-    return x * nn.sigmoid(y)
-
-
 class Block(nn.Module):
   """relu(shortcut(x) + branch(x)); the branch's last scale starts at zero.
 
@@ -138,7 +93,8 @@ class Block(nn.Module):
       y = self.norm(scale_init=init, name=f'norm{i}')(y, layout, train)
       y = y if last else nn.relu(y)
     if self.se_ratio:
-      y = SqueezeExcite(self.se_ratio, self.conv, name='se')(y)
+      inner = max(8, int(y.shape[-1] * self.se_ratio + 4) // 8 * 8)
+      y = SqueezeExcite(inner, nn.relu, self.conv, name='se')(y)
     y = DropPath(self.drop_path_rate, name='drop_path')(y, layout)
     if self.stride > 1 or x.shape[-1] != y.shape[-1]:
       x = self._shortcut(x, y.shape[-1], layout, train)
@@ -155,67 +111,38 @@ class Block(nn.Module):
     return self.norm(name='norm_shortcut')(x, layout, train)
 
 
-class ResNet(nn.Module):
-  """ResNet with four stages, for images from about 32 pixels.
+class ResNet(RoutedNetwork, kw_only=True):
+  """ResNet, for images from about 32 pixels, or of 8 to 32 with stem 'conv3'.
 
   Attributes:
     blocks: per stage.
     bottleneck: blocks of three convolutions, not two.
-    num_classes: K.
-    num_routes: R, batch-norm rows.
-    bn_axis: mesh axis over whose devices a batch-norm group lies, or None.
     width: channels of the 3x3 convolutions of the first stage; doubled in each
       later one.
-    stem: 'conv7', or 'deep' for three 3x3 convolutions (ResNet-D).
+    stem: 'conv7'; 'deep' for three 3x3 convolutions (ResNet-D); 'conv3' for one
+      of stride 1 and no pooling (arXiv:1512.03385, section 4.2).
     shortcut: 'conv', or 'avg' for the mean before it (ResNet-D).
-    se_ratio: inner width of squeeze-excitation; 0 = none.
+    se_ratio: inner width of squeeze-excitation, as a share of the channels and
+      rounded to a multiple of 8; 0 = none.
     drop_path_rate: of the last block, rising linearly from 0 of the first.
     space_to_depth: compute the 7x7 stem by `space_to_depth_conv`.
-    remat: 'none', or 'blocks' to keep only their inputs for the backward pass.
-    dtype: of activations; parameters and logits are float32 or wider.
+    symmetric: how convolutions are padded; see `network.conv`.
   """
 
-  blocks: tuple[int, int, int, int]
-  bottleneck: bool
-  num_classes: int
-  num_routes: int
-  bn_axis: str | None = None
+  blocks: tuple[int, ...]
+  bottleneck: bool = False
   width: int = 64
   stem: str = 'conv7'
   shortcut: str = 'conv'
   se_ratio: float = 0.0
   drop_path_rate: float = 0.0
   space_to_depth: bool = False
-  remat: str = 'none'
-  bn_momentum: float = 0.9
-  bn_epsilon: float = 1e-5
-  dtype: Any = jnp.float32
+  symmetric: bool = True
 
-  @nn.compact
-  def __call__(
-    self,
-    x: jax.Array,
-    routes: tuple[int, ...],
-    train: bool,
-    examples: jax.Array | None = None,
-  ) -> jax.Array:
-    """x: normalised images [G, V, b, H, W, 3] -> logits [G, V, b, K]."""
-    layout = Layout(x.shape[0], routes, self.bn_axis, examples)
-    wide = jnp.promote_types(self.dtype, jnp.float32)
-    new_conv = functools.partial(
-      conv, use_bias=False, dtype=self.dtype, param_dtype=wide
-    )
-    norm = functools.partial(
-      RoutedBatchNorm,
-      num_routes=self.num_routes,
-      momentum=self.bn_momentum,
-      epsilon=self.bn_epsilon,
-      dtype=self.dtype,
-    )
-    y = self._stem(layout.fold(x), new_conv, norm, layout, train)
-    new_block = Block
-    if self.remat == 'blocks':
-      new_block = nn.remat(Block, static_argnums=(3,))
+  def features(self, x: jax.Array, layout: Layout, train: bool) -> jax.Array:
+    conv, norm = self.parts(self.symmetric)
+    y = self._stem(x, conv, norm, layout, train)
+    new_block = self.block_class(Block)
     index, last = 0, sum(self.blocks) - 1
     for stage, count in enumerate(self.blocks):
       for i in range(count):
@@ -226,28 +153,26 @@ class ResNet(nn.Module):
           avg_shortcut=self.shortcut == 'avg',
           se_ratio=self.se_ratio,
           drop_path_rate=self.drop_path_rate * index / last,
-          conv=new_conv,
+          conv=conv,
           norm=norm,
           name=f'stage{stage + 1}_block{i + 1}',
         )(y, layout, train)
         index += 1
-    y = y.astype(wide).mean((1, 2))
-    logits = nn.Dense(
-      self.num_classes,
-      kernel_init=nn.initializers.normal(0.01),
-      dtype=wide,
-      param_dtype=wide,
-      name='head',
-    )(y)
-    return layout.unfold(logits)
+    return y
 
-  def _stem(self, x, new_conv, norm, layout, train):
-    """A quarter of the side: stride 2, then the largest of 3x3, stride 2."""
+  def _stem(self, x, conv, norm, layout, train):
+    """A quarter of the side: stride 2, then the largest of 3x3, stride 2.
+
+    Of the small networks, the whole side.
+    """
+    if self.stem == 'conv3':
+      x = conv(self.width, 3, name='stem')(x)
+      return nn.relu(norm(name='stem_norm')(x, layout, train))
     if self.stem == 'deep':
       for i, stride in enumerate((2, 1), start=1):
-        x = new_conv(self.width // 2, 3, stride, name=f'stem{i}')(x)
+        x = conv(self.width // 2, 3, stride, name=f'stem{i}')(x)
         x = nn.relu(norm(name=f'stem{i}_norm')(x, layout, train))
-      x = new_conv(self.width, 3, name='stem3')(x)
+      x = conv(self.width, 3, name='stem3')(x)
     elif self.space_to_depth:
       if x.shape[1] % 2 or x.shape[2] % 2:
         raise ConfigError(
@@ -255,11 +180,9 @@ class ResNet(nn.Module):
           'pixels; needs even sides, or set it to False'
         )
       function = space_to_depth_conv
-      x = new_conv(
-        self.width, 7, 2, conv_general_dilated=function, name='stem'
-      )(x)
+      x = conv(self.width, 7, 2, conv_general_dilated=function, name='stem')(x)
     else:
-      x = new_conv(self.width, 7, 2, name='stem')(x)
+      x = conv(self.width, 7, 2, name='stem')(x)
     x = nn.relu(norm(name='stem_norm')(x, layout, train))
     return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
@@ -298,8 +221,12 @@ def timm_module_d(path: str) -> str:
   return re.sub(r'downsample\.0$', 'downsample.1', name)
 
 
-resnet18 = functools.partial(ResNet, blocks=(2, 2, 2, 2), bottleneck=False)
-resnet34 = functools.partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=False)
+# Of depth 6n + 2, with a projection in place of the padded shortcut.
+_small = functools.partial(ResNet, width=16, stem='conv3', symmetric=False)
+resnet8 = functools.partial(_small, blocks=(1, 1, 1))
+resnet20 = functools.partial(_small, blocks=(3, 3, 3))
+resnet18 = functools.partial(ResNet, blocks=(2, 2, 2, 2))
+resnet34 = functools.partial(ResNet, blocks=(3, 4, 6, 3))
 resnet50 = functools.partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True)
 resnet101 = functools.partial(ResNet, blocks=(3, 4, 23, 3), bottleneck=True)
 resnet152 = functools.partial(ResNet, blocks=(3, 8, 36, 3), bottleneck=True)

@@ -1,7 +1,7 @@
-"""Steps whose update was not applied: said, counted, recorded for replay.
+"""Steps whose update was not applied: reported, counted, recorded for replay.
 
-`workdir/bad_steps/STEP.json` holds what `conadv_jax.replay` repeats a step
-with. Numbers that are not finite are the strings 'nan', 'inf' and '-inf' there.
+`workdir/bad_steps/STEP.json` holds what `train --replay=STEP` needs to repeat
+the step. Numbers that are not finite are the strings 'nan', 'inf' and '-inf'.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from conadv_jax.method.state import Stream, stream_key
 from conadv_jax.run import workdir
 from conadv_jax.run.feed import ExampleIds
 
-# Records of a run, of which spikes take half at most: with a batch of 98,304, a
+# Records of a run; spikes take at most half of them. With a batch of 98,304, a
 # file has 2.5 MB.
 MAX_FILES = 100
 SPIKE = 'spike'
 
 
 class NonFiniteWatch:
-  """Records steps that were not applied, and stops a run that stays so.
+  """Records steps that were not applied; ends a run after too many in a row.
 
-  Reads the counters of the step before, so that one step is always queued. All
-  hosts make the same calls.
+  It reads the counters of the previous step, so that one step is always queued.
+  All hosts make the same calls.
   """
 
   def __init__(
@@ -61,7 +61,7 @@ class NonFiniteWatch:
     self._last: tuple[int, Metrics] | None = None
 
   def check(self, step: int, values: Metrics) -> None:
-    """Notes the metrics of `step`, judges those of the step before.
+    """Keeps the metrics of `step` and judges those of the previous step.
 
     Raises:
       NonFiniteError: after `max_nonfinite_steps` in a row.
@@ -107,7 +107,7 @@ class NonFiniteWatch:
   def _record(
     self, step: int, reason: str, numbers: dict[str, float]
   ) -> dict[str, Any]:
-    """What says all of a step; steps count from 1, batches from 0."""
+    """Makes the record of a step; steps count from 1, batches from 0."""
     config = self._run.config
     ids, next_ids = global_ids(self._run, self._example_ids, (step - 1, step))
     older = [s for s in self._checkpoint_steps() if s < step]
@@ -173,7 +173,7 @@ class NonFiniteWatch:
 
 
 def reason_of(numbers: dict[str, float]) -> str:
-  """Which of the numbers of a step that was not applied is not finite."""
+  """Names the number that is not finite in a step that was not applied."""
   for name, text in (('loss', 'loss'), ('grad_norm', 'gradient norm')):
     if not np.isfinite(numbers[name]):
       return f'{text} not finite'
@@ -183,7 +183,7 @@ def reason_of(numbers: dict[str, float]) -> str:
 def global_ids(
   run: Run, example_ids: ExampleIds, batches: Sequence[int]
 ) -> np.ndarray:
-  """Ids of whole batches, in the order of their places: [len(batches), N].
+  """Gathers the ids of whole batches, in order of place: [len(batches), N].
 
   All hosts must call it, and get the same.
   """
@@ -197,7 +197,7 @@ def global_ids(
 
 
 def attack_key(seed: int, batch: int) -> list[int]:
-  """The random words that the attack on `batch` starts from."""
+  """Returns the random words that the attack on `batch` starts from."""
   key = stream_key(seed, Stream.ATTACK, batch)
   return np.asarray(jax.random.key_data(key)).tolist()
 
@@ -208,7 +208,7 @@ def path_of(directory: epath.Path, step: int) -> epath.Path:
 
 
 def to_json(value: Any) -> float | str:
-  """A number; one that JSON has no word for as 'nan', 'inf' or '-inf'."""
+  """Returns a number; one that is not finite as 'nan', 'inf' or '-inf'."""
   value = float(value)
   return value if np.isfinite(value) else str(value)
 

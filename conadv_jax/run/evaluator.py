@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import numpy as np
 
 from conadv_jax.config import Attack, Config
 from conadv_jax.data.quarantine import Quarantine
+from conadv_jax.data.sources.source import Source
 from conadv_jax.devices.mesh import (
   example_sharding,
   local_positions,
@@ -31,11 +31,11 @@ EvalFn = Callable[[Snapshot, Mapping[str, jax.Array], jax.Array], Sums]
 def eval_attack(config: Config, name: str) -> Attack:
   """The attack `fgsm` (one clean-start step) or `pgd` of an evaluation.
 
-  PGD takes `eval.pgd_steps` steps of 2.5 * epsilon / steps from a uniform
+  PGD takes `eval.attack_steps` steps of 2.5 * epsilon / steps from a uniform
   random start (Madry et al. 2018, arXiv:1706.06083).
   """
   epsilon = config.eval.epsilon
-  steps = config.eval.pgd_steps if name == 'pgd' else 1
+  steps = config.eval.attack_steps if name == 'pgd' else 1
   return Attack(
     preset=name,
     norm='linf',
@@ -91,13 +91,13 @@ def attacked(
   route = run.config.eval.route
 
   @jax.jit
-  def run(weights, batch):
+  def attack_all(weights, batch):
     _, clean = _attacked(run, None, route, weights, batch, 0)
     delta, logits = _attacked(run, attack, route, weights, batch, 0)
     return delta[0], jnp.stack([clean[0], logits[0]])
 
   weights = jax.tree.map(np.asarray, jax.device_get(weights))
-  return jax.device_get(run(weights, batch))
+  return jax.device_get(attack_all(weights, batch))
 
 
 def _attacked(
@@ -133,7 +133,7 @@ def _attacked(
 class Evaluator:
   """Evaluates weights on the whole eval split; compiles once per attack."""
 
-  def __init__(self, run: Run, source: Any, quarantine: Quarantine):
+  def __init__(self, run: Run, source: Source, quarantine: Quarantine):
     self._run = run
     self._source = source
     self._quarantine = quarantine

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from conadv_jax import hosts
-from conadv_jax.data import datasets, pipeline
+from conadv_jax.data import pipeline
 from conadv_jax.data.prefetch import Prefetcher
 from conadv_jax.data.quarantine import Quarantine
+from conadv_jax.data.sources.source import Share, Source
 from conadv_jax.experiment import Run
 
 
@@ -30,10 +31,10 @@ class ExampleIds:
     return self._ids[batch]
 
 
-def identity(run: Run, source: Any, eval_source: Any) -> dict[str, Any]:
+def identity(run: Run, source: Source, eval_source: Source) -> dict[str, Any]:
   """What tells the examples of a run from others."""
   return {
-    'version': datasets.version(run.spec, run.config.dataset.data_dir),
+    'version': run.spec.version(run.config.dataset.data_dir),
     'num_train': source.num_examples,
     'num_eval': eval_source.num_examples,
   }
@@ -41,7 +42,7 @@ def identity(run: Run, source: Any, eval_source: Any) -> dict[str, Any]:
 
 def batches(
   run: Run,
-  source: Any,
+  source: Source,
   quarantine: Quarantine,
   example_ids: ExampleIds,
   start: int,
@@ -49,17 +50,20 @@ def batches(
 ) -> Prefetcher:
   """Batches start, start + 1, ... on the devices, `count` of them."""
   config = run.config
+  share = Share(
+    seed=config.seed,
+    batch_size=config.batch_size,
+    steps=range(start, start + count),
+    positions=run.local_positions(),
+    host=hosts.index(),
+    num_hosts=hosts.count(),
+  )
   local = pipeline.train_batches(
     source,
     config.dataset,
+    share,
+    image_views=run.config.fed_views,
     num_classes=run.spec.num_classes,
-    views=run.config.fed_views,
-    seed=config.seed,
-    batch_size=config.batch_size,
-    positions=run.local_positions(),
-    host=(hosts.index(), hosts.count()),
-    start_step=start,
-    num_steps=count,
     quarantine=quarantine,
   )
 

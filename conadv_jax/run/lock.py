@@ -1,8 +1,9 @@
-"""One run per work directory: a lock that survives crashes of its owner.
+"""Locks a work directory for one run; a crash of the owner frees it.
 
-`run.lock` names the owner. A local one whose process is gone is reclaimed at
-once. One of another machine is watched: its owner renews a counter, and if the
-file stays the same for the lease, it is gone. No clocks are compared.
+`run.lock` names the owner. If that is a process of this machine that has ended,
+the lock is reclaimed at once. An owner on another machine renews a counter in
+the file: if it stays the same for the lease, the owner is taken for dead. No
+clocks are compared.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from etils import epath
 from conadv_jax import hosts
 from conadv_jax.base import errors, faults, storage
 from conadv_jax.base.errors import ConfigError, StorageError, redact
+from conadv_jax.hosts import leaving
 
 _BOOT_ID = pathlib.Path('/proc/sys/kernel/random/boot_id')
 _PID_NAMESPACE = '/proc/self/ns/pid'
@@ -44,8 +46,8 @@ _UNKNOWN = {
 class RunLock:
   """In this context, no other run writes in the work directory.
 
-  Host 0 holds it for all. The one that loses it to another run ends itself, as
-  two that write together would spoil both.
+  Host 0 holds the lock for all hosts. A run that loses it to another one ends
+  itself, because two that write together would damage both.
   """
 
   def __init__(
@@ -90,7 +92,7 @@ class RunLock:
     self.release()
 
   def release(self) -> None:
-    """Gives the lock back, if it is still ours; from any thread, and again."""
+    """Releases the lock if it is still ours; any thread may call it again."""
     self._stop.set()
     if self._thread is None or not self._writing.acquire(
       timeout=_RELEASE_SECONDS
@@ -101,7 +103,7 @@ class RunLock:
         storage.write(lambda: self._path.unlink(missing_ok=True), self._path)
     except StorageError as error:
       # The run has its result; a later one finds that this process is gone.
-      _warn(f'not given back: {error}')
+      _warn(f'not released: {error}')
     finally:
       self._writing.release()
 
@@ -112,12 +114,12 @@ class RunLock:
       while not self._create():
         text = self._read()
         if text is None:
-          continue  # it was given back in between
+          continue  # it was released in between
         if (owner := self._living_owner(text)) is not None:
           raise ConfigError(
             f'workdir={str(self._path.parent)!r}: in use since '
             f'{owner["since"]} by process {owner["pid"]} of {owner["host"]} '
-            f'({owner["command"]}); stop that run or wait for its end, or use '
+            f'({owner["command"]}); stop that run, wait for it to end, or use '
             'another --workdir'
           )
         self._reclaim(text)
@@ -139,7 +141,7 @@ class RunLock:
     return self._is_ours()
 
   def _living_owner(self, text: str) -> dict[str, Any] | None:
-    """Who holds the lock whose file reads `text`; None if nobody any more."""
+    """Returns who holds the lock with the content `text`; None if nobody."""
     owner = _parse(text)
     if owner['machine'] and owner['machine'] == self._owner['machine']:
       started = _process_start(owner['pid'])
@@ -166,7 +168,7 @@ class RunLock:
       return
     print(
       f'{self._path}: process {owner["pid"]} of {owner["host"]}, which held it '
-      f'since {owner["since"]}, is gone; taken over',
+      f'since {owner["since"]}, has ended; taken over',
       flush=True,
     )
 
@@ -193,7 +195,7 @@ class RunLock:
   # ---- Keeping it ----------------------------------------------------------
 
   def _keep(self) -> None:
-    """Renews the lock until it is given back; ends the run if it is lost."""
+    """Renews the lock until it is released; ends the run if it is lost."""
     while not self._stop.wait(self._lease_seconds / _RENEWALS):
       with self._writing:
         if self._stop.is_set():
@@ -209,11 +211,11 @@ class RunLock:
           'run ends, so that they do not write together'
         )
         _warn(f'error: {text}')
-        hosts.abandon(text, errors.STORAGE)
+        leaving.abandon(text, errors.STORAGE)
         os._exit(errors.STORAGE)
 
   def _renew(self) -> dict[str, Any] | None:
-    """Counts on in the file; its owner, if that is another run."""
+    """Renews the counter in the file; returns the owner if that is another."""
     text = self._read()
     if text is None:
       # Removed by hand, or just moved away by one that believes us dead.
@@ -251,7 +253,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _machine() -> str:
-  """Where a process number means the same; '' if that is not known."""
+  """Identifies the set of process numbers; '' if that is not known."""
   try:
     # Containers of one machine have process numbers of their own.
     return f'{_BOOT_ID.read_text().strip()} {os.readlink(_PID_NAMESPACE)}'
@@ -260,9 +262,9 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> str:
-  """When a process began, in ticks of the kernel; '' if there is none.
+  """Returns when a process began, in ticks of the kernel; '' if there is none.
 
-  A number can be given to another process; this tells them apart.
+  It tells a process from a later one with the same number.
   """
   try:
     stat = pathlib.Path(f'/proc/{pid}/stat').read_text()
@@ -274,7 +276,7 @@ def _process_start(pid: int) -> str:
 
 
 def _command(argv: Sequence[str]) -> str:
-  """The program and its --config and --workdir; others may hold secrets."""
+  """Returns the program, --config and --workdir; others may hold secrets."""
   kept = [os.path.basename(argv[0])] if argv else []
   for arg, following in itertools.pairwise([*argv[1:], '']):
     name, equals, _ = arg.partition('=')
@@ -284,7 +286,7 @@ def _command(argv: Sequence[str]) -> str:
 
 
 def _parse(text: str) -> dict[str, Any]:
-  """The owner; where the file is damaged, one whose life must be watched."""
+  """Reads the owner; of a damaged file, an unknown one that must be watched."""
   with contextlib.suppress(json.JSONDecodeError):
     owner = json.loads(text)
     if isinstance(owner, dict) and isinstance(owner.get('pid'), int):
@@ -294,7 +296,7 @@ def _parse(text: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _one_at_a_time(directory: os.PathLike | str) -> Iterator[None]:
-  """Among the processes of this machine, where the file system can do it."""
+  """Lets one process of this machine in, if the file system can do that."""
   descriptor = os.open(directory, os.O_RDONLY)
   try:
     with contextlib.suppress(OSError):  # NFS does not lock directories
@@ -305,7 +307,7 @@ def _one_at_a_time(directory: os.PathLike | str) -> Iterator[None]:
 
 
 def _create_exclusively(path: os.PathLike | str, text: str) -> bool:
-  """Makes a local file, whole; False if there is one."""
+  """Makes a local file with all of its content; False if there is one."""
   temporary = pathlib.Path(f'{os.fspath(path)}.{uuid.uuid4().hex}')
   try:
     temporary.write_text(text)

@@ -25,13 +25,13 @@ TIMINGS = ('images_per_sec', 'input_wait_percent', 'seconds')
 class MetricWriter:
   """Adds to `metrics.jsonl` and writes the same values to TensorBoard.
 
-  A line is a JSON object: `step`, `split`, then the values in order. Lines of
-  later steps than `start_step` are dropped when a run resumes there, so that
-  every step is in the file once.
+  A line is a JSON object: `step`, `split`, then the values in order. When a run
+  resumes at `start_step`, lines of later steps are dropped, so that every step
+  is in the file once.
 
   On a file system, a line is in the file when `write` returns. In a bucket, it
-  is there a minute later, or after `flush`. Where storage fails for good, as a
-  full disk does, all methods raise StorageError.
+  is there a minute later, or after `flush`. All methods raise StorageError if
+  storage fails for good, as a full disk does.
   """
 
   def __init__(self, workdir: epath.Path, start_step: int):
@@ -44,7 +44,7 @@ class MetricWriter:
     self._lines = [json.dumps(row) + '\n' for row in kept]
     self._rewrite()
     self._file = None
-    if not _is_bucket(path):
+    if not storage.is_remote(path):
       # Not buffered: what could not be written would be tried again at its end.
       self._file = storage.write(lambda: open(path, 'ab', buffering=0), path)
     self._tensorboard = storage.write(
@@ -54,7 +54,7 @@ class MetricWriter:
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
     """Writes numbers and strings; TensorBoard gets the numbers.
 
-    JSON has no word for a number that is not finite: it is written as null.
+    A number that is not finite is written as null, as JSON has no such number.
     """
     values = {name: _plain(value) for name, value in values.items()}
     row = {'step': step, 'split': split, **values}
@@ -127,12 +127,12 @@ Writer = MetricWriter | NoWriter
 
 
 def make_writer(workdir: epath.Path, start_step: int) -> Writer:
-  """What `write` needs on this host: host 0 writes, the others do not."""
+  """Makes the writer of this host: host 0 writes, the others do not."""
   return MetricWriter(workdir, start_step) if hosts.is_writer() else NoWriter()
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
-  """Rows of `metrics.jsonl`; a last line that was cut short is left out."""
+  """Reads the rows of `metrics.jsonl`; a last line that was cut is left out."""
   path = epath.Path(workdir) / 'metrics.jsonl'
   if not path.exists():
     return []
@@ -145,8 +145,19 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
   return rows
 
 
+def has_row(workdir: epath.Path, step: int, split: str) -> bool:
+  """Whether `metrics.jsonl` has a row of `split` at `step`, as host 0 sees."""
+  return hosts.on_writer(
+    'metrics.jsonl',
+    lambda: any(
+      (row['step'], row['split']) == (step, split)
+      for row in read_metrics(workdir)
+    ),
+  )
+
+
 class Progress:
-  """Rates over the steps since the last report, without what was paused."""
+  """Measures speed since the last report; pauses do not count."""
 
   def __init__(
     self,
@@ -163,7 +174,7 @@ class Progress:
     self.seconds = 0.0  # spent training, over all reports
 
   def report(self, step: int, waited_seconds: float) -> dict[str, float]:
-    """`images_per_sec` and the share of time spent waiting for input."""
+    """Returns `images_per_sec` and the share of time spent on input."""
     now = time.monotonic()
     elapsed = max(now - self._since, 1e-9)
     images = (step - self._step) * self._batch_size
@@ -201,10 +212,6 @@ def clock(seconds: float) -> str:
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f'{hours}:{minutes:02}:{seconds:02}'
-
-
-def _is_bucket(path: epath.Path) -> bool:
-  return '://' in str(path)
 
 
 def _plain(value: Any) -> Any:

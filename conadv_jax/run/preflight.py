@@ -1,4 +1,4 @@
-"""What all hosts must have alike, compared before anything is compiled."""
+"""Compares what must be equal on all hosts, before anything is compiled."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def check_input(run: Run, num_train: int, num_eval: int) -> None:
   """
   positions = run.local_positions()
   facts = {
-    'dataset.num_train': num_train,
-    'dataset.num_eval': num_eval,
+    'examples.train': num_train,
+    'examples.eval': num_eval,
     'batch.examples_per_host': len(positions),
   }
   for name, x in run.abstract_batch().items():
@@ -67,7 +67,7 @@ def check_input(run: Run, num_train: int, num_eval: int) -> None:
 
 
 def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-  """A line for each fact of a host that is not host 0's.
+  """Makes a line for each fact that differs from host 0's.
 
   Args:
     rows: facts of each host, in order.
@@ -89,7 +89,7 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def check_cover(rows: Sequence[Sequence[Sequence[int]]], size: int) -> None:
-  """Checks that each place in [0, size) is fed by exactly one host.
+  """Checks that each place in [0, size) gets its example from one host.
 
   Args:
     rows: the places of each host, as [start, stop) spans.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import ml_collections
 from etils import epath
 
 from conadv_jax import cli
@@ -30,8 +29,8 @@ def parse_args(
     ConfigError: if there is no run, or a field was fixed by its training.
   """
   directory = cli.parse_workdir(argv)
-  values = ml_collections.ConfigDict(workdir.read_config(directory))
-  values.eval.update(eval_defaults)
+  values = workdir.read_config(directory)
+  values['eval'] = values.get('eval', {}) | eval_defaults
   trained = from_config_dict(values)
   config = from_config_dict(cli.parse_overrides(argv, values))
   _check_overrides(trained, config)

@@ -1,4 +1,4 @@
-"""The end of a run: the last evaluation, summary.json and the pictures."""
+"""Ends a run: the last evaluation, summary.json and the pictures."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import numpy as np
 from etils import epath
 
 from conadv_jax import hosts
-from conadv_jax.base import faults
 from conadv_jax.experiment import Run
-from conadv_jax.hosts.watchdog import Watchdog
 from conadv_jax.method.state import TrainState
 from conadv_jax.run import metrics, plots, workdir
 from conadv_jax.run.evaluator import (
@@ -21,6 +19,7 @@ from conadv_jax.run.evaluator import (
   eval_attack,
   weights_of,
 )
+from conadv_jax.run.guard import Guard
 
 
 def write_results(
@@ -29,7 +28,7 @@ def write_results(
   state: TrainState,
   evaluator: Evaluator,
   writer: metrics.Writer,
-  watchdog: Watchdog,
+  guard: Guard,
   progress: metrics.Progress,
 ) -> dict[str, Any]:
   """Evaluates the last weights, writes summary.json and plots/.
@@ -40,14 +39,14 @@ def write_results(
     state: after that step.
     evaluator: of the test split.
     writer: of the metrics.
-    watchdog: told what is done.
+    guard: told what is done.
     progress: of this start of the run.
 
   Returns:
     The summary.
   """
-  top1 = _evaluate(run, state, evaluator, writer, watchdog)
-  watchdog.phase('pictures')
+  top1 = _evaluate(run, state, evaluator, writer, guard)
+  guard.enter('pictures')
   seconds = writer.seconds_before + progress.seconds
 
   def write() -> dict[str, Any]:
@@ -66,20 +65,20 @@ def _evaluate(
   state: TrainState,
   evaluator: Evaluator,
   writer: metrics.Writer,
-  watchdog: Watchdog,
+  guard: Guard,
 ) -> dict[str, float]:
   """Top-1 of the last weights: `none` for clean images, and by attack."""
   config = run.config
   step = run.steps.stop
-
-  def before_batch() -> None:
-    watchdog.phase('evaluate', step)
-    faults.point('train/last_evaluation', step)
-
   weights = weights_of(config, state)
   names = ('none', *attack_names(config.eval.attack))
   rows = {
-    name: evaluator(weights, name, before_batch=before_batch) for name in names
+    name: evaluator(
+      weights,
+      name,
+      before_batch=lambda: guard.enter('last_evaluation', step),
+    )
+    for name in names
   }
   # All at the end: half of them would be there twice after a rerun.
   top1 = {name: row['top1'] for name, row in rows.items()}
@@ -126,14 +125,14 @@ def _summarized(
 
 
 def describe(summary: dict[str, Any], path: epath.Path) -> str:
-  """The summary in a line."""
+  """Puts the summary into one line."""
   robust = ', '.join(
     f'{name} {top1:.2f} %'
     for name, top1 in summary['robust_top1_by_attack'].items()
   )
   return (
     f'done: top-1 {summary["top1"]:.2f} % clean'
-    + (f', {robust} at {summary["robust_epsilon"]:g} px' if robust else '')
+    + (f', {robust} at epsilon {summary["robust_epsilon"]:g}' if robust else '')
     + f'; {summary["seconds"]:.0f} s of training; pictures in {path}/plots'
   )
 

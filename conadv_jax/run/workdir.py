@@ -38,18 +38,18 @@ _FREE = (
 def prepare(workdir: str, run: Run, data: Mapping[str, Any]) -> epath.Path:
   """Makes `workdir`, or checks the run that is there.
 
-  Host 0 does so; the others return when it is done.
+  Host 0 does it; the others wait for its result.
 
   Args:
     workdir: the directory, or a bucket's.
-    run: the run that is to go on there.
+    run: the run that starts or resumes there.
     data: what identifies the examples, as `write_config` gets it.
 
   Raises:
-    ConfigError: if the directory holds a run of another configuration, with
-      the fields that differ, cannot be written, or is another directory on
-      another host.
-    StorageError: if the storage fails, in spite of some attempts.
+    ConfigError: if the directory holds a run of another configuration (the
+      message has the fields that differ), cannot be made, or is not the same
+      on all hosts.
+    StorageError: if the storage fails, in spite of retries.
   """
   check_no_credentials('workdir', workdir)
   path = epath.Path(workdir)
@@ -88,14 +88,21 @@ def read_config(workdir: str) -> dict[str, Any]:
 
   Raises:
     ConfigError: if there is no run.
-    StorageError: if the storage fails, in spite of some attempts.
+    StorageError: if the storage fails, in spite of retries.
   """
   check_no_credentials('workdir', workdir)
   return _read_run(epath.Path(workdir))['config']
 
 
 def _read_run(workdir: epath.Path) -> dict[str, Any]:
-  """Content of `config.json`; raises ConfigError if there is none."""
+  """Content of `config.json`.
+
+  A field that it lacks, as it was written before there was that field, takes
+  its default.
+
+  Raises:
+    ConfigError: if there is none, or it has fields that are gone or renamed.
+  """
   path = workdir / 'config.json'
   if not path.exists():
     raise ConfigError(
@@ -104,9 +111,15 @@ def _read_run(workdir: epath.Path) -> dict[str, Any]:
     )
   try:
     content = json.loads(storage.read(path.read_text, path))
-    return content | {'config': content['config']}
+    from_config_dict(content['config'])
   except (json.JSONDecodeError, TypeError, KeyError) as error:
     raise ConfigError(f'{path}: not readable: {error!r}') from error
+  except ConfigError as error:
+    raise ConfigError(
+      f'{path}: {error}\nthe run is of another version of this code: edit that '
+      'file, or use the code of its git_commit'
+    ) from error
+  return content
 
 
 def quarantine(path: epath.Path, config: Config) -> Quarantine:
@@ -225,8 +238,8 @@ def _check_same(
   if new > old:
     del differences['epochs']
     print(
-      f'epochs: {old:g} -> {new:g}: from here on the learning rate follows the '
-      'longer schedule'
+      f'epochs: {old:g} -> {new:g}: from this step on, the learning rate '
+      'follows the longer schedule'
     )
   old_data = content.get('data', {})
   differences |= {
@@ -249,7 +262,7 @@ def _check_same(
   }
   if rebuilt:
     print(
-      'not as when this run was last started, so that numbers may differ in '
+      'changed since this run was last started, so that numbers may differ in '
       'their last bits:\n  ' + '\n  '.join(_diff(rebuilt))
     )
 
@@ -261,7 +274,7 @@ def _diff(differences: Mapping[str, tuple[Any, Any]]) -> list[str]:
 
 
 def _built_with() -> dict[str, dict[str, Any]]:
-  """What the last bits of a run's numbers depend on, besides its settings."""
+  """Returns what the last bits of a run depend on, besides its config."""
   return {
     'versions': versions(),
     'devices': {

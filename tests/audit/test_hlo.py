@@ -7,28 +7,42 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conadv_jax.audit.hlo import cost as hlo_cost
-from conadv_jax.audit.hlo import flops as hlo_flops
-from conadv_jax.audit.hlo import program as hlo
-from conadv_jax.audit.hlo import schedule
+from conadv_jax.audit.hlo.cost import (
+  SCOPES,
+  Rates,
+  cost_by_scope,
+  cost_of,
+  scope_of_name,
+  total_cost,
+)
+from conadv_jax.audit.hlo.flops import flops_of
+from conadv_jax.audit.hlo.program import (
+  Shape,
+  bits,
+  executed,
+  parse,
+  parse_shapes,
+  trip_count,
+)
+from conadv_jax.audit.hlo.schedule import collectives, inventory, overlap
 from conadv_jax.base.errors import ConfigError
-from conadv_jax.devices import mesh as mesh_lib
 from conadv_jax.devices import sums
+from conadv_jax.devices.mesh import BATCH, make_mesh, own_copy, per_device
 
 # Programs of XLA:TPU for a step that updates one kernel of 3x3x512x512 and, in
 # the scope 'adversarial', takes the gradient of other images; abridged.
 REFERENCES = pathlib.Path(__file__).parents[1] / 'references'
-RATES = 1e12, 1e11  # FLOP/s, bytes per second
+RATES = Rates(flops_per_sec=1e12, hbm_bytes_per_sec=1e11)
 KERNEL_BYTES = 4 * 3 * 3 * 512 * 512
 
 
 def read(name):
-  return hlo.parse((REFERENCES / f'hlo_{name}.txt').read_text())
+  return parse((REFERENCES / f'hlo_{name}.txt').read_text())
 
 
 def program(*lines, before=''):
   body = '\n  '.join(lines)
-  return hlo.parse(
+  return parse(
     'HloModule m, is_scheduled=true, num_partitions=8\n\n'
     f'{before}ENTRY %main (x: f32[]) -> f32[] {{\n  {body}\n}}\n'
   )
@@ -38,9 +52,9 @@ def instruction(line):
   return next(iter(program(line).entry.instructions.values()))
 
 
-def cost_of(found, name):
+def cost_by_name(found, name):
   entry = found.entry
-  return hlo_cost.cost(found, entry, entry.instructions[name], *RATES)
+  return cost_of(found, entry, entry.instructions[name], RATES)
 
 
 # ---- The text --------------------------------------------------------------
@@ -75,12 +89,12 @@ KNOWN = ', backend_config={"known_trip_count":{"n":"7"}}'
 )
 def test_trips_of_a_loop(direction, noted, trips):
   text = LOOP.replace('DIRECTION', direction)
-  program = hlo.parse(text.replace('body=%body', 'body=%body' + noted))
+  program = parse(text.replace('body=%body', 'body=%body' + noted))
   loop = program.entry.instructions['loop']
-  assert hlo.trip_count(program, loop) == trips
+  assert trip_count(program, loop) == trips
 
   def times(**kwargs):
-    return {i.name: t for _, i, t in hlo.executed(program, **kwargs)}
+    return {i.name: t for _, i, t in executed(program, **kwargs)}
 
   assert times()['q'] == trips and times()['loop'] == 1
   assert times(loops_once=True)['q'] == 1
@@ -98,7 +112,7 @@ def test_an_instruction_is_taken_apart():
   assert found.op_name == "jit(f)/g['(w)']/update"
   assert found.attribute('kind') == 'kLoop'
   array, flag = found.shapes
-  assert array == hlo.Shape('bf16', (8, 128), (1, 0), (8, 128), 1)
+  assert array == Shape('bf16', (8, 128), (1, 0), (8, 128), 1)
   assert (array.bytes, flag.bytes) == (2048, 1)
 
 
@@ -115,7 +129,7 @@ def test_an_instruction_is_taken_apart():
   ),
 )
 def test_layouts_are_padded_to_whole_tiles(text, padded_bytes):
-  (shape,) = hlo.parse_shapes(text)
+  (shape,) = parse_shapes(text)
   assert shape.padded_bytes == padded_bytes
 
 
@@ -125,12 +139,12 @@ def test_layouts_are_padded_to_whole_tiles(text, padded_bytes):
 )
 def test_other_texts_are_refused(text, message):
   with pytest.raises(ConfigError, match=message):
-    hlo.parse(text)
+    parse(text)
 
 
 def test_an_unknown_element_type_is_refused():
   with pytest.raises(ConfigError, match='not an element type'):
-    hlo.bits('tuple')
+    bits('tuple')
 
 
 # ---- FLOPs and bytes -------------------------------------------------------
@@ -179,10 +193,9 @@ def test_flops_of_convolutions_are_those_of_xla(case, gradient):
     return pull(y)[gradient]
 
   lowered = jax.jit(fn).lower(*(jnp.zeros(s) for s in (lhs, rhs)))
-  found = hlo.parse(lowered.compiler_ir('hlo').get_hlo_module().to_string())
+  found = parse(lowered.compiler_ir('hlo').get_hlo_module().to_string())
   ours = sum(
-    hlo_flops.flops_of(found, found.entry, i)
-    for i in found.entry.instructions.values()
+    flops_of(found, found.entry, i) for i in found.entry.instructions.values()
   )
   # Of a gradient, the forward pass is in the text too, and in the count.
   assert ours == lowered.cost_analysis()['flops'] > 0
@@ -195,7 +208,7 @@ def test_flops_of_a_product():
     'ROOT %d = f32[5,4,7] dot(%a, %b), lhs_batch_dims={0}, '
     'lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={1}',
   )
-  assert cost_of(found, 'd').flops == 2 * 5 * 4 * 7 * 3
+  assert cost_by_name(found, 'd').flops == 2 * 5 * 4 * 7 * 3
 
 
 def test_seconds_are_those_of_what_binds():
@@ -204,9 +217,9 @@ def test_seconds_are_those_of_what_binds():
     '%d = f32[1000,1000] dot(%a, %a), lhs_contracting_dims={1}',
     'ROOT %c = f32[1000,1000] copy(%d)',
   )
-  product, copy = (cost_of(found, name) for name in 'dc')
-  assert product.flops == 2e9 and product.seconds == 2e9 / RATES[0]
-  assert copy.hbm_bytes == 8e6 and copy.seconds == 8e6 / RATES[1]
+  product, copy = (cost_by_name(found, name) for name in 'dc')
+  assert product.flops == 2e9 and product.seconds == 2e9 / 1e12
+  assert copy.hbm_bytes == 8e6 and copy.seconds == 8e6 / 1e11
 
 
 FUSED_SLICE = """%f (p: f32[64,8], i: s32[]) -> f32[1,8] {
@@ -268,7 +281,7 @@ def test_hbm_bytes(lines, before, hbm_bytes):
     *lines,
     before=before,
   )
-  assert hlo_cost.total(found, *RATES).hbm_bytes == hbm_bytes
+  assert total_cost(found, RATES).hbm_bytes == hbm_bytes
 
 
 def test_costs_of_a_whole_program_are_near_those_of_xla():
@@ -281,7 +294,7 @@ def test_costs_of_a_whole_program_are_near_those_of_xla():
     jax.ShapeDtypeStruct(s, jnp.float32) for s in CONVOLUTIONS['plain'][:2]
   ]
   compiled = jax.jit(fn).lower(*args).compile()
-  ours = hlo_cost.total(hlo.parse(compiled.as_text()), *RATES)
+  ours = total_cost(parse(compiled.as_text()), RATES)
   xla = compiled.cost_analysis()
   assert ours.accessed_bytes == pytest.approx(xla['bytes accessed'], rel=0.02)
   assert 0.9 < ours.flops / xla['flops'] <= 1
@@ -292,13 +305,7 @@ def test_loops_count_as_often_as_they_run():
     return jax.lax.scan(lambda c, _: (jnp.sin(c @ x), None), x, length=5)[0]
 
   text = jax.jit(fn).lower(jnp.zeros((16, 16))).compile().as_text()
-  assert hlo_cost.total(hlo.parse(text), *RATES).flops == 5 * 2 * 16**3
-
-
-@pytest.mark.parametrize('rates', ((0, 1), (1, -1)))
-def test_rates_must_be_positive(rates):
-  with pytest.raises(ConfigError, match='per_sec=.*must be > 0'):
-    hlo_cost.by_scope(read('v3_synchronous'), *rates)
+  assert total_cost(parse(text), RATES).flops == 5 * 2 * 16**3
 
 
 # ---- Scopes ----------------------------------------------------------------
@@ -316,7 +323,7 @@ def test_rates_must_be_positive(rates):
   ),
 )
 def test_scope_of_a_name(op_name, scope):
-  assert hlo_cost.scope_of_name(op_name) == scope
+  assert scope_of_name(op_name) == scope
 
 
 def test_a_copy_belongs_to_what_reads_it():
@@ -328,7 +335,7 @@ def test_a_copy_belongs_to_what_reads_it():
     f'%n = f32[8]{{0:S(1)}} negate(%d), {meta}',
     'ROOT %c = f32[8]{0} copy(%n)',
   )
-  scopes = hlo_cost.by_scope(found, *RATES)
+  scopes = cost_by_scope(found, RATES)
   assert scopes['adversarial']['bytes'] == 32
   assert scopes['other']['bytes'] == 32
 
@@ -338,8 +345,8 @@ def test_a_copy_belongs_to_what_reads_it():
 )
 def test_scopes_of_a_step(name):
   """One convolution more in the update: the gradient of the kernel."""
-  scopes = hlo_cost.by_scope(read(name), *RATES)
-  assert tuple(scopes) == (*hlo_cost.SCOPES, 'other')
+  scopes = cost_by_scope(read(name), RATES)
+  assert tuple(scopes) == (*SCOPES, 'other')
   assert sum(s['share'] for s in scopes.values()) == pytest.approx(1)
   flops = {scope: spent['flops'] for scope, spent in scopes.items()}
   assert flops['update'] == flops['adversarial'] > 0
@@ -364,7 +371,7 @@ def test_groups(attributes, group_size, num_groups):
     '%a = f32[3]{0:T(128)} parameter(0)',
     f'ROOT %r = f32[3]{{0:T(128)}} all-reduce(%a), {attributes}, to_apply=%s',
   )
-  (each,) = schedule.collectives(found, *RATES)
+  (each,) = collectives(found, RATES)
   assert (each.group_size, each.num_groups) == (group_size, num_groups)
   assert each.bytes == 12  # without padding
 
@@ -378,7 +385,7 @@ def test_kinds_and_payloads():
     '%p = f32[8]{0} collective-permute(%a), source_target_pairs={{0,1},{1,0}}',
     'ROOT %r = (f32[8], bf16[64]) all-reduce(%a, %b), replica_groups={}',
   )
-  rows = schedule.inventory(schedule.collectives(found, *RATES))
+  rows = inventory(collectives(found, RATES))
   assert [tuple(row.values()) for row in rows] == [
     ('all-gather', 'f32', 256, 8, 1),
     ('all-reduce', 'bf16+f32', 160, 8, 1),
@@ -390,19 +397,19 @@ def test_kinds_and_payloads():
 
 def test_collectives_of_a_compiled_loop_are_counted():
   devices = jax.devices()
-  mesh = mesh_lib.make_mesh(8, 1)
+  mesh = make_mesh(8, 1)
 
-  def per_device(x):
+  def three_sums(x):
     def body(total, _):
-      return sums.mean_over_devices(jnp.sin(total)), None
+      return own_copy(sums.mean_over_devices(jnp.sin(total))), None
 
     return jax.lax.scan(body, x, length=3)[0]
 
-  fn = mesh_lib.per_device(mesh, per_device, mesh_lib.BATCH, mesh_lib.BATCH)
+  fn = per_device(mesh, three_sums, BATCH, BATCH)
   compiled = jax.jit(fn).lower(np.zeros((8, 1, 5), np.float32)).compile()
-  found = schedule.collectives(hlo.parse(compiled.as_text()), *RATES)
+  found = collectives(parse(compiled.as_text()), RATES)
   each = 4 * 5 * 8 // len(devices)
-  assert schedule.inventory(found) == [
+  assert inventory(found) == [
     {
       'kind': 'all-reduce',
       'dtype': 'f32',
@@ -424,15 +431,15 @@ def test_a_start_and_its_done_are_one_collective():
     '%d = f32[8]{0} all-reduce-done(%s)',
     f'ROOT %m = f32[8]{{0}} negate(%n), {meta}',
   )
-  (each,) = schedule.collectives(found, *RATES)
-  seconds = 64 / RATES[1]
+  (each,) = collectives(found, RATES)
+  seconds = 64 / 1e11
   assert each.is_async and each.beside == (
     ('n', 'adversarial', seconds),
     ('o', 'optimizer', seconds),
   )
-  overlap = schedule.overlap(found, *RATES)
-  assert overlap['hidden_seconds'] == seconds
-  assert overlap['adversarial_seconds'] == 2 * seconds
+  result = overlap(found, RATES)
+  assert result['hidden_seconds'] == seconds
+  assert result['adversarial_seconds'] == 2 * seconds
 
 
 def test_a_sum_between_slices():
@@ -465,7 +472,7 @@ def test_a_sum_between_slices():
     '%w.1 = (f32[8]{0}, token[]) recv-done(%r), is_host_transfer=true',
     f'ROOT %m = f32[8]{{0}} negate(%a), {named("optimizer")}',
   )
-  within, first, second = schedule.collectives(found, *RATES)
+  within, first, second = collectives(found, RATES)
   assert (within.kind, within.bytes, within.group_size) == ('all-reduce', 32, 4)
   assert not within.is_async
   assert (first.kind, first.bytes, first.dtype) == ('dcn-all-reduce', 32, 'f32')
@@ -473,11 +480,11 @@ def test_a_sum_between_slices():
   assert [name for name, _, _ in first.beside] == ['n']
   assert second.bytes == 16 and not second.is_async
   assert {c.scope for c in (within, first, second)} == {'gradient_sum'}
-  overlap = schedule.overlap(found, *RATES)
-  assert overlap['asynchronous_bytes'] == 32
-  assert overlap['hidden_seconds'] == overlap['adversarial_seconds'] > 0
-  assert '(0.0 of 0.0 MB between slices)' in overlap['verdict']
-  scopes = hlo_cost.by_scope(found, *RATES)
+  result = overlap(found, RATES)
+  assert result['asynchronous_bytes'] == 32
+  assert result['hidden_seconds'] == result['adversarial_seconds'] > 0
+  assert '(0.0 of 0.0 MB between slices)' in result['verdict']
+  scopes = cost_by_scope(found, RATES)
   assert scopes['other']['seconds'] == 0
 
 
@@ -486,18 +493,18 @@ def test_a_sum_without_a_name_in_one_slice_is_of_no_scope():
     '%a = f32[8]{0} parameter(0)',
     'ROOT %s = f32[8]{0} all-reduce(%a), replica_groups={}, to_apply=%sum',
   )
-  (each,) = schedule.collectives(found, *RATES)
+  (each,) = collectives(found, RATES)
   assert each.scope == 'other'
 
 
 def test_a_synchronous_sum():
-  (each,) = schedule.collectives(read('v3_synchronous'), *RATES)
+  (each,) = collectives(read('v3_synchronous'), RATES)
   assert each.bytes == KERNEL_BYTES and each.group_size == 8
   assert not each.is_async and each.beside == ()
-  overlap = schedule.overlap(read('v3_synchronous'), *RATES)
-  assert not overlap['asynchronous'] and overlap['hidden_seconds'] == 0
-  assert overlap['verdict'].startswith('synchronous: position 6 of 7')
-  assert 'all-reduce(...)' in overlap['evidence'][0]
+  result = overlap(read('v3_synchronous'), RATES)
+  assert not result['asynchronous'] and result['hidden_seconds'] == 0
+  assert result['verdict'].startswith('synchronous: position 6 of 7')
+  assert 'all-reduce(...)' in result['evidence'][0]
 
 
 @pytest.mark.parametrize(
@@ -510,24 +517,24 @@ def test_a_synchronous_sum():
 )
 def test_an_asynchronous_sum(name, group_size, start, all_hidden):
   found = read(name)
-  (each,) = schedule.collectives(found, *RATES)
+  (each,) = collectives(found, RATES)
   assert (each.kind, each.dtype, each.count) == ('all-reduce', 'f32', 1)
   assert each.bytes == KERNEL_BYTES and each.group_size == group_size
   assert each.is_async and each.scope == 'gradient_sum'
   # Both convolutions of the attack run beside it.
   entry = found.entry.instructions
   flops = [
-    hlo_flops.flops_of(found, found.entry, entry[name])
+    flops_of(found, found.entry, entry[name])
     for name, scope, _ in each.beside
     if scope == 'adversarial'
   ]
-  scopes = hlo_cost.by_scope(found, *RATES)
+  scopes = cost_by_scope(found, RATES)
   assert sum(flops) == scopes['adversarial']['flops'] > 0
-  overlap = schedule.overlap(found, *RATES)
-  assert overlap['asynchronous_bytes'] == overlap['bytes'] == KERNEL_BYTES
-  assert 0 < overlap['hidden_seconds'] <= overlap['adversarial_seconds']
-  assert start in overlap['evidence'][0]
-  assert overlap['verdict'].startswith('asynchronous: 9.4 of 9.4 MB')
+  result = overlap(found, RATES)
+  assert result['asynchronous_bytes'] == result['bytes'] == KERNEL_BYTES
+  assert 0 < result['hidden_seconds'] <= result['adversarial_seconds']
+  assert start in result['evidence'][0]
+  assert result['verdict'].startswith('asynchronous: 9.4 of 9.4 MB')
   carriers = {name for name, _, _ in each.beside}
   assert all_hidden or all(
     'async_collective' in entry[n].called[0] for n in carriers
@@ -536,10 +543,10 @@ def test_an_asynchronous_sum(name, group_size, start, all_hidden):
 
 def test_what_a_fusion_carries_is_not_its_own_traffic():
   found = read('v5e_continuation_fusion')
-  (each,) = schedule.collectives(found, *RATES)
+  (each,) = collectives(found, RATES)
   for name, _, _ in each.beside:
     # It reads the weights; the gradient passes through.
-    spent = cost_of(found, name)
+    spent = cost_by_name(found, name)
     assert KERNEL_BYTES < spent.accessed_bytes < 2 * KERNEL_BYTES
 
 
@@ -550,9 +557,9 @@ def test_a_sum_that_the_compiler_joined_again_says_so():
     'frontend_attributes={async_collective_name="all-reduce-start"}, '
     'metadata={op_name="jit(f)/gradient_sum/psum"}',
   )
-  assert 'joined them again' in schedule.overlap(found, *RATES)['verdict']
+  assert 'joined them again' in overlap(found, RATES)['verdict']
 
 
 def test_no_sum_at_all():
   found = program('ROOT %a = f32[8]{0} parameter(0)')
-  assert schedule.overlap(found, *RATES)['verdict'].startswith('no sum')
+  assert overlap(found, RATES)['verdict'].startswith('no sum')

@@ -6,21 +6,27 @@ import math
 
 import pytest
 
-from conadv_jax.audit.scaling import predict as scaling
-from conadv_jax.audit.scaling import report as scaling_report
+from conadv_jax.audit import report
+from conadv_jax.audit.generations import GENERATIONS
 from conadv_jax.audit.scaling.anchor import MLPERF_65536, check_anchor
 from conadv_jax.audit.scaling.collective_time import (
   all_reduce,
   group_all_reduce,
   ring_all_reduce,
 )
+from conadv_jax.audit.scaling.plot import plot
 from conadv_jax.audit.scaling.predict import (
+  ROOFLINE,
   BatchNormCost,
   Calibration,
   Compiled,
   StepCost,
+  predict,
+  scale,
+  slices_of,
 )
-from conadv_jax.audit.topology import GENERATIONS, Topology, parse
+from conadv_jax.audit.scaling.study import as_json, make_study
+from conadv_jax.audit.topology import Topology, parse
 from conadv_jax.base.errors import ConfigError
 
 # Round numbers to calculate with: a link of 1 GB/s, 1 us per hop, 5 GB/s per
@@ -138,9 +144,7 @@ def test_slices_by_hand():
 @pytest.mark.parametrize('name', sorted(GENERATIONS))
 def test_two_slices_are_slower_than_one_of_the_same_size(name):
   generation = GENERATIONS[name]
-  small, large = (
-    scaling.slices_of(generation, devices) for devices in (128, 256)
-  )
+  small, large = (slices_of(generation, devices) for devices in (128, 256))
   two = dataclasses.replace(small, slices=2)
   assert two.devices == large.devices
   for num_bytes in (0, 1e8):
@@ -207,14 +211,14 @@ TWO = Compiled(16, 2e12, 2e9)
     (lambda: BatchNormCost(group_size=-1), 'group_size=-1'),
     (lambda: Calibration('x', efficiency=0.0), 'efficiency=0.0'),
     (lambda: Calibration('x', overhead_seconds=-1.0), 'overhead_seconds=-1.0'),
-    (lambda: scaling.predict(COST, toy(2, 2), 0), 'examples_per_device=0'),
+    (lambda: predict(COST, toy(2, 2), 0), 'examples_per_device=0'),
     (
-      lambda: scaling.predict(COST, toy(2, 2), 4, max_examples_per_device=0),
+      lambda: predict(COST, toy(2, 2), 4, max_examples_per_device=0),
       'max_examples_per_device=0',
     ),
-    (lambda: scaling.strong_scaling(COST, TOY, 100, 1), 'batch_size=100'),
-    (lambda: scaling.strong_scaling(COST, TOY, 0, 1), 'batch_size=0'),
-    (lambda: scaling.weak_scaling(COST, TOY, 8, 0), 'examples_to_train=0'),
+    (lambda: scale('strong', COST, TOY, 100, 1), 'batch_size=100'),
+    (lambda: scale('strong', COST, TOY, 0, 1), 'batch_size=0'),
+    (lambda: scale('weak', COST, TOY, 8, 0), 'examples_to_train=0'),
     (
       lambda: check_anchor(dataclasses.replace(RESNET50, gradient_bytes=1e13)),
       'gradient_bytes=1e',
@@ -234,7 +238,7 @@ def test_a_step_by_hand():
 
   On 2x2 chips the gradients take 75 ms and 4 us.
   """
-  p = scaling.predict(COST, toy(2, 2), 10)
+  p = predict(COST, toy(2, 2), 10)
   assert p.batch_size == 40
   assert p.microbatches == 1
   assert p.flop_seconds == pytest.approx(0.050)
@@ -248,13 +252,13 @@ def test_a_step_by_hand():
 
 def test_the_slower_of_flops_and_bytes_binds():
   cost = dataclasses.replace(COST, bytes_per_example=1e10)
-  p = scaling.predict(cost, toy(2, 2), 10)
+  p = predict(cost, toy(2, 2), 10)
   assert p.compute_seconds == p.byte_seconds == pytest.approx(0.102)
 
 
 def test_a_calibration_by_hand():
   half = Calibration('half', efficiency=0.5, overhead_seconds=0.003)
-  p = scaling.predict(COST, toy(2, 2), 10, half)
+  p = predict(COST, toy(2, 2), 10, half)
   assert p.compute_seconds == pytest.approx(0.103)
   assert p.flop_seconds == pytest.approx(0.050)
 
@@ -265,7 +269,7 @@ def test_a_calibration_by_hand():
 )
 def test_the_fewest_equal_microbatches_that_fit(examples, most, expected):
   slow = Calibration('slow', overhead_seconds=1.0)
-  p = scaling.predict(COST, toy(2, 2), examples, slow, most)
+  p = predict(COST, toy(2, 2), examples, slow, most)
   assert p.microbatches == expected
   moved_bytes = 1e9 * examples + 2e9 * expected
   assert p.byte_seconds == pytest.approx(moved_bytes / 1e12)
@@ -279,15 +283,15 @@ def test_batch_norm_costs_only_where_a_group_spans_devices():
   """Groups of 32: 10 all-reduces of 1 MB over 4 devices at 8 examples each."""
   bn = BatchNormCost(group_size=32, all_reduces=10, bytes=1e7)
   cost = dataclasses.replace(COST, batch_norm=bn)
-  assert scaling.predict(cost, toy(4, 4), 32).batch_norm.seconds == 0
-  p = scaling.predict(cost, toy(4, 4), 8)
+  assert predict(cost, toy(4, 4), 32).batch_norm.seconds == 0
+  p = predict(cost, toy(4, 4), 8)
   assert p.batch_norm.latency_seconds == pytest.approx(10 * 4e-6)
   assert p.batch_norm.bandwidth_seconds == pytest.approx(10 * 0.75e-3)
   # Layers wait for it; the next ones cannot start.
   assert p.overlapped_step_seconds == pytest.approx(
     max(p.compute_seconds, p.gradients.seconds) + p.batch_norm.seconds
   )
-  twice = scaling.predict(cost, toy(4, 4), 16, max_examples_per_device=8)
+  twice = predict(cost, toy(4, 4), 16, max_examples_per_device=8)
   assert twice.batch_norm.seconds == pytest.approx(2 * p.batch_norm.seconds)
 
 
@@ -314,7 +318,7 @@ def test_batch_norm_costs_only_where_a_group_spans_devices():
   ],
 )
 def test_devices_become_slices(name, devices, label):
-  topology = scaling.slices_of(GENERATIONS[name], devices)
+  topology = slices_of(GENERATIONS[name], devices)
   assert (topology and topology.label) == label
   if topology:
     assert topology.devices == devices
@@ -323,10 +327,10 @@ def test_devices_become_slices(name, devices, label):
 EXAMPLES = 90 * 1_281_167
 
 
-def scalings(generation, calibration=scaling.ROOFLINE):
+def scalings(generation, calibration=ROOFLINE):
   return (
-    scaling.weak_scaling(COST, generation, 96, EXAMPLES, calibration),
-    scaling.strong_scaling(COST, generation, 98_304, EXAMPLES, calibration),
+    scale('weak', COST, generation, 96, EXAMPLES, calibration),
+    scale('strong', COST, generation, 98_304, EXAMPLES, calibration),
   )
 
 
@@ -360,7 +364,7 @@ def test_rows_of_weak_and_strong_scaling(generation):
 def test_more_devices_for_one_batch_are_faster_and_less_efficient(generation):
   """Where collectives grow: with the number of devices, as hops do."""
   cost = dataclasses.replace(COST, gradient_bytes=0.0)
-  result = scaling.strong_scaling(cost, generation, 98_304, EXAMPLES)
+  result = scale('strong', cost, generation, 98_304, EXAMPLES)
   rows = result.rows
   for fewer, more in zip(rows, rows[1:], strict=False):
     assert more.train_seconds < fewer.train_seconds
@@ -420,13 +424,12 @@ def test_both_calibrations_meet_the_anchor_and_part_elsewhere():
   anchor = check.anchor
   both = (check.by_efficiency, check.by_overhead)
   for calibration in both:
-    p = scaling.predict(
+    p = predict(
       RESNET50, anchor.topology, anchor.examples_per_device, calibration
     )
     assert p.step_seconds == pytest.approx(anchor.step_seconds)
   slow, late = (
-    scaling.predict(RESNET50, parse('v3-1024'), 96, c).step_seconds
-    for c in both
+    predict(RESNET50, parse('v3-1024'), 96, c).step_seconds for c in both
   )
   assert slow > 1.5 * late
 
@@ -444,7 +447,7 @@ def test_a_prediction_longer_than_the_measurement_is_not_hidden():
 
 
 def study(anchor_cost=RESNET50):
-  return scaling_report.study(
+  return make_study(
     RESNET50,
     GENERATIONS['v3'],
     examples_per_device=96,
@@ -455,13 +458,19 @@ def study(anchor_cost=RESNET50):
   )
 
 
+def text_of(study):
+  return report.text({'scaling': as_json(study)})
+
+
 def test_the_text_has_every_row_and_every_assumption_with_its_source():
-  text = scaling_report.text(study())
-  assert text.count('Weak scaling') == text.count('Strong scaling') == 3
-  assert '2 x v3:32x32' in text
-  assert text.count('v3:16x32') == 6
-  row = next(x for x in text.splitlines() if x.split()[:2] == ['8', 'v3:2x2'])
-  assert row.split()[2:5] == ['768', '96', '1']
+  text = text_of(study())
+  lines = [line.split() for line in text.splitlines()]
+  for mode in ('weak', 'strong'):
+    rows = [line for line in lines if line[:1] == [mode]]
+    assert sum('v3:16x32' in row for row in rows) == 3
+    assert sum(row.count('v3:32x32') for row in rows) == 6  # one slice, and two
+  row = next(line for line in lines if line[:2] == ['weak', 'roofline'])
+  assert row[2:8] == ['v3:2x2', '1', '8', '768', '96', '1']
   for name in (
     'peak_flops_per_sec',
     'ici_bytes_per_sec',
@@ -480,14 +489,14 @@ def test_the_text_has_every_row_and_every_assumption_with_its_source():
 def test_without_an_anchor_there_is_only_the_roofline():
   result = study(anchor_cost=None)
   assert result.anchor is None
-  assert [s.calibration for s in result.weak] == [scaling.ROOFLINE]
-  assert 'Measured' not in scaling_report.text(result)
-  assert scaling_report.as_json(result)['anchor'] is None
+  assert [s.calibration for s in result.weak] == [ROOFLINE]
+  assert 'Measured' not in text_of(result)
+  assert as_json(result)['anchor'] is None
 
 
 def test_json_is_plain_and_complete():
   result = study()
-  values = scaling_report.as_json(result)
+  values = as_json(result)
   assert json.loads(json.dumps(values, allow_nan=False)) == values
   row = values['strong'][0]['rows'][-1]
   assert row['devices'] == 4096
@@ -501,5 +510,5 @@ def test_json_is_plain_and_complete():
 
 def test_the_plot_is_a_picture(tmp_path):
   path = tmp_path / 'new' / 'scaling.png'
-  scaling_report.plot(study(), 'title', path)
+  plot(study(), 'title', path)
   assert path.read_bytes()[:4] == b'\x89PNG'

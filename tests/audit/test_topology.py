@@ -1,5 +1,6 @@
 """Slices of TPUs: names, sizes, and that libtpu agrees."""
 
+import importlib.util
 import math
 import os
 import re
@@ -10,10 +11,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from conadv_jax.audit import topology as topology_lib
-from conadv_jax.audit.topology import GENERATIONS, Topology, parse
+from conadv_jax.audit.generations import GENERATIONS
+from conadv_jax.audit.topology import (
+  AOT_ENVIRONMENT,
+  Topology,
+  load_devices,
+  parse,
+)
 from conadv_jax.base.errors import ConfigError
-from conadv_jax.devices import mesh as mesh_lib
+from conadv_jax.devices.mesh import batch_sharding, make_mesh, replicated
 
 # text, slices, name of a slice, alias, chips, devices, hosts. Chips, devices
 # and hosts of the types are those of Cloud TPU's tables.
@@ -183,7 +189,7 @@ def test_every_figure_has_a_source(generation):
 
 @pytest.fixture
 def aot(monkeypatch):
-  for name, value in topology_lib.AOT_ENVIRONMENT.items():
+  for name, value in AOT_ENVIRONMENT.items():
     monkeypatch.setenv(name, value)
 
 
@@ -194,7 +200,7 @@ def aot(monkeypatch):
 )
 def test_libtpu_has_the_same_devices_and_hosts(text, slices):
   topology = parse(text, slices)
-  devices = topology_lib.load_devices(topology)
+  devices = load_devices(topology)
   assert len(devices) == topology.devices
   assert len({d.process_index for d in devices}) == topology.hosts
   assert {d.device_kind for d in devices} == {KINDS[topology.generation.name]}
@@ -214,22 +220,20 @@ def test_libtpu_knows_the_usual_slices(generation):
   usual = [s for s in generation.shapes if math.prod(s).bit_count() == 1]
   for shape in usual:
     topology = Topology(generation, shape)
-    assert len(topology_lib.load_devices(topology)) == topology.devices
+    assert len(load_devices(topology)) == topology.devices
 
 
 @pytest.mark.tpu_aot
 @pytest.mark.usefixtures('aot')
 @pytest.mark.parametrize('text, kind', [('4x4x4', 'TORUS'), ('2x2x2', 'MESH')])
 def test_the_compiler_knows_which_dimensions_are_rings(text, kind):
-  devices = topology_lib.load_devices(parse(f'tpu7x:{text}'))
+  devices = load_devices(parse(f'tpu7x:{text}'))
   count = len(devices)
-  mesh = mesh_lib.make_mesh(count, 1, devices)
+  mesh = make_mesh(count, 1, devices)
   x = jax.ShapeDtypeStruct(
-    (count, 1, 2**20), jnp.float32, sharding=mesh_lib.batch_sharding(mesh)
+    (count, 1, 2**20), jnp.float32, sharding=batch_sharding(mesh)
   )
-  total = jax.jit(
-    lambda x: x.sum(axis=(0, 1)), out_shardings=mesh_lib.replicated(mesh)
-  )
+  total = jax.jit(lambda x: x.sum(axis=(0, 1)), out_shardings=replicated(mesh))
   hlo = total.lower(x).compile().as_text()
   assert set(re.findall(r'ICI_RING_DIM_[XYZ]_(\w+)', hlo)) == {kind}
 
@@ -238,10 +242,10 @@ def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
   def find_spec(name):
     assert name == 'libtpu'
 
-  monkeypatch.setattr(topology_lib.importlib.util, 'find_spec', find_spec)
+  monkeypatch.setattr(importlib.util, 'find_spec', find_spec)
   monkeypatch.delenv('TPU_LIBRARY_PATH', raising=False)
   with pytest.raises(ConfigError, match=r"pip install -e '\.\[tpu\]'"):
-    topology_lib.load_devices(parse('v3-8'))
+    load_devices(parse('v3-8'))
 
 
 def test_only_who_asks_for_it_gets_the_environment_of_an_audit():
@@ -256,9 +260,7 @@ def test_only_who_asks_for_it_gets_the_environment_of_an_audit():
     'topology.prepare_process()\n'
     'print([os.environ[name] for name in topology.AOT_ENVIRONMENT])\n'
   )
-  env = {
-    k: v for k, v in os.environ.items() if k not in topology_lib.AOT_ENVIRONMENT
-  }
+  env = {k: v for k, v in os.environ.items() if k not in AOT_ENVIRONMENT}
   process = subprocess.run(
     [sys.executable, '-c', code],
     env=env | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(sys.path)},

@@ -157,7 +157,7 @@ def test_too_many_requests_are_no_full_disk(waits):
   full = tf.errors.ResourceExhaustedError(
     None, None, '/x; No space left on device'
   )
-  with pytest.raises(StorageError, match='No space left .*make room'):
+  with pytest.raises(StorageError, match='No space left .*free some space'):
     storage.write(Failing(full, 1), '/x')
   assert len(waits) == 1
 
@@ -185,7 +185,7 @@ def test_a_full_disk_is_said_with_path_and_free_bytes(
     storage.write(Failing(os_error(number), 1), path)
   assert str(info.value) == (
     f'{path}: cannot be written: {os.strerror(number)}; 12,345 bytes free '
-    'there; make room there, or raise the quota, then run the same command '
+    'there; free some space, or raise the quota, then run the same command '
     'again'
   )
 

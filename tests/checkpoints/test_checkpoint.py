@@ -225,7 +225,7 @@ def test_a_flipped_bit_is_found_and_the_step_before_taken(where, two, capsys):
     restored(two, strict=True)
   assert_is(restored(two), 1)
   said = capsys.readouterr().out
-  assert 'damaged, passed over' in said and 'checkpoints/2' in said
+  assert 'damaged, skipped' in said and 'checkpoints/2' in said
 
 
 def test_a_changed_number_is_found_by_its_checksum(two, capsys):
@@ -770,4 +770,4 @@ def test_hosts_pass_over_what_one_of_them_cannot_read(tmp_path):
     for host in range(2):
       assert "restored 2 {'step': 2} [1, 2]" in run.log(host)
       assert 'saved [1, 2, 4]' in run.log(host)
-    assert 'damaged, passed over' in run.log(0)
+    assert 'damaged, skipped' in run.log(0)

@@ -36,7 +36,7 @@ root, count, hard = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 if not hard:
   hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
-from conadv_jax.data.array_record import ArrayRecords
+from conadv_jax.data.sources.array_record import ArrayRecords
 source = ArrayRecords([f'{root}/{i}' for i in range(count)], [2] * count)
 ids = np.random.RandomState(0).permutation(2 * count)
 assert source.fetch(ids) == [b'record %d' % i for i in ids]

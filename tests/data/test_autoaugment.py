@@ -65,10 +65,11 @@ def test_sub_policies_are_those_of_the_source():
 def test_operation_equals_pillow_at_every_level(name, images):
   limits = autoaugment.AUTOAUGMENT_LIMITS
   layer = autoaugment.make_layer(tuple((name, v) for v in LEVELS), limits)
+  channels = images[0].shape[-1]
 
   @tf.function(
     input_signature=[
-      tf.TensorSpec([None, None, 3], tf.uint8),
+      tf.TensorSpec([None, None, channels], tf.uint8),
       tf.TensorSpec([], tf.int32),
       tf.TensorSpec([], tf.bool),
     ]
@@ -117,10 +118,12 @@ def test_a_posterize_of_no_bits_keeps_one():
     np.testing.assert_array_equal(posterized, expected)
 
 
+@pytest.mark.parametrize('channels', [3, 1])
 @pytest.mark.parametrize('name', autoaugment.OPERATIONS)
-def test_operation_accepts_levels_above_10(name):
+def test_operation_accepts_levels_above_10(name, channels):
   limits = autoaugment.RANDAUGMENT_LIMITS
-  image = np.arange(10 * 9 * 3, dtype=np.uint8).reshape(10, 9, 3)
+  size = 10 * 9 * channels
+  image = np.arange(size, dtype=np.uint8).reshape(10, 9, channels)
   ours = autoaugment.operation(name, image, 28, limits=limits).numpy()
   expected = {
     'Posterize': lambda: image,
@@ -144,8 +147,12 @@ def test_operation_accepts_levels_above_10(name):
     ((0.5, 0.25), 0, (0, 0), (0, 0)),
   ],
 )
-def test_cutout_fills_a_square_around_its_center(center, level, rows, columns):
-  image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+@pytest.mark.parametrize('channels', [3, 1])
+def test_cutout_fills_a_square_around_its_center(
+  center, level, rows, columns, channels
+):
+  shape = (30, 40, channels)
+  image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
   limits = autoaugment.Limits(translate_px=1, cutout_px=10)
   expected = image.copy()
   expected[slice(*rows), slice(*columns)] = 128
@@ -268,7 +275,7 @@ def test_the_static_shape_is_kept():
     )
     return concrete.output_shapes.as_list()
 
-  for shape in ([224, 224, 3], [None, None, 3]):
+  for shape in ([224, 224, 3], [None, None, 3], [28, 28, 1], [None, None, 1]):
     v0 = functools.partial(autoaugment.augment, 'v0')
     assert shape_of(v0, shape) == shape
     assert shape_of(
@@ -290,8 +297,17 @@ def test_the_graph_stays_small():
   assert nodes(lambda i, s: autoaugment.rand_augment(i, s, 2, 9)) < 1600
 
 
-@pytest.fixture(scope='module')
-def images():
+@pytest.fixture(scope='module', params=[3, 1], ids=['RGB', 'L'])
+def images(request):
+  """`colour_images`, or one channel of each."""
+  return [
+    np.ascontiguousarray(image[..., : request.param])
+    for image in colour_images()
+  ]
+
+
+@functools.cache
+def colour_images():
   """20 images: photos, noise, gradients, flat ones; even, odd, tiny sizes."""
   china = sklearn_datasets.load_sample_image('china.jpg')
   flower = sklearn_datasets.load_sample_image('flower.jpg')
@@ -323,14 +339,17 @@ def images():
 
 
 def pillow(name, image, level, negative, limits, center=None):
-  """The operation by Pillow; Cutout by NumPy."""
-  part, picture = level / 10, Image.fromarray(image)
+  """The operation by Pillow, in mode RGB or L; Cutout by NumPy."""
+  channels = image.shape[-1]
+  fill = GREY if channels == 3 else GREY[0]
+  part = level / 10
+  picture = Image.fromarray(image if channels == 3 else image[..., 0])
   signed = -part if negative else part
   addition = int(part * 110)
 
   def affine(*data):
     return picture.transform(
-      picture.size, Image.AFFINE, data, Image.NEAREST, fillcolor=GREY
+      picture.size, Image.AFFINE, data, Image.NEAREST, fillcolor=fill
     )
 
   def enhance(kind):
@@ -347,13 +366,13 @@ def pillow(name, image, level, negative, limits, center=None):
     'AutoContrast': lambda: ImageOps.autocontrast(picture),
     'Equalize': lambda: ImageOps.equalize(picture),
     'Invert': lambda: ImageOps.invert(picture),
-    'Rotate': lambda: picture.rotate(signed * 30, fillcolor=GREY),
+    'Rotate': lambda: picture.rotate(signed * 30, fillcolor=fill),
     'Posterize': lambda: ImageOps.posterize(
       picture, min(max(int(part * 4), 1), 8)
     ),
     'Solarize': lambda: ImageOps.solarize(picture, int(part * 256)),
     'SolarizeAdd': lambda: picture.point(
-      [min(v + addition, 255) if v < 128 else v for v in range(256)] * 3
+      [min(v + addition, 255) if v < 128 else v for v in range(256)] * channels
     ),
     'Color': lambda: enhance('Color'),
     'Contrast': lambda: enhance('Contrast'),
@@ -365,7 +384,7 @@ def pillow(name, image, level, negative, limits, center=None):
     'TranslateY': lambda: affine(1, 0, 0, 0, 1, shift),
     'Cutout': cutout,
   }[name]()
-  return np.asarray(result)
+  return np.asarray(result).reshape(image.shape)
 
 
 def over_seeds(function, count, num_parallel_calls=None):

@@ -1,12 +1,10 @@
 """Data sets are read whole or refused; batches depend on (seed, step) only."""
 
 import dataclasses
-import errno
 import gzip
 import hashlib
 import importlib.util
 import itertools
-import os
 import pathlib
 import shutil
 import socket
@@ -19,27 +17,57 @@ import helpers
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
+from etils import epath
 from sklearn import datasets as sklearn_datasets
 
 from conadv_jax.base.errors import ConfigError
-from conadv_jax.config import from_config_dict
+from conadv_jax.config import default_config, from_config_dict
 from conadv_jax.data import datasets, pipeline, sampler
 from conadv_jax.data.images import preprocess
 from conadv_jax.data.sources import digits, in_memory
-from configs import common
+from conadv_jax.data.sources.prepared import Prepared
+from conadv_jax.data.sources.source import Share
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 DIGITS = datasets.get_spec('digits')
 # The same files, treated as a data set that users prepare themselves.
 MANUAL = dataclasses.replace(
-  DIGITS, embedded=False, prepare_command='make-digits --to={data_dir}'
+  DIGITS, store=Prepared('digits', 'make-digits --to={data_dir}')
 )
+
+
+class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """The digits as users would prepare them."""
+
+  name = 'digits'
+  VERSION = tfds.core.Version('1.0.0')
+  pkg_dir_path = epath.Path(__file__).parent
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(
+        {
+          'image': tfds.features.Image(shape=(8, 8, 1), dtype=np.uint8),
+          'label': tfds.features.ClassLabel(num_classes=10),
+        }
+      ),
+      disable_shuffling=True,
+    )
+
+  def _split_generators(self, dl_manager):
+    return {name: self._generate_examples(name) for name in digits.load()}
+
+  def _generate_examples(self, split):
+    for i, (image, label) in enumerate(zip(*digits.load()[split], strict=True)):
+      yield i, {'image': image[..., None], 'label': label}
 
 
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
   path = tmp_path_factory.mktemp('tfds')
-  digits.prepare(str(path))
+  Builder(data_dir=str(path)).download_and_prepare()
   return path
 
 
@@ -71,22 +99,36 @@ def make_source(num_examples=10, size=4, num_classes=10):
   )
 
 
-SETTINGS = from_config_dict(common.get_config()).dataset
+SETTINGS = from_config_dict(default_config()).dataset
 
 
-def train(source, *, crop_padding_px=2, random_flip=True, **kwargs):
-  settings = dataclasses.replace(
+def load(spec, part, data_dir, **changes):
+  config = dataclasses.replace(SETTINGS, data_dir=str(data_dir), **changes)
+  return spec.open(part, config)
+
+
+def train(
+  source,
+  *,
+  crop_padding_px=2,
+  random_flip=True,
+  seed=5,
+  batch_size=4,
+  start_step=0,
+  num_steps=8,
+  positions=None,
+):
+  config = dataclasses.replace(
     SETTINGS, crop_padding_px=crop_padding_px, random_flip=random_flip
   )
-  defaults = dict(
+  steps = range(start_step, start_step + num_steps)
+  batches = pipeline.train_batches(
+    source,
+    config,
+    Share(seed, batch_size, steps, positions),
+    image_views=('clean',),
     num_classes=10,
-    views=('clean',),
-    seed=5,
-    batch_size=4,
-    start_step=0,
-    num_steps=8,
   )
-  batches = pipeline.train_batches(source, settings, **(defaults | kwargs))
   return list(batches)
 
 
@@ -121,8 +163,9 @@ def test_registered_specs_are_consistent():
     assert spec.name == name
     assert len(spec.mean) == len(spec.std) == spec.image_shape[-1]
     assert all(1 < value < 255 for value in spec.mean + spec.std)
-    prepared = bool(spec.prepare_command)
-    assert prepared != (spec.embedded or name == 'image_folder')
+    prepared = type(spec.store) is Prepared
+    assert prepared == (name not in ('digits', 'image_folder'))
+    assert not prepared or '{data_dir}' in spec.store.command
     assert spec.encoded == (spec.image_shape[:2] == (0, 0))
 
 
@@ -134,9 +177,10 @@ def test_unknown_data_set_names_the_nearest():
   )
 
 
-def test_digits_are_those_of_scikit_learn(data_dir):
-  train_source = datasets.load(DIGITS, 'train', str(data_dir))
-  eval_source = datasets.load(DIGITS, 'eval', str(data_dir))
+@pytest.mark.parametrize('spec', [DIGITS, MANUAL], ids=['arrays', 'prepared'])
+def test_digits_are_those_of_scikit_learn(spec, data_dir, no_network):
+  train_source = load(spec, 'train', data_dir)
+  eval_source = load(spec, 'eval', data_dir)
   assert train_source.num_examples == DIGITS.num_train == 1437
   assert eval_source.num_examples == DIGITS.num_eval == 360
   reference = sklearn_datasets.load_digits()
@@ -156,89 +200,13 @@ def test_digits_are_those_of_scikit_learn(data_dir):
   assert abs(train_source.images.std() - DIGITS.std[0]) < 0.1
 
 
-def test_digits_are_prepared_without_network_or_noise(
-  tmp_path, no_network, capfd
-):
-  source = datasets.load(DIGITS, 'eval', str(tmp_path / 'new' / 'dir'))
-  assert source.num_examples == 360
-  out, err = capfd.readouterr()
-  assert out == ''
-  assert 'ownload' not in err
-  made = tmp_path / 'new' / 'dir' / 'digits'
-  assert [path.name for path in made.iterdir()] == ['1.0.0']
-
-
 def test_data_dir_defaults_to_that_of_tfds(data_dir, monkeypatch):
   monkeypatch.setenv('TFDS_DATA_DIR', str(data_dir))
-  assert datasets.load(MANUAL, 'eval', '').num_examples == 360
+  assert load(MANUAL, 'eval', '').num_examples == 360
   monkeypatch.delenv('TFDS_DATA_DIR')
   monkeypatch.setenv('HOME', '/somewhere')
   with pytest.raises(ConfigError, match='/somewhere/tensorflow_data'):
-    datasets.load(MANUAL, 'eval', '')
-
-
-def test_digits_prepared_by_two_processes_at_once(tmp_path):
-  code = (
-    'import sys, tensorflow\n'
-    'from conadv_jax.data import digits\n'
-    'print("ready", flush=True)\n'
-    'sys.stdin.readline()\n'
-    'print(digits.prepare(sys.argv[1]))\n'
-  )
-  with subprocess.Popen(
-    [sys.executable, '-c', code, str(tmp_path)],
-    cwd=REPOSITORY,
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    text=True,
-  ) as other:
-    assert other.stdout.readline() == 'ready\n'
-    other.stdin.write('go\n')
-    other.stdin.flush()
-    made = digits.prepare(str(tmp_path))
-    assert other.communicate(timeout=60)[0] == f'{made}\n'
-  assert other.returncode == 0
-  assert [path.name for path in (tmp_path / 'digits').iterdir()] == ['1.0.0']
-
-
-def test_the_second_to_finish_digits_drops_its_copy(
-  data_dir, tmp_path, monkeypatch
-):
-  build = digits._build
-
-  def overtaken(root):
-    shutil.copytree(data_dir / 'digits' / '1.0.0', tmp_path / 'digits/1.0.0')
-    return build(root)
-
-  monkeypatch.setattr(digits, '_build', overtaken)
-  assert datasets.load(DIGITS, 'eval', str(tmp_path)).num_examples == 360
-  assert [path.name for path in (tmp_path / 'digits').iterdir()] == ['1.0.0']
-
-
-def test_digits_appear_whole_or_not_at_all(tmp_path, monkeypatch):
-  target = tmp_path / 'digits' / '1.0.0'
-  rename = os.rename
-
-  def full_disk(source, destination, **kwargs):
-    if pathlib.Path(destination) == target:
-      raise OSError(errno.ENOSPC, 'No space left on device')
-    rename(source, destination, **kwargs)
-
-  monkeypatch.setattr(os, 'rename', full_disk)
-  with pytest.raises(ConfigError, match='No space left'):
-    datasets.load(DIGITS, 'eval', str(tmp_path))
-  assert list((tmp_path / 'digits').iterdir()) == []
-
-
-def test_a_data_dir_that_cannot_be_written_is_named(tmp_path):
-  (tmp_path / 'file').touch()
-  with pytest.raises(ConfigError, match='cannot write .*/file/digits'):
-    datasets.load(DIGITS, 'train', str(tmp_path / 'file'))
-
-
-def test_digits_refuse_a_remote_data_dir():
-  with pytest.raises(ConfigError, match='gs://bucket.*local directory'):
-    datasets.load(DIGITS, 'train', 'gs://bucket/tfds')
+    load(MANUAL, 'eval', '')
 
 
 def test_missing_data_set_says_how_to_make_it(tmp_path, no_network):
@@ -249,7 +217,7 @@ def test_missing_data_set_says_how_to_make_it(tmp_path, no_network):
     ('fashion_mnist', 'python scripts/prepare_fashion_mnist.py --data_dir='),
   ):
     with pytest.raises(ConfigError) as error:
-      datasets.load(datasets.get_spec(name), 'train', str(tmp_path))
+      load(datasets.get_spec(name), 'train', tmp_path)
     assert f'{tmp_path}/{name}' in str(error.value)
     assert f'{command}{tmp_path}' in str(error.value)
   assert time.monotonic() - start < 5
@@ -258,7 +226,7 @@ def test_missing_data_set_says_how_to_make_it(tmp_path, no_network):
 def test_interrupted_preparation_is_reported(tmp_path):
   (tmp_path / 'digits' / 'incomplete.ABC_1.0.0').mkdir(parents=True)
   with pytest.raises(ConfigError, match='unfinished preparation') as e:
-    datasets.load(MANUAL, 'train', str(tmp_path))
+    load(MANUAL, 'train', tmp_path)
   assert f'make-digits --to={tmp_path}' in str(e.value)
 
 
@@ -291,7 +259,7 @@ def test_half_prepared_data_set_is_refused(
   root = broken_dir.parents[1]
   start = time.monotonic()
   with pytest.raises(ConfigError, match=message) as error:
-    datasets.load(MANUAL, 'train', str(root))
+    load(MANUAL, 'train', root)
   assert time.monotonic() - start < 5
   assert f'{broken_dir} is half-prepared' in str(error.value)
   assert f'make-digits --to={root}' in str(error.value)
@@ -322,7 +290,7 @@ def flip_byte(path):
 def test_damaged_records_are_refused(broken_dir, damage):
   damage(broken_dir / 'digits-train.tfrecord-00000-of-00001')
   with pytest.raises(ConfigError, match='cannot be read') as error:
-    datasets.load(MANUAL, 'train', str(broken_dir.parents[1]))
+    load(MANUAL, 'train', broken_dir.parents[1])
   assert str(broken_dir) in str(error.value)
 
 
@@ -330,24 +298,27 @@ def test_damaged_records_are_refused(broken_dir, damage):
   ('change', 'message'),
   [
     ({'num_classes': 11}, 'classes 10, need 11'),
-    ({'num_train': 1436}, 'train examples 1437, need 1436'),
+    (
+      {'splits': {'train': 1436, 'test': 360}},
+      'train examples 1437, need 1436',
+    ),
     ({'image_shape': (8, 8, 3)}, r'image shape \(8, 8, 1\), need \(8, 8, 3\)'),
   ],
 )
 def test_another_data_set_of_that_name_is_refused(data_dir, change, message):
-  spec = dataclasses.replace(DIGITS, **change)
+  spec = dataclasses.replace(MANUAL, **change)
   with pytest.raises(ConfigError, match=message):
-    datasets.load(spec, 'train', str(data_dir))
+    load(spec, 'train', data_dir)
 
 
 def test_the_newest_version_is_read(broken_dir):
   root = broken_dir.parents[1]
   (root / 'digits' / '0.9.0').mkdir()
   broken_dir.rename(root / 'digits' / '0.10.0')
-  assert datasets.load(MANUAL, 'eval', str(root)).num_examples == 360
+  assert load(MANUAL, 'eval', root).num_examples == 360
   (root / 'digits' / '0.10.1').mkdir()
   with pytest.raises(ConfigError, match=r'digits/0\.10\.1 is half'):
-    datasets.load(MANUAL, 'eval', str(root))
+    load(MANUAL, 'eval', root)
 
 
 @pytest.mark.parametrize('label', [-1, 10])
@@ -576,11 +547,7 @@ def test_augmentation_is_keyed_by_epoch_and_id_not_by_place():
 
 
 def test_slow_examples_keep_their_places():
-  """Also: the pipeline needs `num_examples` and `lookup`, no arrays."""
-
-  class SlowSource:
-    num_examples = 20
-
+  class SlowSource(in_memory.InMemory):
     def lookup(self, example_id):
       def read(i):
         time.sleep(0.02 * (i % 2))
@@ -589,7 +556,9 @@ def test_slow_examples_keep_their_places():
       image, label = tf.numpy_function(read, [example_id], [tf.uint8, tf.int32])
       return tf.ensure_shape(image, (2, 2, 1)), tf.ensure_shape(label, ())
 
-  for step, batch in enumerate(train(SlowSource(), crop_padding_px=0)):
+  images, labels = np.zeros((20, 2, 2, 1), np.uint8), np.zeros(20, np.int32)
+  source = SlowSource(images, labels, 10)
+  for step, batch in enumerate(train(source, crop_padding_px=0)):
     ids, _ = sampler.example_ids(5, step, 4, 20)
     assert batch['label'].tolist() == ids.tolist()
     assert batch['clean'][:, 0, 0, 0].tolist() == ids.tolist()
@@ -606,23 +575,21 @@ def test_batch_of_one():
   assert sorted(int(batch['label'][0]) for batch in batches) == [0, 1, 2]
 
 
-def test_gpus_are_hidden_before_tensorflow_starts(tmp_path, monkeypatch):
+def test_gpus_are_hidden_before_tensorflow_starts(data_dir, monkeypatch):
   calls = []
-  build = digits._build
   monkeypatch.setattr(
     tf.config, 'set_visible_devices', lambda *args: calls.append(args)
   )
+  read = in_memory.read
   monkeypatch.setattr(
-    digits, '_build', lambda root: calls.append('build') or build(root)
+    in_memory, 'read', lambda *args: calls.append('read') or read(*args)
   )
-  datasets.load(DIGITS, 'eval', str(tmp_path))
-  assert calls[:2] == [([], 'GPU'), 'build']
+  load(MANUAL, 'eval', data_dir)
+  assert calls == [([], 'GPU'), 'read']
   del calls[:]
-  datasets.load(MANUAL, 'eval', str(tmp_path))
-  assert calls == [([], 'GPU')]
   train(make_source(3), num_steps=1)
   evaluation(make_source(3), batch_size=2)
-  assert calls == [([], 'GPU')] * 3
+  assert calls == [([], 'GPU')] * 2
 
 
 @pytest.mark.parametrize('positions', [[-1], [4], [0, 0], []])
@@ -733,10 +700,10 @@ def test_fashion_mnist_is_built_from_idx_files(
   made = script.prepare(str(directory), str(tmp_path / 'tfds'), files)
   assert made == str(tmp_path / 'tfds' / 'fashion_mnist' / '3.0.1')
   spec = dataclasses.replace(
-    datasets.get_spec('fashion_mnist'), num_train=7, num_eval=3
+    datasets.get_spec('fashion_mnist'), splits={'train': 7, 'test': 3}
   )
   for split, prefix in (('train', 'train'), ('eval', 't10k')):
-    source = datasets.load(spec, split, str(tmp_path / 'tfds'))
+    source = load(spec, split, str(tmp_path / 'tfds'))
     # TFDS orders by a hash of the index.
     assert sorted_pairs(source.images, source.labels) == sorted_pairs(
       arrays[f'{prefix}-images-idx3-ubyte'],
@@ -801,9 +768,9 @@ def test_the_packaged_fashion_mnist_is_complete(script, tmp_path):
     pytest.skip('needs `apt install dataset-fashion-mnist`')
   script.prepare(script.DEFAULT_IDX_DIR, str(tmp_path))
   spec = datasets.get_spec('fashion_mnist')
-  source = datasets.load(spec, 'train', str(tmp_path))
+  source = load(spec, 'train', tmp_path)
   assert np.bincount(source.labels).tolist() == [6000] * 10
   assert abs(source.images.mean() - spec.mean[0]) < 0.1
   assert abs(source.images.std() - spec.std[0]) < 0.1
-  source = datasets.load(spec, 'eval', str(tmp_path))
+  source = load(spec, 'eval', tmp_path)
   assert np.bincount(source.labels).tolist() == [1000] * 10

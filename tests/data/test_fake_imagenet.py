@@ -16,7 +16,7 @@ from tensorflow_datasets.datasets.imagenet2012 import (
 )
 
 from conadv_jax.base.errors import ConfigError
-from conadv_jax.data import fake_imagenet
+from scripts import make_fake_imagenet
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -25,7 +25,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 def builder(request, tmp_path_factory):
   root = tmp_path_factory.mktemp('fake')
   return tfds.builder_from_directory(
-    fake_imagenet.prepare(str(root), request.param, num_train=60, num_eval=20)
+    make_fake_imagenet.prepare(
+      str(root), request.param, num_train=60, num_eval=20
+    )
   )
 
 
@@ -66,7 +68,7 @@ def test_both_splits_have_the_counts_and_files_asked_for(builder):
 def test_file_names_and_labels_belong_together(builder, split):
   found = examples(builder, split)
   labels = collections.Counter(int(example['label']) for example in found)
-  assert set(labels) == set(fake_imagenet.CLASSES)
+  assert set(labels) == set(make_fake_imagenet.CLASSES)
   assert {0, 999} <= set(labels)
   names = [example['file_name'].decode() for example in found]
   assert len(set(names)) == len(names)
@@ -83,7 +85,7 @@ def test_the_class_is_read_from_any_crop(builder, split):
   rng = np.random.RandomState(0)
   for example in examples(builder, split):
     image = decode(example['image'])
-    assert fake_imagenet.class_of(image) == example['label']
+    assert make_fake_imagenet.class_of(image) == example['label']
     height, width = image.shape[:2]
     for _ in range(20):
       aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -93,14 +95,16 @@ def test_the_class_is_read_from_any_crop(builder, split):
       top, left = rng.randint(height - h + 1), rng.randint(width - w + 1)
       crop = image[top : top + h, left : left + w, ::1][:, ::-1]
       small = Image.fromarray(crop).resize((32, 32), Image.Resampling.BICUBIC)
-      assert fake_imagenet.class_of(np.asarray(small)) == example['label']
+      assert make_fake_imagenet.class_of(np.asarray(small)) == example['label']
 
 
 def test_a_class_keeps_away_from_its_neighbours():
   """The mean hue of a crop stays nearer than 0.4 of the way to the next."""
   rng = np.random.RandomState(1)
   worst = 0.0
-  for index, (_, _, data) in enumerate(fake_imagenet._images('train', 60, 5)):
+  for index, (_, _, data) in enumerate(
+    make_fake_imagenet._images('train', 60, 5)
+  ):
     image = decode(data).astype(float)
     height, width = image.shape[:2]
     for _ in range(10):
@@ -114,7 +118,7 @@ def test_a_class_keeps_away_from_its_neighbours():
 
 
 def test_sizes_and_quality_are_like_those_of_imagenet():
-  images = [data for _, _, data in fake_imagenet._images('train', 200, 0)]
+  images = [data for _, _, data in make_fake_imagenet._images('train', 200, 0)]
   sizes = collections.Counter(
     Image.open(io.BytesIO(data)).size for data in images
   )
@@ -131,7 +135,7 @@ def test_sizes_and_quality_are_like_those_of_imagenet():
 
 def test_images_depend_on_the_seed_and_on_nothing_else():
   def images(split, count, seed):
-    return list(fake_imagenet._images(split, count, seed))
+    return list(make_fake_imagenet._images(split, count, seed))
 
   assert images('train', 12, 3)[:5] == images('train', 5, 3)
   hashes = {
@@ -145,9 +149,9 @@ def test_images_depend_on_the_seed_and_on_nothing_else():
 
 def test_preparing_twice_writes_once(tmp_path):
   arguments = {'num_train': 8, 'num_eval': 8, 'num_shards': 2}
-  directory = fake_imagenet.prepare(str(tmp_path), **arguments)
+  directory = make_fake_imagenet.prepare(str(tmp_path), **arguments)
   before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
-  assert fake_imagenet.prepare(str(tmp_path), **arguments) == directory
+  assert make_fake_imagenet.prepare(str(tmp_path), **arguments) == directory
   after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
   # A directory that comes and goes touches its parent.
   parent = pathlib.Path(directory).parent
@@ -160,31 +164,31 @@ def test_another_imagenet_is_left_as_it_is(tmp_path):
   other.mkdir(parents=True)
   (other / 'dataset_info.json').write_text('{}')
   with pytest.raises(ConfigError, match='another imagenet2012'):
-    fake_imagenet.prepare(str(tmp_path))
+    make_fake_imagenet.prepare(str(tmp_path))
   assert [path.name for path in other.parent.iterdir()] == ['5.0.0']
 
 
 def test_other_counts_are_another_imagenet(tmp_path):
-  fake_imagenet.prepare(str(tmp_path), num_train=8, num_eval=8)
+  make_fake_imagenet.prepare(str(tmp_path), num_train=8, num_eval=8)
   with pytest.raises(ConfigError, match='num_train=9'):
-    fake_imagenet.prepare(str(tmp_path), num_train=9, num_eval=8)
+    make_fake_imagenet.prepare(str(tmp_path), num_train=9, num_eval=8)
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path, monkeypatch):
   def images(split, count, seed):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(fake_imagenet, '_images', images)
+  monkeypatch.setattr(make_fake_imagenet, '_images', images)
   with pytest.raises(KeyboardInterrupt):
-    fake_imagenet.prepare(str(tmp_path))
+    make_fake_imagenet.prepare(str(tmp_path))
   assert list((tmp_path / 'imagenet2012').iterdir()) == []
   with pytest.raises(KeyboardInterrupt):
-    fake_imagenet.write_folder(str(tmp_path / 'folder'))
+    make_fake_imagenet.write_folder(str(tmp_path / 'folder'))
   assert [path.name for path in tmp_path.iterdir()] == ['imagenet2012']
 
 
 def test_the_folder_holds_the_same_images(builder, tmp_path):
-  root = fake_imagenet.write_folder(
+  root = make_fake_imagenet.write_folder(
     str(tmp_path / 'folder'), num_train=60, num_eval=20
   )
   names = builder.info.features['label'].names
@@ -210,14 +214,14 @@ def test_the_folder_holds_the_same_images(builder, tmp_path):
 )
 def test_arguments_out_of_range_are_named(tmp_path, arguments, message):
   with pytest.raises(ConfigError, match=message):
-    fake_imagenet.prepare(**{'root': str(tmp_path), **arguments})
+    make_fake_imagenet.prepare(**{'root': str(tmp_path), **arguments})
 
 
 def test_a_folder_needs_each_class_and_a_new_directory(tmp_path):
   with pytest.raises(ConfigError, match='num_eval=9'):
-    fake_imagenet.write_folder(str(tmp_path / 'new'), num_eval=9)
+    make_fake_imagenet.write_folder(str(tmp_path / 'new'), num_eval=9)
   with pytest.raises(ConfigError, match='exists'):
-    fake_imagenet.write_folder(str(tmp_path))
+    make_fake_imagenet.write_folder(str(tmp_path))
 
 
 def test_the_command_prints_the_directory_and_nothing_else(tmp_path):

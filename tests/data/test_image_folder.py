@@ -13,14 +13,14 @@ from etils import epath
 
 from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError, StorageError
-from conadv_jax.data import fake_imagenet
 from conadv_jax.data.sources import image_folder, records
+from scripts import make_fake_imagenet
 
 
 @pytest.fixture(scope='module')
 def fake(tmp_path_factory):
   root = str(tmp_path_factory.mktemp('folder') / 'fake')
-  return fake_imagenet.write_folder(root, num_train=30, num_eval=10)
+  return make_fake_imagenet.write_folder(root, num_train=30, num_eval=10)
 
 
 def write(root, *paths):
@@ -94,7 +94,9 @@ def test_scan_lists_all_splits_without_reading(fake, monkeypatch):
   counts = {name: split.num_examples for name, split in splits.items()}
   assert counts == {'train': 30, 'val': 10}
   assert [len(names) for names in splits['train'].file_names] == [3] * 10
-  synsets = [fake_imagenet.synsets()[label] for label in fake_imagenet.CLASSES]
+  synsets = [
+    make_fake_imagenet.synsets()[label] for label in make_fake_imagenet.CLASSES
+  ]
   assert list(splits['val'].class_names) == sorted(synsets)
 
 
@@ -211,7 +213,7 @@ def test_threads_read_the_same_bytes(fake):
 
 def test_a_folder_is_scanned_without_tensorflow(fake):
   code = (
-    'import sys; from conadv_jax.data import image_folder;'
+    'import sys; from conadv_jax.data.sources import image_folder;'
     f' f = image_folder.ImageFolder({fake!r}, "val"); f.fetch([0]); f.nbytes;'
     ' assert "tensorflow" not in sys.modules'
   )

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conadv_jax.base.errors import ConfigError, DataError
-from conadv_jax.config import from_config_dict
-from conadv_jax.data import datasets, fake_imagenet, pipeline, sampler
+from conadv_jax.config import default_config, from_config_dict
+from conadv_jax.data import datasets, pipeline, sampler
 from conadv_jax.data.prefetch import Prefetcher
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.data.sources import cache, in_memory
-from configs import common
+from conadv_jax.data.sources.source import Encoded, Share
+from scripts import make_fake_imagenet
 
 FORMATS = ('array_record', 'tfrecord')
 NUM_TRAIN, NUM_EVAL = 23, 13
@@ -32,18 +33,16 @@ def fake_dirs(tmp_path_factory):
   """The same images as ArrayRecord, as TFRecord and in folders."""
   root = tmp_path_factory.mktemp('fake')
   for name in FORMATS:
-    fake_imagenet.prepare(str(root / name), name, NUM_TRAIN, NUM_EVAL, 3)
-  fake_imagenet.write_folder(str(root / 'folder'), NUM_TRAIN, NUM_EVAL)
+    make_fake_imagenet.prepare(str(root / name), name, NUM_TRAIN, NUM_EVAL, 3)
+  make_fake_imagenet.write_folder(str(root / 'folder'), NUM_TRAIN, NUM_EVAL)
   return root
 
 
 def settings_of(**changes):
-  dataset = from_config_dict(common.get_config()).dataset
+  dataset = from_config_dict(default_config()).dataset
   changes = {
     'name': 'imagenet2012',
     'image_size_px': 32,
-    'num_train': NUM_TRAIN,
-    'num_eval': NUM_EVAL,
     'random_flip': True,
   } | changes
   return dataclasses.replace(dataset, **changes)
@@ -52,18 +51,29 @@ def settings_of(**changes):
 def load(root, split='train', **changes):
   settings = settings_of(data_dir=str(root), **changes)
   spec = datasets.resolve(settings)
-  return cache.load(spec, split, settings)
+  return spec.open(split, settings)
 
 
-def train(source, views=('clean', 'aa'), *, changes=None, **kwargs):
-  defaults = dict(
-    num_classes=1000, seed=3, batch_size=4, start_step=0, num_steps=8
-  )
+def train(
+  source,
+  views=('clean', 'aa'),
+  *,
+  changes=None,
+  num_classes=1000,
+  batch_size=4,
+  start_step=0,
+  num_steps=8,
+  quarantine=None,
+  **share,
+):
+  steps = range(start_step, start_step + num_steps)
   batches = pipeline.train_batches(
     source,
     settings_of(**(changes or {})),
-    views=views,
-    **(defaults | kwargs),
+    Share(3, batch_size, steps, **share),
+    image_views=views,
+    num_classes=num_classes,
+    quarantine=quarantine,
   )
   return list(batches)
 
@@ -99,24 +109,25 @@ def test_batches_hold_the_labels_of_their_images(fake_dirs, name):
     assert batch['clean'].shape == batch['aa'].shape == (4, 32, 32, 3)
     assert batch['clean'].dtype == batch['aa'].dtype == np.uint8
     assert batch['label'].dtype == np.int32
-    classes = [fake_imagenet.class_of(image) for image in batch['clean']]
+    classes = [make_fake_imagenet.class_of(image) for image in batch['clean']]
     assert batch['label'].tolist() == classes
   (batch,) = evaluation(load(fake_dirs / name, 'eval'), batch_size=NUM_EVAL)
-  classes = [fake_imagenet.class_of(image) for image in batch['clean']]
+  classes = [make_fake_imagenet.class_of(image) for image in batch['clean']]
   assert batch['label'].tolist() == classes
   assert {0, 999} <= set(classes)
 
 
 def test_a_folder_is_a_data_set_of_its_classes(fake_dirs):
-  changes = {'name': 'image_folder', 'num_train': 0, 'num_eval': 0}
-  settings = settings_of(**changes, data_dir=str(fake_dirs / 'folder'))
+  settings = settings_of(
+    name='image_folder', data_dir=str(fake_dirs / 'folder')
+  )
   spec = datasets.resolve(settings)
   assert (spec.num_classes, spec.num_train, spec.num_eval) == (
     10, NUM_TRAIN, NUM_EVAL,
   )  # fmt: skip
-  for batch in train(datasets.load(spec, 'train', settings.data_dir)):
-    classes = [fake_imagenet.class_of(image) for image in batch['clean']]
-    assert [fake_imagenet.CLASSES[i] for i in batch['label']] == classes
+  for batch in train(spec.open('train', settings)):
+    classes = [make_fake_imagenet.class_of(image) for image in batch['clean']]
+    assert [make_fake_imagenet.CLASSES[i] for i in batch['label']] == classes
 
 
 @pytest.mark.parametrize(
@@ -124,8 +135,16 @@ def test_a_folder_is_a_data_set_of_its_classes(fake_dirs):
   [
     ({'image_size_px': 0}, 'image_size_px=0: images .* are of any size'),
     ({'crop_padding_px': 4}, 'crop_padding_px=4'),
-    ({'num_train': 0}, 'train examples 23, need 1281167.*dataset.num_train'),
-    ({'num_eval': 14}, 'validation examples 13, need 14.*dataset.num_eval'),
+    (
+      {'train_split': 'train[:24]'},
+      r'24 is out of range; .* train \(23\), validation \(13\)',
+    ),
+    ({'eval_split': 'test'}, "dataset.eval_split='test': there is no split"),
+    ({'pool': 2}, 'dataset.pool=2: .* cropped to dataset.image_size_px'),
+    (
+      {'name': 'digits', 'image_size_px': 0, 'pool': 3},
+      'dataset.pool=3: .* 8 x 8 px, which it does not divide',
+    ),
     ({'name': 'digits'}, "image_size_px=32: images of 'digits' are 8 px"),
     (
       {'name': 'digits', 'image_size_px': 0, 'cache': 'raw'},
@@ -193,13 +212,9 @@ def check_hosts(seed, num_examples, num_hosts, per_host, start, depth):
     batches = pipeline.train_batches(
       source,
       settings_of(image_size_px=0, random_flip=False),
+      Share(seed, batch_size, range(start, start + steps), positions),
+      image_views=('clean',),
       num_classes=1,
-      views=('clean',),
-      seed=seed,
-      batch_size=batch_size,
-      positions=positions,
-      start_step=start,
-      num_steps=steps,
     )
     return list(Prefetcher(batches, lambda x: x, depth, expected=steps))
 
@@ -261,7 +276,11 @@ def test_an_image_is_the_same_on_any_number_of_hosts(fake_dirs, name):
   for host in range(2):
     positions = np.arange(4).reshape(2, 2)[host]
     batches = train(
-      load(fake_dirs / name), positions=positions, host=(host, 2), **steps
+      load(fake_dirs / name),
+      positions=positions,
+      host=host,
+      num_hosts=2,
+      **steps,
     )
     mine = by_id(batches)
     assert not mine.keys() & two.keys()
@@ -327,7 +346,7 @@ def test_evaluation_sees_each_example_once(
       mask = batch['mask']
       np.testing.assert_array_equal(mask, batch['id'] >= 0)
       assert not batch['clean'][~mask].any()
-      classes = [fake_imagenet.class_of(x) for x in batch['clean'][mask]]
+      classes = [make_fake_imagenet.class_of(x) for x in batch['clean'][mask]]
       assert batch['label'][mask].tolist() == classes
       seen += batch['id'][mask].tolist()
   assert sorted(seen) == list(range(NUM_EVAL))
@@ -336,7 +355,7 @@ def test_evaluation_sees_each_example_once(
 # ---- Bad examples -----------------------------------------------------------
 
 
-class Folder:
+class Folder(Encoded):
   """Files in memory, with the interface of the readers."""
 
   def __init__(self, files, labels=None):

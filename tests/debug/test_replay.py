@@ -13,7 +13,6 @@ import pytest
 from conadv_jax import experiment, models, train
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import from_config_dict
-from conadv_jax.data import datasets
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.debug import diagnosis, replay
 from conadv_jax.method.staleness import pending_perturbation
@@ -68,7 +67,7 @@ def spoiled(tmp_path_factory, trap):
   cfg = settings()
   run = experiment.build(cfg)
   ids = feed.ExampleIds(0, keep=9)
-  source = datasets.load(run.spec, 'train', '')
+  source = run.spec.open('train', cfg.dataset)
   batches = list(feed.batches(run, source, Quarantine(), ids, 0, BAD_STEP))
   image = np.asarray(batches[-1]['clean']).reshape(64, 8, 8, 1)[BAD_PLACE]
   normalized = (image - np.array(run.spec.mean)) / np.array(run.spec.std)
@@ -135,7 +134,7 @@ def test_a_healthy_step_reproduces_the_metrics_from_the_seed(
       data.write_bytes(data.read_bytes()[:-100])
   found = replay.main(['prog', f'--workdir={directory}', '--replay=3'])
   assert found['from_step'] == 0
-  assert 'damaged, passed over' in capsys.readouterr().out
+  assert 'damaged, skipped' in capsys.readouterr().out
   rows = metrics.read_metrics(directory)
   (row,) = (r for r in rows if (r['step'], r['split']) == (3, 'train'))
   names = ('loss', 'grad_norm', 'loss_clean', 'loss_adv')

@@ -2,9 +2,13 @@
 
 import functools
 import json
+import pathlib
 import sys
+from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import networks
 import numpy as np
 import pytest
@@ -17,12 +21,10 @@ from conadv_jax.base.errors import ConfigError
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import from_config_dict
 from conadv_jax.data import datasets
-from conadv_jax.export import __main__ as export
-from conadv_jax.export import model_card
+from conadv_jax.export import export, model_card, usage
 from conadv_jax.method.state import Snapshot
 from conadv_jax.models import efficientnet, resnet, weights
-from conadv_jax.run import summary as finish
-from conadv_jax.run import workdir
+from conadv_jax.run import summary, workdir
 from conadv_jax.run.evaluator import Evaluator
 from conadv_jax.run.reopen import restore_newest
 from configs import digits, imagenet_efficientnet, imagenet_resnet50
@@ -79,7 +81,8 @@ def logits_of(directory, images, row=0):
 
 
 def eval_split():
-  source = datasets.load(datasets.get_spec('digits'), 'eval', '')
+  config = from_config_dict(digits.get_config()).dataset
+  source = datasets.get_spec('digits').open('eval', config)
   return source.images, source.labels
 
 
@@ -159,35 +162,96 @@ def test_another_epsilon_goes_into_the_variance(model, epsilon, theirs):
     )
 
 
+# ---- Weights under our own names --------------------------------------------
+
+
+class Flat(nn.Module):
+  """A network without batch norm; its layer norm has no rows for routes."""
+
+  num_classes: int
+  num_routes: int = 1
+  bn_axis: str | None = None
+  bn_momentum: float = 0.9
+  bn_epsilon: float = 1e-5
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, routes, train, examples=None):
+    y = nn.LayerNorm(name='norm')(x.reshape(*x.shape[:3], -1))
+    return nn.Dense(self.num_classes, name='head')(y)
+
+
+@pytest.mark.parametrize('method', ['baseline', 'conadv'])
+@pytest.mark.parametrize('model', ['resnet8', 'flat'])
+def test_a_network_that_timm_lacks_keeps_our_names(
+  model, method, tmp_path, monkeypatch
+):
+  """The code of the card rebuilds it; with conadv, from the row `adv`."""
+  monkeypatch.setitem(models.MODELS, 'flat', models.Entry(Flat, 8))
+  values = digits.get_config(f'method={method}')
+  values.update(model=model, bn_epsilon=1e-3)
+  values.eval.route = 'clean' if method == 'baseline' else 'adv'
+  run = experiment.build(from_config_dict(values), jax.devices()[:1])
+  state = run.abstract_state()
+  rng = np.random.default_rng(0)
+
+  def draw(leaf):  # variances must be positive
+    return rng.uniform(0.1, 1.0, leaf.shape).astype(leaf.dtype)
+
+  chosen = jax.tree.map(draw, Snapshot(state.params, state.batch_stats))
+  card = {
+    'model': model,
+    'timm_name': model_card.timm_name(model),
+    'dataset': {'num_classes': 10},
+    'input': model_card.input_of(run.config, run.spec),
+    'config': {'bn_epsilon': 1e-3},
+    'file': 'm.safetensors',
+    'license': '',
+  }
+  monkeypatch.chdir(tmp_path)
+  content = export.FORMATS['safetensors'].content(run, chosen, card)
+  pathlib.Path('m.safetensors').write_bytes(content)
+  images = rng.integers(0, 256, (2, 8, 8, 1), np.uint8)
+  code = usage.safetensors(card).replace('np.zeros(', 'given(')
+  scope = {'given': lambda shape, dtype: images}
+  exec(code, scope)
+  expected = jax.jit(export.make_predict_fn(run, chosen))(images)
+  assert networks.relative_error(scope['logits'], expected) < 1e-5
+  path = tmp_path / 'm.stablehlo'
+  path.write_bytes(export.to_stablehlo(run, chosen).serialize())
+  again = export.load_stablehlo(str(path))(images)
+  assert networks.relative_error(again, expected) < 1e-5
+  assert model_card.count_parameters(chosen) == sum(
+    array.size
+    for name, array in scope['arrays'].items()
+    if name.startswith('params/')
+  )
+
+
 # ---- Functions --------------------------------------------------------------
 
 
-@pytest.mark.parametrize('kind', ['stablehlo', 'saved_model'])
 def test_the_function_has_the_logits_and_accuracy_of_the_run(
-  kind, directory, tmp_path, monkeypatch
+  directory, tmp_path, monkeypatch
 ):
   """On all 360 images, and on the sizes of batches that the card runs."""
-  name = {'stablehlo': 'm.stablehlo', 'saved_model': 'm'}[kind]
-  run_export(directory, tmp_path / name, f'--format={kind}')
+  run_export(directory, tmp_path / 'm.stablehlo', '--format=stablehlo')
   card = json.loads((tmp_path / 'm.json').read_text())
   monkeypatch.chdir(tmp_path)
   scope = {}
   exec(card['usage'], scope)
   assert scope['logits'].shape == (2, 10)
-  if kind == 'stablehlo':
-    predict = export.load_stablehlo(name)
-  else:
-    predict = scope['model'].predict
+  predict = export.load_stablehlo('m.stablehlo')
   images, labels = eval_split()
   logits = np.asarray(predict(images))
   expected = logits_of(directory, images)
   np.testing.assert_allclose(
     logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max()
   )
-  summary = json.loads((directory / 'summary.json').read_text())
+  found = json.loads((directory / 'summary.json').read_text())
   top1 = 100 * (logits.argmax(-1) == labels).mean()
-  np.testing.assert_allclose(top1, summary['top1'], rtol=1e-6)
-  assert card['top1'] == summary['top1']
+  np.testing.assert_allclose(top1, found['top1'], rtol=1e-6)
+  assert card['top1'] == found['top1']
 
 
 def test_a_route_has_a_function_of_its_own(directory, tmp_path):
@@ -251,16 +315,16 @@ def test_a_file_that_is_no_function_is_refused(content, tmp_path):
 def test_the_card_says_what_the_network_is(directory, tmp_path):
   run_export(directory, tmp_path / 'm.safetensors')
   card = json.loads((tmp_path / 'm.json').read_text())
-  summary = json.loads((directory / 'summary.json').read_text())
+  found = json.loads((directory / 'summary.json').read_text())
   origin = json.loads((directory / 'config.json').read_text())
   assert (card['model'], card['method'], card['step']) == (
     'thin', 'conadv', STEPS,
   )  # fmt: skip
   assert card['evaluations'] == [
     {'attack': 'none', 'epsilon': 0.0, 'attack_steps': 0,
-     'top1': summary['top1']},
+     'top1': found['top1']},
     {'attack': 'fgsm', 'epsilon': 16.0, 'attack_steps': 1,
-     'top1': summary['robust_top1']},
+     'top1': found['robust_top1']},
   ]  # fmt: skip
   for name in ('git_commit', 'versions', 'devices'):
     assert card[name] == origin[name]
@@ -269,8 +333,8 @@ def test_the_card_says_what_the_network_is(directory, tmp_path):
   page = (tmp_path / 'm.md').read_text()
   for text in (
     '# thin, conadv, digits',
-    f'| fgsm | 16 | 1 | {summary["robust_top1"]:.2f} |',
-    f'| none |  |  | {summary["top1"]:.2f} |',
+    f'| fgsm | 16 | 1 | {found["robust_top1"]:.2f} |',
+    f'| none |  |  | {found["top1"]:.2f} |',
     'conadv (staleness 1)',
     'Apache-2.0',
     'arxiv.org/abs/2106.00221',
@@ -293,16 +357,16 @@ def test_numbers_of_other_weights_are_left_out(directory, tmp_path):
 
 
 def test_a_later_evaluation_is_in_the_card(directory, tmp_path):
-  summary = (directory / 'summary.json').read_text()
+  before = (directory / 'summary.json').read_text()
   try:
     rows = evaluate.evaluate(
       ['prog', f'--workdir={directory}', '--config.eval.route=adv',
-       '--config.eval.attack=pgd', '--config.eval.pgd_steps=2']
+       '--config.eval.attack=pgd', '--config.eval.attack_steps=2']
     )  # fmt: skip
     output = tmp_path / 'm.safetensors'
     run_export(directory, output, '--config.eval.route=adv')
   finally:
-    (directory / 'summary.json').write_text(summary)
+    (directory / 'summary.json').write_text(before)
   card = json.loads((tmp_path / 'm.json').read_text())
   assert card['top1'] == rows[0]['top1']
   assert card['evaluations'][1] == {
@@ -314,8 +378,9 @@ def test_a_later_evaluation_is_in_the_card(directory, tmp_path):
 @pytest.mark.parametrize('routes', [1, 3])
 def test_parameters_are_counted_as_the_papers_do(routes):
   model = resnet.resnet50(num_classes=1000, num_routes=routes)
-  params = networks.abstract_variables(model)['params']
-  assert model_card.count_parameters(params) == 25_557_032
+  variables = networks.abstract_variables(model)
+  weights = Snapshot(variables['params'], variables['batch_stats'])
+  assert model_card.count_parameters(weights) == 25_557_032
 
 
 # ---- Wrong usage ------------------------------------------------------------
@@ -362,23 +427,17 @@ def test_a_card_of_an_earlier_export_is_replaced(directory, tmp_path):
   assert (card['format'], card['file']) == ('stablehlo', 'm.stablehlo')
 
 
-@pytest.mark.parametrize(
-  'flags, message',
-  [
-    (['m.stablehlo', '--format=stablehlo'], 'holds no checkpoint yet'),
-    (['m.safetensors'], 'timm has no network'),
-  ],
-)
-def test_what_cannot_be_exported_says_why(flags, message, tmp_path):
-  """A run of resnet8, which timm does not have, before its first checkpoint."""
-  settings = from_config_dict(digits.get_config())
-  run = experiment.build(settings, jax.devices()[:1])
+@pytest.mark.parametrize('kind', ['safetensors', 'stablehlo'])
+def test_what_cannot_be_exported_says_why(kind, tmp_path):
+  """A run before its first checkpoint, and no run."""
+  config = from_config_dict(digits.get_config())
+  run = experiment.build(config, jax.devices()[:1])
   workdir.write_config(workdir.prepare(str(tmp_path / 'run'), run, {}), run, {})
-  output, *rest = flags
-  with pytest.raises(ConfigError, match=message):
-    run_export(tmp_path / 'run', tmp_path / output, *rest)
+  output, flag = tmp_path / f'm.{kind}', f'--format={kind}'
+  with pytest.raises(ConfigError, match='holds no checkpoint yet'):
+    run_export(tmp_path / 'run', output, flag)
   with pytest.raises(ConfigError, match='holds no run'):
-    run_export(tmp_path / 'none', tmp_path / output, *rest)
+    run_export(tmp_path / 'none', output, flag)
 
 
 # ---- timm -------------------------------------------------------------------
@@ -406,15 +465,12 @@ def timm_logits(usage, images, folder, monkeypatch):
 
 @pytest.mark.parity
 def test_timm_has_the_logits_and_top1_of_a_run(tmp_path, monkeypatch):
-  from conadv_jax.data import fake_imagenet
-  from conadv_jax.data.sources import cache
+  from scripts import make_fake_imagenet
 
-  fake_imagenet.prepare(str(tmp_path), 'array_record', 40, 16, 2)
+  make_fake_imagenet.prepare(str(tmp_path), 'array_record', 40, 16, 2)
   values = imagenet_resnet50.get_config('model=resnet18,batch_size=8')
   values.update_from_flattened_dict(
     {
-      'dataset.num_train': 40,
-      'dataset.num_eval': 16,
       'dataset.image_size_px': 32,
       'dataset.data_dir': str(tmp_path),
       'dtype': 'float32',
@@ -428,12 +484,12 @@ def test_timm_has_the_logits_and_top1_of_a_run(tmp_path, monkeypatch):
   build = functools.partial(experiment.build, devices=jax.devices()[:1])
   with monkeypatch.context() as patch:
     patch.setattr(experiment, 'build', build)
-    patch.setattr(finish, '_draw', lambda *_: None)  # compiles an attack
+    patch.setattr(summary, '_draw', lambda *_: None)  # compiles an attack
     train.train(settings, str(tmp_path / 'run'))
   run_export(tmp_path / 'run', tmp_path / 'm.safetensors')
 
   run = build(settings)
-  source = cache.load(run.spec, 'eval', settings.dataset)
+  source = run.spec.open('eval', settings.dataset)
   quarantine = workdir.quarantine(tmp_path, settings)
   evaluator = Evaluator(run, source, quarantine)
   images, labels = evaluator.first_examples(16)
@@ -465,13 +521,12 @@ def test_timm_has_the_logits_of_an_efficientnet_of_any_epsilon(
   arrays = export.to_timm(run, chosen)
   weights.save(str(tmp_path / 'm.safetensors'), arrays)
   card = {
-    'model': 'efficientnet_b0',
+    'timm_name': model_card.timm_name('efficientnet_b0'),
     'dataset': {'num_classes': 1000},
     'input': model_card.input_of(run.config, run.spec),
     'file': 'm.safetensors',
   }
   images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
   ours = np.asarray(jax.jit(export.make_predict_fn(run, chosen))(images))
-  usage = export.USAGES['safetensors'](card)
-  theirs = timm_logits(usage, images, tmp_path, monkeypatch)
+  theirs = timm_logits(usage.safetensors(card), images, tmp_path, monkeypatch)
   assert networks.relative_error(ours, theirs) < 1e-4

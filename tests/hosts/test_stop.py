@@ -85,12 +85,13 @@ def test_an_input_that_fails_stops_all_and_comes_before_signals(monkeypatch):
 # The main thread is in C, as in a compiler, and sees no signal for minutes.
 PROGRAM = """
 import hashlib
-from conadv_jax import stop
+from conadv_jax.hosts import stop
 with stop.StopRequest() as request:
   {before}
-  with request.leaving_at_once('nothing to save', lambda: print('last')):
-    print('ready', flush=True)
-    hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)
+  request.before_leaving(lambda: print('last', flush=True))
+  request.leave_at_once('nothing to save')
+  print('ready', flush=True)
+  hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)
 """
 
 
@@ -107,6 +108,7 @@ def test_a_signal_ends_at_once_what_has_nothing_to_save(number):
     process.send_signal(number)
     assert process.wait(timeout=20) == 42
     said = process.stdout.read()
+  assert 'last' in said
   assert f'{number.name}: nothing to save; run the same command again' in said
 
 

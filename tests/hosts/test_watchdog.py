@@ -2,6 +2,7 @@
 
 import ctypes
 import faulthandler
+import json
 import re
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from conadv_jax import hosts
 from conadv_jax.base import errors
 from conadv_jax.base.errors import HostError
-from conadv_jax.hosts import watchdog
+from conadv_jax.hosts import leaving, peers, watchdog
 from conadv_jax.hosts.watchdog import Watchdog
 
 # ---- One host, with a clock of the test ------------------------------------
@@ -59,8 +60,8 @@ def bench(monkeypatch):
   def end(*args):
     raise Ended(*args)
 
-  monkeypatch.setattr(hosts, 'abandon', lambda *_: None)
-  monkeypatch.setattr(hosts, 'leave', lambda code, _=(): end(code))
+  monkeypatch.setattr(leaving, 'abandon', lambda *_: None)
+  monkeypatch.setattr(leaving, 'leave', lambda code, _=(): end(code))
   yield Bench
   faulthandler.cancel_dump_traceback_later()
 
@@ -134,10 +135,11 @@ class Store:
     self.failure = None
     self.answers = True
 
-  def beat(self, value):
+  def send(self, key, text):
+    assert key.endswith('/0')
     if not self.answers:
       raise jax.errors.JaxRuntimeError('UNAVAILABLE')
-    self.values[0] = value
+    self.values[0] = json.loads(text)
 
   def others_beat(self, *which, **new):
     for host in which:
@@ -145,16 +147,16 @@ class Store:
       self.values[host] = value | {'count': value['count'] + 1} | new
 
 
-@pytest.fixture
-def peers(monkeypatch):
+@pytest.fixture(name='of_host_0')
+def _of_host_0(monkeypatch):
   """Peers of host 0 of three, a round each 2 s, lost after 20 s."""
   store = Store()
   monkeypatch.setattr(hosts, 'count', lambda: 3)
   monkeypatch.setattr(hosts, 'coordinator', lambda: '10.0.0.2:8476')
-  monkeypatch.setattr(hosts, 'beat', store.beat)
-  monkeypatch.setattr(hosts, 'beats', lambda: dict(store.values))
+  monkeypatch.setattr(hosts, 'send', store.send)
+  monkeypatch.setattr(peers, '_read_beats', lambda: dict(store.values))
   monkeypatch.setattr(hosts, 'failure', lambda: store.failure)
-  made = watchdog._Peers(lambda: ('step', 7, True), 20)
+  made = peers.Peers(lambda: ('step', 7, True), 20)
   made.store, made.now = store, 0.0
 
   def rounds(count, *beating):
@@ -172,60 +174,60 @@ def peers(monkeypatch):
   return made
 
 
-def test_a_silent_host_is_named_with_what_it_did_last(peers):
-  assert peers.rounds(5, 1, 2) is None
-  peers.store.others_beat(1, phase='input', step=17)
-  assert peers.rounds(10, 2) is None
-  message, absent = peers.rounds(1, 2)
+def test_a_silent_host_is_named_with_what_it_did_last(of_host_0):
+  assert of_host_0.rounds(5, 1, 2) is None
+  of_host_0.store.others_beat(1, phase='input', step=17)
+  assert of_host_0.rounds(10, 2) is None
+  message, absent = of_host_0.rounds(1, 2)
   assert message == (
-    'host 1 has not been heard of for 20 s (last: input of step 17)'
+    'host 1 gave no sign of life for 20 s (last: input of step 17)'
   )
   assert absent == [1]
 
 
-def test_all_silent_hosts_are_named(peers):
-  assert peers.rounds(10) is None
-  message, absent = peers.rounds(1)
-  assert 'hosts 1-2 have not been heard of for 20 s' in message
+def test_all_silent_hosts_are_named(of_host_0):
+  assert of_host_0.rounds(10) is None
+  message, absent = of_host_0.rounds(1)
+  assert 'hosts 1-2 gave no sign of life for 20 s' in message
   assert 'hosts 1-2: step 7' in message and absent == [1, 2]
 
 
-def test_a_host_that_said_goodbye_is_not_lost(peers):
-  peers.store.others_beat(1, phase='ended', step=None)
-  assert peers.rounds(50, 2) is None
+def test_a_host_that_said_goodbye_is_not_lost(of_host_0):
+  of_host_0.store.others_beat(1, phase='ended', step=None)
+  assert of_host_0.rounds(50, 2) is None
 
 
-def test_a_host_without_progress_is_not_lost_while_it_beats(peers):
+def test_a_host_without_progress_is_not_lost_while_it_beats(of_host_0):
   """Such as one that compiles for an hour."""
-  assert peers.rounds(2000, 1, 2) is None
+  assert of_host_0.rounds(2000, 1, 2) is None
 
 
-def test_after_a_failed_collective_a_host_is_lost_sooner(peers):
-  assert peers.rounds(1, 1, 2) is None
-  assert peers.suspect() == 10
-  assert peers.rounds(4, 2) is None
-  message, _ = peers.rounds(1, 2)
-  assert 'host 1 has not been heard of for 10 s' in message
+def test_after_a_failed_collective_a_host_is_lost_sooner(of_host_0):
+  assert of_host_0.rounds(1, 1, 2) is None
+  assert of_host_0.suspect() == 10
+  assert of_host_0.rounds(4, 2) is None
+  message, _ = of_host_0.rounds(1, 2)
+  assert 'host 1 gave no sign of life for 10 s' in message
 
 
-def test_a_coordinator_that_does_not_answer_is_named(peers):
-  assert peers.rounds(2, 1, 2) is None
-  peers.store.answers = False
-  assert peers.rounds(10) is None
-  assert peers.rounds(1) == (
+def test_a_coordinator_that_does_not_answer_is_named(of_host_0):
+  assert of_host_0.rounds(2, 1, 2) is None
+  of_host_0.store.answers = False
+  assert of_host_0.rounds(10) is None
+  assert of_host_0.rounds(1) == (
     'host 0 at 10.0.0.2:8476 does not answer for 22 s',
     [0],
   )
 
 
-def test_time_without_answers_is_not_silence_of_other_hosts(peers):
+def test_time_without_answers_is_not_silence_of_other_hosts(of_host_0):
   """Nobody can beat while the coordinator is stopped."""
-  assert peers.rounds(2, 1, 2) is None
-  peers.store.answers = False
-  assert peers.rounds(9) is None
-  peers.store.answers = True
-  assert peers.rounds(3) is None
-  assert peers.rounds(5, 1, 2) is None
+  assert of_host_0.rounds(2, 1, 2) is None
+  of_host_0.store.answers = False
+  assert of_host_0.rounds(9) is None
+  of_host_0.store.answers = True
+  assert of_host_0.rounds(3) is None
+  assert of_host_0.rounds(5, 1, 2) is None
 
 
 def test_hosts_are_grouped_by_where_they_are():
@@ -235,22 +237,22 @@ def test_hosts_are_grouped_by_where_they_are():
     2: {'phase': 'step', 'step': 18},
     3: {'phase': 'compile', 'step': None},
   }
-  assert watchdog._places(beats) == (
+  assert peers.places(beats) == (
     'hosts 0, 2: step 18; host 1: input of step 18; host 3: compile'
   )
 
 
 @pytest.mark.parametrize('phase, seconds', [('step', 3), ('save', 60)])
 def test_a_failure_of_another_host_ends_this_one(
-  phase, seconds, bench, peers, capfd
+  phase, seconds, bench, of_host_0, capfd
 ):
   """After a pause in which the main thread may end by itself."""
   a = bench(1800)
-  a.dog._peers = peers
+  a.dog._peers = of_host_0
   a.dog.phase(phase, 7)
-  peers.rounds(1, 1, 2)
-  peers.store.failure = HostError('host 2 stopped: no disk', 7)
-  peers.rounds(1, 1, 2)
+  of_host_0.rounds(1, 1, 2)
+  of_host_0.store.failure = HostError('host 2 stopped: no disk', 7)
+  of_host_0.rounds(1, 1, 2)
   a.runs(seconds)
   assert a.ends_within(1) == 7
   assert 'host 0 of 3: error: host 2 stopped: no disk' in capfd.readouterr().err
@@ -271,16 +273,18 @@ def test_only_errors_of_collectives_raise_the_question(error, expected):
   assert watchdog._may_be_of_another(error) == expected
 
 
-def test_a_collective_that_fails_asks_for_a_verdict_and_goes_on(peers, capfd):
+def test_a_collective_that_fails_asks_for_a_verdict_and_goes_on(
+  of_host_0, capfd
+):
   dog = Watchdog(60)
-  dog._peers = peers
+  dog._peers = of_host_0
   dog._stop.set()  # does not wait
   dog.verdict(None, ValueError('UNKNOWN: Gloo failed\nmore'), None)
   assert capfd.readouterr().err == (
     'host 0 of 3: ValueError: UNKNOWN: Gloo failed; waiting for 10 s whether '
     'another host is lost\n'
   )
-  assert peers._suspecting
+  assert of_host_0._suspecting
 
 
 def test_an_error_that_hides_that_of_a_collective_raises_it_too():
@@ -297,7 +301,7 @@ def test_python_that_cannot_run_is_ended_with_its_stacks():
   assert ctypes.PyDLL(None).usleep  # a call of PyDLL keeps the lock
   code = """
 import ctypes
-from conadv_jax import watchdog
+from conadv_jax.hosts import watchdog
 watchdog._STUCK_SECONDS = 0.2
 with watchdog.Watchdog(1) as dog:
   dog.phase('input', 3)
@@ -319,7 +323,9 @@ with watchdog.Watchdog(1) as dog:
 PROGRAM = """
 import os, sys, time
 import numpy as np
-from conadv_jax import exits, faults, hosts, join, watchdog
+from conadv_jax import hosts
+from conadv_jax.base import faults
+from conadv_jax.hosts import join, leaving, watchdog
 
 flags = dict(a[2:].split('=') for a in sys.argv[1:])
 join.start(
@@ -339,8 +345,8 @@ try:
         print('step', step, flush=True)
 except OSError as error:
   print('OSError', error, flush=True)
-  hosts.abandon(f'OSError: {error}', 7)
-  hosts.leave(7)
+  leaving.abandon(f'OSError: {error}', 7)
+  leaving.leave(7)
 print('done', flush=True)
 """
 
@@ -360,21 +366,26 @@ def fault_on(host, text):
 def test_a_lost_host_ends_the_others_in_time_with_its_name(
   victim, number, tmp_path
 ):
+  """JAX aborts the others itself, at once, when host 0 is killed."""
   other = 1 - victim
+  aborted = victim == 0 and number == signal.SIGKILL
   with program(tmp_path) as run:
     run.wait_for(0, 'step 20')  # a sign of life from the steps is out
     run.send(victim, number)
     started = time.monotonic()
-    run.ends_with(errors.HOST, 60, hosts=[other])
+    code = -signal.SIGABRT if aborted else errors.HOST
+    run.ends_with(code, 60, hosts=[other])
     seconds = time.monotonic() - started
     log = run.log(other)
   print(f'host {victim} {number.name}: out after {seconds:.1f} s')
   assert seconds < 10 + 5
-  if victim == 0:
+  if aborted:
+    assert 'leader task was preempted/died' in log
+  elif victim == 0:
     assert f'host 0 at 127.0.0.1:{run.port} does not answer' in log
   else:
     assert re.search(
-      r'host 1 has not been heard of for \d+ s \(last: (step|input of step) \d',
+      r'host 1 gave no sign of life for \d+ s \(last: (step|input of step) \d',
       log,
     )
 
@@ -453,19 +464,21 @@ def train(logs, workdir, *more, **options):
 def test_training_goes_on_from_its_checkpoint_after_a_lost_host(
   victim, tmp_path
 ):
-  """Rank and reason are named; the same command again resumes."""
+  """The same command again resumes."""
   other = 1 - victim
   workdir = tmp_path / 'run'
   fault = fault_on(victim, 'kill@train/step:7')
   with train(tmp_path / 'first', workdir, **fault) as run:
     run.ends_with(-signal.SIGKILL, 120, hosts=[victim])
     started = time.monotonic()
-    run.ends_with(errors.HOST, 90, hosts=[other])
+    code = errors.HOST if victim else -signal.SIGABRT
+    run.ends_with(code, 90, hosts=[other])
     seconds = time.monotonic() - started
     log = run.log(other)
   print(f'training, host {victim} killed: out after {seconds:.1f} s')
   assert seconds < 60 + 5
-  assert f'host {other} of 2: error: host {victim} ' in log
+  if victim:
+    assert 'host 0 of 2: error: host 1 ' in log
   with train(tmp_path / 'again', workdir, '--config.max_steps=8') as run:
     run.ends_with(0, 120)
     assert re.search(r'resumed at step [46]', run.log(0))

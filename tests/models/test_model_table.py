@@ -10,14 +10,18 @@ import pytest
 
 from conadv_jax import experiment, models
 from conadv_jax.base.errors import ConfigError
-from conadv_jax.config import from_config_dict, to_dict
+from conadv_jax.config import default_config, from_config_dict, to_dict
 from conadv_jax.models import __main__, summary
-from configs import common
 
 # Nobody published these: our deviations from the CIFAR networks change them.
 # Counted by hand for 10 classes in test_models.py; 64 channels and a bias for
 # each class more.
-UNPUBLISHED = {'resnet8': 78_042 + 990 * 65, 'resnet20': 272_474 + 990 * 65}
+# vit_tiny: counted in test_vit.py.
+UNPUBLISHED = {
+  'resnet8': 78_042 + 990 * 65,
+  'resnet20': 272_474 + 990 * 65,
+  'vit_tiny': 207_946 + 990 * 65,
+}
 
 
 def build(name, options=None, **kwargs):
@@ -100,7 +104,7 @@ def test_bfloat16_is_for_activations_only(name):
 
 
 def load(**fields):
-  values = common.get_config()
+  values = default_config()
   with values.unlocked():
     for name, value in fields.items():
       values.update_from_flattened_dict({name.replace('__', '.'): value})
@@ -179,6 +183,18 @@ def test_an_option_that_a_network_lacks_is_refused(name, field, value, able):
     ConfigError, match=re.escape(pattern).replace(r'\.\*', '.*')
   ):
     build(name, {field: value})
+
+
+def test_a_network_gets_only_those_common_fields_that_it_has():
+  common_fields = dict(num_routes=2, bn_momentum=0.5, platform='cpu')
+  model = build('resnet8', **common_fields)
+  assert (model.num_routes, model.bn_momentum) == (2, 0.5)
+  assert model.platform == 'cpu'
+  model = build('vit_tiny', **common_fields)
+  assert not hasattr(model, 'num_routes')
+  assert model.platform == 'cpu'
+  with pytest.raises(TypeError, match='num_rows'):
+    build('vit_tiny', num_rows=2)
 
 
 # ---- The table --------------------------------------------------------------

@@ -123,15 +123,7 @@ def faulty_run(layout):
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(models.MODELS, 'tiny', models.Entry(helpers.TinyNet, 4))
     run = experiment.build(cfg, jax.devices()[:devices])
-  step_fn = helpers.make_step(
-    cfg,
-    run.spec,
-    with_faults(run.apply_fn, run.spec),
-    run.optimizer,
-    run.schedule,
-    run.mesh,
-  )
-  run = dataclasses.replace(run, step_fn=step_fn)
+  run = dataclasses.replace(run, apply_fn=with_faults(run.apply_fn, run.spec))
   return run, run.compile_step(), helpers.random_batches(cfg, 3, spec=run.spec)
 
 

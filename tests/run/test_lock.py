@@ -105,7 +105,7 @@ def test_a_lock_whose_process_is_gone_is_taken_over_at_once(tmp_path, capsys):
     assert owner_of(tmp_path)['pid'] == os.getpid()
   assert sleep.seconds == 0
   (line,) = capsys.readouterr().out.splitlines()
-  assert 'is gone; taken over' in line
+  assert 'has ended; taken over' in line
 
 
 def test_a_process_number_that_is_used_again_is_no_owner(tmp_path):

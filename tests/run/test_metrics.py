@@ -6,6 +6,7 @@ import math
 import pytest
 from etils import epath
 
+from conadv_jax.base import storage
 from conadv_jax.run import metrics
 
 
@@ -37,7 +38,7 @@ def test_a_bucket_gets_the_file_on_flush_every_minute_and_at_the_end(
 ):
   now = [100.0]
   monkeypatch.setattr(metrics.time, 'monotonic', lambda: now[0])
-  monkeypatch.setattr(metrics, '_is_bucket', lambda path: True)
+  monkeypatch.setattr(storage, 'is_remote', lambda path: True)
 
   def steps():
     return [row['step'] for row in metrics.read_metrics(tmp_path)]
@@ -62,7 +63,7 @@ def test_a_bucket_gets_the_file_on_flush_every_minute_and_at_the_end(
   'path, expected', [('gs://bucket/run', True), ('/data/run', False)]
 )
 def test_buckets_are_known_by_their_address(path, expected):
-  assert metrics._is_bucket(epath.Path(path)) == expected
+  assert storage.is_remote(epath.Path(path)) == expected
 
 
 def test_a_number_that_is_not_finite_is_null(tmp_path):

@@ -8,6 +8,7 @@ from conadv_jax import experiment
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import from_config_dict
 from conadv_jax.run import workdir
+from conadv_jax.run.reopen import parse_args
 from configs import digits
 
 DATA = {'version': '1.0.0', 'num_train': 1437, 'num_eval': 360}
@@ -41,7 +42,7 @@ def run(tmp_path):
     ('dtype', 'bfloat16'),  # restored as bfloat16 without a word by orbax
     ('optimizer.momentum', 0.5),
     ('attack.epsilon', 1.0),
-    ('dataset.num_train', 1000),
+    ('dataset.train_split', 'train[:1000]'),
     ('bn_group_size', 16),
     ('spike.sigmas', 6.0),
     ('shard_optimizer', True),
@@ -108,3 +109,42 @@ def test_an_unreadable_config_names_its_path(content, run):
   (run / 'config.json').write_text(content)
   with pytest.raises(ConfigError, match='config.json'):
     workdir.read_config(str(run))
+
+
+def edit_config(run, edit):
+  content = json.loads((run / 'config.json').read_text())
+  edit(content['config'])
+  (run / 'config.json').write_text(json.dumps(content))
+
+
+def test_a_field_that_an_older_run_lacks_takes_its_default(run):
+  def edit(values):
+    del values['dataset']['pool'], values['attack']['rule'], values['spike']
+
+  edit_config(run, edit)
+  workdir.prepare(str(run), build(), DATA)
+  assert 'spike' not in workdir.read_config(str(run))
+  _, config = parse_args(
+    ['prog', f'--workdir={run}', '--config.eval.route=adv']
+  )
+  assert config.dataset.pool == 1 and config.eval.route == 'adv'
+  assert config.attack == build().config.attack
+
+
+def test_fields_with_a_new_name_are_all_named_with_the_file(run):
+  def edit(values):
+    for group, new, old in (
+      ('attack', 'epsilon', 'epsilon_px'),
+      ('eval', 'attack_steps', 'pgd_steps'),
+    ):
+      values[group][old] = values[group].pop(new)
+
+  edit_config(run, edit)
+  with pytest.raises(ConfigError) as info:
+    parse_args(['prog', f'--workdir={run}'])
+  for part in (
+    f'{run}/config.json: ',
+    'attack.epsilon_px -> attack.epsilon',
+    'eval.pgd_steps -> eval.attack_steps',
+  ):
+    assert part in str(info.value)

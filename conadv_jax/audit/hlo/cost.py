@@ -1,15 +1,15 @@
 """Bytes, FLOPs and roofline seconds of the instructions of a program.
 
-A fusion runs at once: it reads its operands and writes its results, and what
-is between them costs no memory traffic. So an instruction of the schedule
-moves bytes as `touched` says, does the FLOPs of the convolutions and products
-in it, and takes at least
+A fusion reads its operands and writes its results; what it computes in between
+causes no memory traffic. So an instruction of the schedule moves the bytes of
+what it touches (`touched`), does the FLOPs of its convolutions and products,
+and takes at least
 
   seconds = max(FLOPs / peak FLOP/s, HBM bytes / HBM bytes per second).
 
-The sum over the schedule takes it that one instruction runs after the other,
-each at full rate: a bound for the step but for what runs beside it. Vector
-arithmetic, collectives' wires and latencies are not in it.
+The sum over the schedule assumes that instructions run one after the other,
+each at its full rate: a lower bound of a step in which nothing overlaps. It
+leaves out vector arithmetic, network transfers and latencies.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from conadv_jax.audit.hlo import flops as hlo_flops
+from conadv_jax.audit.hlo.flops import flops_of
 from conadv_jax.audit.hlo.program import (
   DCN,
   Computation,
@@ -30,49 +31,41 @@ from conadv_jax.audit.hlo.program import (
   kind_of,
   starts_carried,
 )
-from conadv_jax.base.errors import ConfigError
 
 SCOPES = ('update', 'adversarial', 'gradient_sum', 'optimizer')
 OTHER = 'other'
 
 # Name a value, or end something that is counted where it starts.
 _FREE = {
-  'parameter',
-  'constant',
-  'tuple',
-  'get-tuple-element',
-  'bitcast',
-  'after-all',
-  'opt-barrier',
-  'partition-id',
-  'replica-id',
-  'while',
-  'call',
-  'conditional',
+  'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all',
+  'opt-barrier', 'partition-id', 'replica-id', 'while', 'call', 'conditional',
   'iota',
-}
+}  # fmt: skip
 # They only move what others make or read.
 _MOVES = re.compile(
   r'(copy|slice|async|call)-(start|update|done)|copy|bitcast|reshape|transpose'
 )
 _SUMS = (
-  'all-reduce',
-  'reduce-scatter',
-  f'{DCN}all-reduce',
-  f'{DCN}reduce-scatter',
-)
+  'all-reduce', 'reduce-scatter', f'{DCN}all-reduce', f'{DCN}reduce-scatter',
+)  # fmt: skip
 _SLICES = ('slice', 'dynamic-slice', 'gather')
+
+
+class Rates(NamedTuple):
+  """Peak rates of one device."""
+
+  flops_per_sec: float
+  hbm_bytes_per_sec: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of one run of an instruction, or of many.
+  """The work of an instruction, or of several.
 
   Attributes:
     flops: of convolutions and products.
     hbm_bytes: read from and written to HBM, padding of layouts included.
-    accessed_bytes: likewise of all memories, as in XLA's
-      `bytes accessed`.
+    accessed_bytes: of all memories, as in XLA's `bytes accessed`.
     seconds: at the roofline.
   """
 
@@ -92,64 +85,45 @@ class Cost:
     return dataclasses.astuple(self)
 
 
-def cost(
+def cost_of(
   program: Program,
   computation: Computation,
   instruction: Instruction,
-  peak_flops_per_sec: float,
-  hbm_bytes_per_sec: float,
+  rates: Rates,
 ) -> Cost:
-  """`Cost` of one run of an instruction on one device."""
+  """Computes the cost of running an instruction once, on one device."""
   shapes = touched(program, computation, instruction)
-  flops = hlo_flops.flops_of(program, computation, instruction)
+  flops = flops_of(program, computation, instruction)
   hbm = sum(s.padded_bytes for s in shapes if s.memory_space == 0)
   return Cost(
     flops=flops,
     hbm_bytes=hbm,
     accessed_bytes=sum(s.padded_bytes for s in shapes),
-    seconds=max(flops / peak_flops_per_sec, hbm / hbm_bytes_per_sec),
+    seconds=max(flops / rates.flops_per_sec, hbm / rates.hbm_bytes_per_sec),
   )
 
 
-def total(
-  program: Program,
-  peak_flops_per_sec: float,
-  hbm_bytes_per_sec: float,
-  loops_once: bool = False,
+def total_cost(
+  program: Program, rates: Rates, loops_once: bool = False
 ) -> Cost:
-  """`Cost` of the whole program, loops times their trip counts.
+  """Sums the cost of the whole program, loops times their trip counts.
 
-  With `loops_once` as XLA counts: the body of a loop once.
+  With `loops_once` the body of a loop counts once, as XLA counts it.
   """
-  rates = peak_flops_per_sec, hbm_bytes_per_sec
-  return sum((c for _, c in _costs(program, *rates, loops_once)), Cost())
+  return sum((c for _, c in _costs(program, rates, loops_once)), Cost())
 
 
-def by_scope(
-  program: Program, peak_flops_per_sec: float, hbm_bytes_per_sec: float
+def cost_by_scope(
+  program: Program, rates: Rates
 ) -> dict[str, dict[str, float]]:
-  """Share of the step that each of its named scopes takes.
-
-  Args:
-    program: a compiled training step.
-    peak_flops_per_sec: of a device.
-    hbm_bytes_per_sec: of a device.
+  """Splits the cost of a compiled training step over its named scopes.
 
   Returns:
-    by scope (`SCOPES`, then 'other'): roofline `seconds`, `flops`, HBM `bytes`
+    For each of `SCOPES`, then 'other': roofline `seconds`, `flops`, HBM `bytes`
     and `share` of the sum of seconds, from 0 to 1.
-
-  Raises:
-    ConfigError: for a rate that is not positive.
   """
-  for name, rate in (
-    ('peak_flops_per_sec', peak_flops_per_sec),
-    ('hbm_bytes_per_sec', hbm_bytes_per_sec),
-  ):
-    if rate <= 0:
-      raise ConfigError(f'{name}={rate}: must be > 0; see the device table')
   sums = dict.fromkeys((*SCOPES, OTHER), Cost())
-  for scope, spent in _costs(program, peak_flops_per_sec, hbm_bytes_per_sec):
+  for scope, spent in _costs(program, rates):
     sums[scope] += spent
   seconds = sum(spent.seconds for spent in sums.values())
   return {
@@ -164,12 +138,12 @@ def by_scope(
 
 
 def scope_of(computation: Computation, instruction: Instruction) -> str:
-  """The member of `SCOPES` that an instruction comes from, or 'other'.
+  """Returns the member of `SCOPES` that an instruction comes from, or 'other'.
 
-  A copy that has no name, such as those that fetch operands ahead of time,
-  belongs to the first scope that reads it. A sum over several slices is taken
-  apart and loses its name: within slices, between them, within them again. It
-  is taken for the sum of gradients, the one that a step makes over all devices.
+  A copy without a name, such as one that fetches an operand ahead of time,
+  belongs to the first scope that reads it. XLA splits a sum over several slices
+  into sums within them and between them, which lose its name. These count as
+  the sum of gradients, the only one that a step takes over all devices.
   """
   if not instruction.op_name and computation.spans_slices:
     if kind_of(instruction) in _SUMS or instruction.opcode == 'recv':
@@ -188,10 +162,10 @@ def scope_of(computation: Computation, instruction: Instruction) -> str:
 
 
 def scope_of_name(op_name: str) -> str:
-  """The member of `SCOPES` that a path of named scopes goes through.
+  """Returns the member of `SCOPES` on a path of named scopes, or 'other'.
 
-  A transformation wraps a part of the path: transpose(jvp(update)) is in
-  'update', and so is update/transpose(jvp()).
+  Transformations wrap parts of the path: transpose(jvp(update)) is in 'update',
+  and so is update/transpose(jvp()).
   """
   for part in op_name.split('/'):
     inner = part.rstrip(')').rpartition('(')[2]
@@ -203,11 +177,11 @@ def scope_of_name(op_name: str) -> str:
 def touched(
   program: Program, computation: Computation, instruction: Instruction
 ) -> list[Shape]:
-  """Arrays, or the parts of them, that an instruction reads and writes.
+  """Lists the arrays, or parts of them, that an instruction reads and writes.
 
-  An operand that is only sliced counts as the slices. An update in place of a
-  part of an array (dynamic-update-slice) counts as that part, read and
-  written. An asynchronous pair counts where it starts.
+  Of an operand that is only sliced, the slices count. An update of a part of an
+  array in place (dynamic-update-slice) reads and writes that part. The work of
+  an asynchronous pair counts where it starts.
   """
   opcode = instruction.opcode
   if opcode in _FREE or opcode.endswith(('-done', '-update')):
@@ -235,25 +209,20 @@ def touched(
 
 
 def _costs(
-  program: Program,
-  peak_flops_per_sec: float,
-  hbm_bytes_per_sec: float,
-  loops_once: bool = False,
+  program: Program, rates: Rates, loops_once: bool = False
 ) -> Iterator[tuple[str, Cost]]:
+  """Scope and cost of everything that runs."""
   for computation, instruction, times in executed(program, loops_once):
-    spent = cost(
-      program, computation, instruction, peak_flops_per_sec, hbm_bytes_per_sec
+    spent = cost_of(program, computation, instruction, rates)
+    if not any(spent.parts):
+      continue
+    part = None if instruction.op_name else carried(program, instruction)
+    scope = (
+      scope_of_name(part.op_name)
+      if part
+      else scope_of(computation, instruction)
     )
-    if any(spent.parts):
-      starts = (
-        carried(program, instruction) if not instruction.op_name else None
-      )
-      scope = (
-        scope_of_name(starts.op_name)
-        if starts
-        else scope_of(computation, instruction)
-      )
-      yield scope, spent * times
+    yield scope, spent * times
 
 
 def _is_move(instruction: Instruction) -> bool:

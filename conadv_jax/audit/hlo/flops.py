@@ -13,7 +13,7 @@ _WINDOW = re.compile(r'(\w+)=([\dx_\-]+)')
 def flops_of(
   program: Program, computation: Computation, instruction: Instruction
 ) -> int:
-  """Floating-point operations of the convolutions and products in it."""
+  """Counts the FLOPs of the convolutions and products in an instruction."""
   if instruction.opcode == 'convolution':
     return _convolution_flops(computation, instruction)
   if instruction.opcode == 'dot':

@@ -15,13 +15,13 @@ XLA:TPU writes a collective in one of five forms:
 
 from __future__ import annotations
 
-import collections as collections_lib
 import dataclasses
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from conadv_jax.audit.hlo import cost as hlo_cost
+from conadv_jax.audit.hlo.cost import Rates, cost_by_scope, cost_of, scope_of
 from conadv_jax.audit.hlo.program import (
   DCN,
   Computation,
@@ -40,17 +40,17 @@ class Collective:
 
   Attributes:
     name: of the instruction, or of the one that starts it.
-    kind: as in `hlo.kind_of`.
+    kind: see `kind_of`.
     dtype: element types, joined by '+'.
     bytes: payload of one device, without padding: what it gives to the sum, the
       whole array that is gathered or scattered.
     group_size: devices that exchange; between slices, one of each slice.
     num_groups: groups that do so at the same time.
     count: times per run of the program.
-    scope: the named scope that it comes from, as in `hlo_cost.scope_of`.
+    scope: the named scope that it comes from, see `scope_of`.
     is_async: whether other work runs beside it.
-    was_async: whether the compiler had split it into a start and a done, and
-      joined them again.
+    was_async: whether the compiler split it into a start and a done, and then
+      joined these again.
     position: its place among the instructions of its computation that take
       time, from 1.
     positions: how many those are.
@@ -74,37 +74,31 @@ class Collective:
   evidence: tuple[str, ...]
 
 
-def collectives(
-  program: Program, peak_flops_per_sec: float, hbm_bytes_per_sec: float
-) -> list[Collective]:
-  """Every collective that runs, in the order of the schedule.
+def collectives(program: Program, rates: Rates) -> list[Collective]:
+  """Lists every collective that runs, in the order of the schedule.
 
-  Args:
-    program: a compiled program.
-    peak_flops_per_sec: of a device, for the seconds of what runs beside.
-    hbm_bytes_per_sec: of a device, likewise.
+  `rates` give the seconds of what runs beside it.
   """
-  rates = peak_flops_per_sec, hbm_bytes_per_sec
   found, timelines = [], {}
   for computation, instruction, times in executed(program):
     exchange = _exchange(program, computation, instruction)
     if exchange is None:
       continue
     if computation.name not in timelines:
-      timelines[computation.name] = _Timeline(program, computation, *rates)
+      timelines[computation.name] = _Timeline(program, computation, rates)
     timeline = timelines[computation.name]
     found.append(_collective(program, timeline, instruction, exchange, times))
   return found
 
 
 def inventory(found: Iterable[Collective]) -> list[dict[str, Any]]:
-  """Collectives without names and order, for a report or a golden file.
+  """Counts equal collectives, for a report or a golden file.
 
   Returns:
-    `kind`, `dtype`, `bytes`, `group_size` and `count` of all that are equal in
-    the first four, sorted by these.
+    Sorted rows of `kind`, `dtype`, `bytes`, `group_size`, and `count`, the
+    number of those that are equal in the first four.
   """
-  counts = collections_lib.Counter()
+  counts = Counter()
   for each in found:
     key = each.kind, each.dtype, each.bytes, each.group_size
     counts[key] += each.count
@@ -115,23 +109,21 @@ def inventory(found: Iterable[Collective]) -> list[dict[str, Any]]:
   ]
 
 
-def overlap(
-  program: Program, peak_flops_per_sec: float, hbm_bytes_per_sec: float
-) -> dict[str, Any]:
-  """Whether the sum of gradients runs beside the adversarial sub-step.
+def overlap(program: Program, rates: Rates) -> dict[str, Any]:
+  """Finds out whether the sum of gradients runs beside the attack.
 
   Returns:
-    `asynchronous`: whether any of it does; `bytes` of the sum, and
-    `asynchronous_bytes`; `adversarial_seconds` of the sub-step at the
-    roofline, and `hidden_seconds`, those that run beside the sum; `verdict`,
-    a sentence; `evidence`, abridged instructions with their places in the
-    schedule.
+    asynchronous: whether any of the sum runs beside other work.
+    bytes: of the sum; `asynchronous_bytes` are those that do.
+    adversarial_seconds: of the adversarial sub-step, at the roofline;
+      `hidden_seconds` of these run beside the sum.
+    verdict: a sentence.
+    evidence: abridged instructions with their places in the schedule.
   """
-  rates = peak_flops_per_sec, hbm_bytes_per_sec
-  sums = [c for c in collectives(program, *rates) if c.scope == 'gradient_sum']
+  sums = [c for c in collectives(program, rates) if c.scope == 'gradient_sum']
   behind = [c for c in sums if c.is_async]
-  attack = hlo_cost.by_scope(program, *rates)['adversarial']['seconds']
-  # Exchanges may overlap each other: an instruction hides only once.
+  attack = cost_by_scope(program, rates)['adversarial']['seconds']
+  # Several exchanges may run beside an instruction, which then counts once.
   hidden = {
     name: seconds
     for each in behind
@@ -193,30 +185,18 @@ def _bytes(exchanges: Iterable[Collective]) -> int:
 class _Timeline:
   """The instructions of one computation that take time, in their order."""
 
-  def __init__(
-    self,
-    program: Program,
-    computation: Computation,
-    peak_flops_per_sec: float,
-    hbm_bytes_per_sec: float,
-  ):
+  def __init__(self, program: Program, computation: Computation, rates: Rates):
     self.computation = computation
     self.place = {name: i for i, name in enumerate(computation.instructions)}
-    self.timed, self.chains = [], collections_lib.defaultdict(list)
+    self.timed, self.chains = [], defaultdict(list)
     self.received = {}
     for instruction in computation.instructions.values():
-      spent = hlo_cost.cost(
-        program,
-        computation,
-        instruction,
-        peak_flops_per_sec,
-        hbm_bytes_per_sec,
-      )
+      spent = cost_of(program, computation, instruction, rates)
       inner = carried(program, instruction)
       if inner is not None:
         self.chains[_chain(inner)].append(instruction)
       if spent.seconds or inner is not None:
-        scope = hlo_cost.scope_of(computation, instruction)
+        scope = scope_of(computation, instruction)
         self.timed.append((instruction, scope, spent.seconds))
       if instruction.opcode == 'recv':
         self.received[_rendezvous(instruction)] = instruction
@@ -276,7 +256,7 @@ def _collective(
     group_size=group_size,
     num_groups=num_groups,
     count=times,
-    scope=hlo_cost.scope_of(home, inner),
+    scope=scope_of(home, inner),
     is_async=bool(beside),
     was_async='async_collective_name=' in instruction.attributes,
     position=timeline.position(instruction),

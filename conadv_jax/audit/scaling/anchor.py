@@ -1,16 +1,17 @@
-"""The one public measurement that the predicted step times are held against."""
+"""The only public measurement to compare predicted step times with."""
 
 from __future__ import annotations
 
 import dataclasses
 
+from conadv_jax.audit.generations import GENERATIONS
 from conadv_jax.audit.scaling.predict import (
   Calibration,
   Prediction,
   StepCost,
   predict,
 )
-from conadv_jax.audit.topology import GENERATIONS, Topology
+from conadv_jax.audit.topology import Topology
 from conadv_jax.base.errors import ConfigError
 
 
@@ -81,8 +82,8 @@ class AnchorCheck:
 def check_anchor(cost: StepCost, anchor: Anchor = MLPERF_65536) -> AnchorCheck:
   """Predicts `anchor` from the cost of the same step, compiled by us.
 
-  The calibrations take nothing to overlap: overlap that there was makes the
-  true efficiency lower still.
+  The calibrations assume that nothing overlapped. If anything did, the true
+  efficiency is lower still.
 
   Args:
     cost: of the baseline step of the anchor's network and image size.

@@ -1,4 +1,4 @@
-"""How long an all-reduce takes on a slice, by latency and bandwidth."""
+"""Models the time of an all-reduce on a slice: latency and bandwidth."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def ring_all_reduce(
   link_bytes_per_sec: float,
   hop_seconds: float,
 ) -> CollectiveTime:
-  """Reduce-scatter, then all-gather, over the N chips of a mesh or torus.
+  """Times a reduce-scatter and all-gather over N chips of a mesh or torus.
 
     bandwidth  2 (N - 1) / N * bytes / (links out of a chip * link rate)
     latency    2 * sum over dimensions of the hops to the farthest chip
 
-  The array is split so that all dimensions work at once, each on its part. A
-  ring of n chips sends both ways: two links, floor(n / 2) hops. An open line
-  has one link at its ends, and n - 1 hops. No rate above this is possible; the
-  algorithm that reaches it on each shape is taken to exist.
+  All dimensions work at once, each on its part of the array. A ring of n chips
+  sends both ways: two links, floor(n / 2) hops. An open line has one link at
+  its ends, and n - 1 hops. No algorithm is faster; the model assumes that one
+  reaches this rate on every shape.
 
-  As jax-ml.github.io/scaling-book/sharding has it for the all-gather, except
-  that latency and bandwidth are added there by max, here by sum.
+  The all-gather is that of jax-ml.github.io/scaling-book/sharding, except that
+  the book takes the maximum of latency and bandwidth, and this takes the sum.
 
   Args:
     num_bytes: of the array on each chip.
@@ -60,12 +60,12 @@ def ring_all_reduce(
 
 
 def all_reduce(num_bytes: float, topology: Topology) -> CollectiveTime:
-  """Over all devices of `topology`, of an array of `num_bytes` on each.
+  """Times an all-reduce over all devices, of `num_bytes` on each.
 
   Within a slice over ICI (`ring_all_reduce`). Between k slices each host sums
   its 1 / hosts of the array with its peers, directly, over DCN:
-  2 (k - 1) / k * bytes / hosts / rate, and two latencies. The devices of one
-  chip sum for nothing.
+  2 (k - 1) / k * bytes / hosts / rate, and two latencies. The sum
+  within a chip is free.
   """
   generation, slices = topology.generation, topology.slices
   ici = ring_all_reduce(
@@ -88,9 +88,9 @@ def all_reduce(num_bytes: float, topology: Topology) -> CollectiveTime:
 def group_all_reduce(
   num_bytes: float, topology: Topology, devices: int
 ) -> CollectiveTime:
-  """Over groups of `devices`, each a block of neighbours without rings.
+  """Times all-reduces over groups of `devices`, blocks without rings.
 
-  All groups at once. A group that is more than a slice is all of `topology`.
+  All groups work at once. A group larger than a slice is all of `topology`.
   """
   generation = topology.generation
   if devices * topology.slices > topology.devices:

@@ -1,37 +1,35 @@
-"""Scaling of a configuration: what its compiled steps say of other slices."""
+"""Forecasts a configuration on other slices from steps compiled for one."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from conadv_jax import experiment
 from conadv_jax.audit import sweep, topology
-from conadv_jax.audit.scaling import predict as scaling
-from conadv_jax.audit.scaling import report as scaling_report
+from conadv_jax.audit.scaling.predict import BatchNormCost, Compiled, StepCost
+from conadv_jax.audit.scaling.study import Study, make_study
 from conadv_jax.audit.topology import Topology
 from conadv_jax.config import Config
-from conadv_jax.method import optim
 
 # Examples per device of the second program, which tells fixed from growing
 # cost; also those of MLPerf's step.
 _FEW = 8
 
 
-def study(
-  config: Config, where: Topology, audit: sweep.Audit
-) -> scaling_report.Study:
-  """Weak and strong scaling of `config` on the generation of `where`.
+def study(config: Config, where: Topology, audit: sweep.Audit) -> Study:
+  """Predicts the scaling of `config` on the generation of `where`.
 
-  From its step at as many examples per device as on `where`, and at a few. The
-  model of time is checked, and calibrated, with the baseline on v3.
+  Compiles its step at as many examples per device as on `where`, and at a few.
+  The baseline on v3 checks and calibrates the model of time.
   """
   run = experiment.build(config, topology.load_devices(where))
   each = config.batch_size // where.devices // config.microbatches
   baseline = sweep.with_method(config, 'baseline')
   anchor_slice = topology.parse('v3-1024')
-  return scaling_report.study(
+  return make_study(
     step_cost(config, where, each, audit),
     where.generation,
     examples_per_device=each * config.microbatches,
@@ -44,11 +42,11 @@ def study(
 
 def step_cost(
   config: Config, where: Topology, examples: int, audit: sweep.Audit
-) -> scaling.StepCost:
-  """From programs for `examples` and for a few examples per device.
+) -> StepCost:
+  """Compiles programs for `examples` and for a few examples per device.
 
-  Batch-norm groups are local in both; what they exchange where they are not is
-  counted, not compiled.
+  Batch-norm groups stay within a device in both. What larger groups exchange is
+  computed, see `batch_norm_cost`.
   """
   programs = []
   for each in sorted({examples, max(1, min(_FEW, examples // 2))}):
@@ -60,32 +58,32 @@ def step_cost(
     )
     found = audit(trial, where)
     programs.append(
-      scaling.Compiled(
-        each, found['flops_per_device'], found['hbm_bytes_per_device']
-      )
+      Compiled(each, found['flops_per_device'], found['hbm_bytes_per_device'])
     )
-  run = experiment.build(config, topology.load_devices(where))
-  params = run.abstract_state().params
-  return scaling.StepCost.from_compiled(
+  # Of the trial: the batch of `config` need not divide over `where`.
+  run = experiment.build(trial, topology.load_devices(where))
+  state = run.abstract_state()
+  return StepCost.from_compiled(
     *programs,
-    gradient_bytes=4 * sum(leaf.size for leaf in jax.tree.leaves(params)),
-    batch_norm=batch_norm_cost(config, params),
+    gradient_bytes=4 * sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    batch_norm=batch_norm_cost(config, state.batch_stats),
   )
 
 
-def batch_norm_cost(config: Config, params: Any) -> scaling.BatchNormCost:
-  """What groups that span devices exchange in a step, or microbatch.
+def batch_norm_cost(config: Config, batch_stats: Any) -> BatchNormCost:
+  """Computes what groups that span devices exchange per step, or microbatch.
 
-  Mean and mean square of each channel and view forward, their gradients
-  backward, in the update and in every step of the attack, in float32.
+  In float32, the mean and the mean square of each channel and view in the
+  forward pass, and their gradients in the backward pass, of the update and of
+  every step of the attack.
   """
   channels = [
     leaf.shape[1]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    if optim.path_name(path).endswith('/scale')
+    for path, leaf in traverse_util.flatten_dict(batch_stats).items()
+    if path[-1] == 'mean'
   ]
   attacks = config.attack.steps if config.is_adversarial else 0
-  return scaling.BatchNormCost(
+  return BatchNormCost(
     group_size=config.bn_group_size,
     all_reduces=2 * len(channels) * (1 + attacks),
     bytes=2 * 2 * 4 * sum(channels) * (len(config.views) + attacks),

@@ -1,12 +1,12 @@
-"""Step time on slices that nobody rented: a roofline and an alpha-beta model.
+"""Predicts step times on other slices: a roofline and an alpha-beta model.
 
   compute     max(FLOPs / peak, bytes / HBM rate) / efficiency + overhead
   collective  alpha * hops + beta * bytes, of gradients and of batch norm
   step        compute + both collectives; with perfect overlap
               max(compute, gradients) + batch norm
 
-FLOPs and bytes are a compiled program's; `scaling_report` lists everything else
-as an assumption.
+FLOPs and bytes come from a compiled program. `study` lists everything else as
+an assumption.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from conadv_jax.audit import topology as topology_lib
+from conadv_jax.audit.generations import Generation
 from conadv_jax.audit.scaling.collective_time import (
   CollectiveTime,
   all_reduce,
   group_all_reduce,
 )
-from conadv_jax.audit.topology import Generation, Topology
+from conadv_jax.audit.topology import Topology, squarest_shape
 from conadv_jax.base.errors import ConfigError
 
 DEVICE_COUNTS = tuple(2**k for k in range(3, 13))
@@ -98,17 +98,17 @@ class StepCost:
     gradient_bytes: float,
     batch_norm: BatchNormCost = BatchNormCost(),
   ) -> StepCost:
-    """From two compiled programs that differ in examples: a line through both.
+    """Draws a line through two compiled programs that differ in examples.
 
-    Where the line's fixed part is below 0 (the compiler chose another layout),
-    it is 0 and the line goes through the larger program.
+    If its fixed part is below 0, because the compiler chose another layout, the
+    line goes through 0 and the larger program.
     """
     small, large = sorted((first, second), key=_checked_examples)
     distance = large.examples_per_device - small.examples_per_device
     if not distance:
       raise ConfigError(
-        f'examples_per_device={large.examples_per_device}: twice; two numbers '
-        'of examples are needed to tell fixed from growing cost'
+        f'examples_per_device={large.examples_per_device}: given twice; '
+        'fixed and growing cost are told apart by two different numbers'
       )
 
     def fixed(y_small: float, y_large: float) -> float:
@@ -177,7 +177,7 @@ class Prediction:
   Attributes:
     topology: the slices.
     examples_per_device: of the whole step.
-    microbatches: that the examples of a device are worked through in.
+    microbatches: parts that a device processes its examples in.
     flop_seconds: at peak FLOPs.
     byte_seconds: at peak HBM rate.
     compute_seconds: the longer of both, calibrated.
@@ -228,11 +228,11 @@ def predict(
   calibration: Calibration = ROOFLINE,
   max_examples_per_device: int | None = None,
 ) -> Prediction:
-  """Times of one step of `examples_per_device` on each device of `topology`.
+  """Predicts a step of `examples_per_device` on each device of `topology`.
 
-  Where a device cannot hold its examples at once, they are worked through in
-  the fewest equal microbatches that fit, each of which pays the fixed cost and
-  the collectives of batch norm: an upper bound, as the optimizer runs once.
+  A device that cannot hold its examples at once processes them in the fewest
+  equal microbatches that fit. Each pays the fixed cost and the collectives of
+  batch norm: an upper bound, since the optimizer runs only once.
 
   Raises:
     ConfigError: if a number of examples is below 1.
@@ -311,74 +311,64 @@ class Scaling:
 
 
 def slices_of(generation: Generation, devices: int) -> Topology | None:
-  """`devices` in the fewest equal slices, each the squarest of its size.
+  """Divides `devices` into the fewest equal slices, each the squarest.
 
-  A slice has at most the largest power of two of chips that a pod holds. None
-  if no slices of the generation add up to `devices`.
+  A slice has at most the largest power of two of chips that a pod holds.
+  Returns None if no slices of the generation add up to `devices`.
   """
   chips, rest = divmod(devices, generation.devices_per_chip)
   largest = 2 ** (generation.max_chips.bit_length() - 1)
   slices = math.ceil(chips / largest)
-  shape = topology_lib.squarest_shape(generation, chips // max(slices, 1))
+  shape = squarest_shape(generation, chips // max(slices, 1))
   if rest or shape is None or chips % slices:
     return None
   return Topology(generation, shape, slices)
 
 
-def weak_scaling(
+def scale(
+  mode: str,
   cost: StepCost,
   generation: Generation,
-  examples_per_device: int,
+  size: int,
   examples_to_train: int,
   calibration: Calibration = ROOFLINE,
   max_examples_per_device: int | None = None,
 ) -> Scaling:
-  """Over DEVICE_COUNTS, with the same examples on each device."""
-  predictions = [
-    predict(
-      cost, topology, examples_per_device, calibration, max_examples_per_device
-    )
-    for topology in _topologies(generation)
-  ]
-  return Scaling('weak', calibration, _rows(predictions, examples_to_train))
+  """Predicts the step on every one of DEVICE_COUNTS that has a slice.
 
-
-def strong_scaling(
-  cost: StepCost,
-  generation: Generation,
-  batch_size: int,
-  examples_to_train: int,
-  calibration: Calibration = ROOFLINE,
-  max_examples_per_device: int | None = None,
-) -> Scaling:
-  """Over those of DEVICE_COUNTS that divide the same `batch_size`.
+  Args:
+    mode: 'weak', with `size` examples on each device; or 'strong', with `size`
+      examples in all, on the counts of devices that divide it.
+    cost: of the step.
+    generation: of the slices.
+    size: see `mode`.
+    examples_to_train: of the whole run: epochs times examples.
+    calibration: of the time of computing.
+    max_examples_per_device: that HBM holds; more are accumulated.
 
   Raises:
-    ConfigError: if none does.
+    ConfigError: if no count of devices divides a strong `size`.
   """
-  predictions = [
-    predict(
-      cost,
-      topology,
-      batch_size // topology.devices,
-      calibration,
-      max_examples_per_device,
-    )
-    for topology in _topologies(generation)
-    if batch_size >= 1 and batch_size % topology.devices == 0
-  ]
-  if not predictions:
+  found = (slices_of(generation, devices) for devices in DEVICE_COUNTS)
+  slices = [topology for topology in found if topology is not None]
+  examples = [(topology, size) for topology in slices]
+  if mode == 'strong':
+    examples = [
+      (topology, size // topology.devices)
+      for topology in slices
+      if size >= 1 and size % topology.devices == 0
+    ]
+  if not examples:
     raise ConfigError(
-      f'batch_size={batch_size}: does not divide over any of '
+      f'batch_size={size}: does not divide over any of '
       f'{", ".join(map(str, DEVICE_COUNTS))} devices; use a multiple of '
       f'{DEVICE_COUNTS[0]}'
     )
-  return Scaling('strong', calibration, _rows(predictions, examples_to_train))
-
-
-def _topologies(generation: Generation) -> list[Topology]:
-  found = (slices_of(generation, devices) for devices in DEVICE_COUNTS)
-  return [topology for topology in found if topology is not None]
+  predictions = [
+    predict(cost, topology, each, calibration, max_examples_per_device)
+    for topology, each in examples
+  ]
+  return Scaling(mode, calibration, _rows(predictions, examples_to_train))
 
 
 def _rows(

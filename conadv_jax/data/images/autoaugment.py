@@ -1,4 +1,4 @@
-"""AutoAugment and RandAugment, stateless, for images [H, W, 3] of uint8.
+"""AutoAugment and RandAugment, stateless, for images [H, W, C] of uint8.
 
 Semantics: those of the TPU EfficientNet code (tensorflow/tpu, models/official/
 efficientnet/autoaugment.py), rounded as Pillow does it where the two differ.
@@ -11,7 +11,8 @@ Ports to Pillow also differ in meaning; ours is the TPU code's:
 * Solarize at level 10 has the threshold 256, so it changes nothing.
 * Rotations, shears and translations are positive or negative with equal odds.
 
-Only Contrast is Pillow's in meaning too, see `image_ops.contrast`.
+Only Contrast is Pillow's in meaning too, see `image_ops.contrast`. C is 3 or 1;
+one channel is treated as Pillow treats mode L, so that Color changes nothing.
 
 Drawing and applying are apart: `draw` and `rand_draw` say in a few numbers what
 happens to an image, and tests count them; `apply` does it. An image pays only
@@ -138,11 +139,11 @@ def augment(policy: str, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 
   Args:
     policy: a name in `POLICIES`.
-    image: uint8 [H, W, 3].
+    image: uint8 [H, W, C].
     seed: int32 or int64 [2].
 
   Returns:
-    uint8 [H, W, 3].
+    uint8 [H, W, C].
   """
   result = image
   columns = zip(*POLICIES[policy], strict=True)
@@ -161,13 +162,13 @@ def rand_augment(
   probability for each operation and then do not use it; we draw none.
 
   Args:
-    image: uint8 [H, W, 3].
+    image: uint8 [H, W, C].
     seed: int32 or int64 [2].
     layers: number of operations, N in the paper.
     magnitude: level of all of them, M in the paper; may exceed 10.
 
   Returns:
-    uint8 [H, W, 3].
+    uint8 [H, W, C].
   """
   steps = tuple((name, magnitude) for name in OPERATIONS)
   layer = make_layer(steps, RANDAUGMENT_LIMITS)

@@ -1,12 +1,13 @@
 """Image operations of AutoAugment as TensorFlow graph ops, equal to Pillow's.
 
-Every function maps a uint8 image [H, W, 3], of any H and W up to 16,384, to one
-of the same shape. Arguments after the image may be tensors.
+Every function maps a uint8 image [H, W, C], of any H and W up to 16,384, to one
+of the same shape. C is known in the graph: 3 is Pillow's mode RGB, 1 its mode
+L. Arguments after the image may be tensors.
 
 What costs time here is passes over the pixels. A table look-up takes as long as
 five arithmetic passes and a `tf.where` on bytes as three, so that only the
 operations that need a histogram go through a table; and broadcasting along an
-innermost axis of three is slow, so that rows are handled as vectors of 3 * W.
+innermost axis of three is slow, so that rows are handled as vectors of C * W.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _SMOOTH_CENTER, _SMOOTH_SUM = (
 def auto_contrast(image: tf.Tensor) -> tf.Tensor:
   """Stretches each channel to [0, 255]; `ImageOps.autocontrast`."""
   index = _table_index(image)
-  present = _histogram(index) > 0
+  present = _histogram(index, _channels(image)) > 0
   low = tf.argmax(present, axis=1)
   high = 255 - tf.argmax(present[:, ::-1], axis=1)
   # float64, as Pillow: it truncates values that are whole but for rounding.
@@ -53,7 +54,7 @@ def equalize(image: tf.Tensor) -> tf.Tensor:
   min(255, (step // 2 + sum_{u<v} n(u)) // step), or stays where step is 0.
   """
   index = _table_index(image)
-  counts = _histogram(index)
+  counts = _histogram(index, _channels(image))
   last = 255 - tf.argmax((counts > 0)[:, ::-1], axis=1)
   last_count = tf.gather(counts, last, axis=1, batch_dims=1)
   step = ((tf.reduce_sum(counts, axis=1) - last_count) // 255)[:, None]
@@ -93,15 +94,23 @@ def contrast(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
   any image of 224 x 224 is blended with grey 196. We follow Pillow.
   """
   pixels = _rows(image)
-  luma = tf.linalg.matvec(tf.reshape(pixels, [-1, 3]), _LUMA)
-  mean = tf.reduce_mean(tf.cast(tf.floor(luma + 0.5), tf.float64))
+  luma = pixels
+  if _channels(image) == 3:
+    exact = tf.linalg.matvec(tf.reshape(pixels, [-1, 3]), _LUMA)
+    luma = tf.floor(exact + 0.5)
+  mean = tf.reduce_mean(tf.cast(luma, tf.float64))
   return _blend(
     tf.cast(tf.floor(mean + 0.5), tf.float32), pixels, factor, image
   )
 
 
 def color(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-  """The grey image blended with the image; `ImageEnhance.Color`."""
+  """The grey image blended with the image; `ImageEnhance.Color`.
+
+  One channel stays as it is.
+  """
+  if _channels(image) == 1:
+    return image
   pixels = tf.reshape(_rows(image), [-1, 3])
   luma = tf.matmul(pixels, np.repeat(_LUMA[:, None], 3, axis=1))
   return _blend(tf.floor(luma + 0.5), pixels, factor, image)
@@ -113,17 +122,18 @@ def sharpness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
   Smoothed: 3 x 3 weights, 1 around 5, divided by 13 and rounded, except for the
   outermost pixels, which stay.
   """
-  height, width = _size(image)
+  (height, width), channels = _size(image), _channels(image)
   rows = _rows(image)
-  padded = tf.pad(rows, [[1, 1], [3, 3]])
+  padded = tf.pad(rows, [[1, 1], [channels, channels]])
   total = padded[:-2] + padded[1:-1] + padded[2:]
-  total = total[:, :-6] + total[:, 3:-3] + total[:, 6:]
+  left, right = total[:, : -2 * channels], total[:, 2 * channels :]
+  total = left + total[:, channels:-channels] + right
   total += (_SMOOTH_CENTER - 1) * rows
   # Never a tie: a sum of whole numbers is no odd multiple of 6.5.
   smooth = tf.floor(total * (1 / _SMOOTH_SUM) + 0.5)
   inner_y = tf.cast(_inside(height, 1, height - 1), tf.float32)
   inner_x = tf.cast(_inside(width, 1, width - 1), tf.float32)
-  inner = inner_y[:, None] * tf.repeat(inner_x, 3)
+  inner = inner_y[:, None] * tf.repeat(inner_x, channels)
   smooth = rows + (smooth - rows) * inner
   return _blend(smooth, rows, factor, image)
 
@@ -134,16 +144,16 @@ def cutout(
   """Fills a square with grey.
 
   Args:
-    image: uint8 [H, W, 3].
+    image: uint8 [H, W, C].
     half_px: int32; the square has sides of 2 * half_px, clipped to the image.
     center: float32 [2] in [0, 1), as fractions of height and width; the square
       spans rows floor(y * H) - half_px to floor(y * H) + half_px - 1.
   """
-  height, width = _size(image)
+  (height, width), channels = _size(image), _channels(image)
   size = tf.cast(tf.stack([height, width]), tf.float32)
   y, x = tf.unstack(tf.cast(center * size, tf.int32))
   in_y = _mask(_inside(height, y - half_px, y + half_px))
-  in_x = tf.repeat(_mask(_inside(width, x - half_px, x + half_px)), 3)
+  in_x = tf.repeat(_mask(_inside(width, x - half_px, x + half_px)), channels)
   mask = tf.bitwise.bitwise_and(in_y[:, None], in_x)
   rows = tf.reshape(image, [height, -1])
   difference = tf.bitwise.bitwise_xor(rows, tf.constant(FILL, tf.uint8))
@@ -154,11 +164,11 @@ def cutout(
 def affine(image: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
   """Nearest-neighbour affine transform in 16.16 fixed point, as Pillow's.
 
-  `Image.transform(size, AFFINE, data, NEAREST, fillcolor=(128,) * 3)`. Output
+  `Image.transform(size, AFFINE, data, NEAREST, fillcolor=(128,) * C)`. Output
   pixel (x, y) is the input pixel (a x + b y + c, d x + e y + f) >> 16.
 
   Args:
-    image: uint8 [H, W, 3].
+    image: uint8 [H, W, C].
     matrix: float64 [6, 3], from `rotation` and its like: (a, ..., f) / 2**16 as
       linear functions of (1, W, H).
   """
@@ -178,7 +188,8 @@ def affine(image: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
   framed = tf.pad(image, [[1, 1], [1, 1], [0, 0]], constant_values=FILL)
   # gather_nd takes two thirds of the time of gather here.
   return tf.gather_nd(
-    tf.reshape(framed, [-1, 3]), (from_y * (width + 2) + from_x)[..., None]
+    tf.reshape(framed, [-1, _channels(image)]),
+    (from_y * (width + 2) + from_x)[..., None],
   )
 
 
@@ -223,22 +234,24 @@ def _blend(degenerate, pixels, factor, image: tf.Tensor) -> tf.Tensor:
 
 
 def _table_index(image: tf.Tensor) -> tf.Tensor:
-  """int32 [H, 3 W]: 256 * channel + grey level."""
+  """int32 [H, C W]: 256 * channel + grey level."""
   height, width = _size(image)
-  offset = tf.tile(tf.constant([0, 256, 512]), [width])
+  offset = tf.tile(256 * tf.range(_channels(image)), [width])
   return tf.cast(tf.reshape(image, [height, -1]), tf.int32) + offset
 
 
-def _histogram(index: tf.Tensor) -> tf.Tensor:
-  """int32 [3, 256] from `_table_index`."""
+def _histogram(index: tf.Tensor, channels: int) -> tf.Tensor:
+  """int32 [C, 256] from `_table_index`."""
   counts = tf.raw_ops.DenseBincount(
-    input=tf.reshape(index, [-1]), size=768, weights=tf.zeros([0], tf.int32)
+    input=tf.reshape(index, [-1]),
+    size=256 * channels,
+    weights=tf.zeros([0], tf.int32),
   )
-  return tf.reshape(counts, [3, 256])
+  return tf.reshape(counts, [channels, 256])
 
 
 def _look_up(table: tf.Tensor, index: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
-  """`table` int32 [3, 256] at `_table_index`, in the shape of the image."""
+  """`table` int32 [C, 256] at `_table_index`, in the shape of the image."""
   flat = tf.reshape(tf.cast(table, tf.uint8), [-1])
   return tf.reshape(tf.gather_nd(flat, index[..., None]), tf.shape(image))
 
@@ -261,6 +274,10 @@ def _rows(image: tf.Tensor) -> tf.Tensor:
 def _size(image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
   shape = tf.shape(image)
   return shape[0], shape[1]
+
+
+def _channels(image: tf.Tensor) -> int:
+  return image.shape[-1]
 
 
 def _clip(values: tf.Tensor, low, high) -> tf.Tensor:

@@ -35,6 +35,7 @@ class ArrayRecords(records.ShardedRecords):
     self,
     paths: Sequence[os.PathLike | str],
     shard_lengths: Sequence[int],
+    used: Sequence[tuple[int, int]] | None = None,
     *,
     num_threads: int = 16,
     max_open_files: int | None = None,
@@ -43,7 +44,7 @@ class ArrayRecords(records.ShardedRecords):
 
     Args:
       paths: as in `ShardedRecords`.
-      shard_lengths: as there.
+      shard_lengths, used: as there.
       num_threads: files that are waited for at the same time.
       max_open_files: None is all, or as many as the process may have open; its
         soft limit is raised towards the hard one where that helps.
@@ -56,10 +57,10 @@ class ArrayRecords(records.ShardedRecords):
     self._open: collections.OrderedDict[
       int, array_record_module.ArrayRecordReader
     ] = collections.OrderedDict()
-    super().__init__(paths, shard_lengths, num_threads=num_threads)
+    super().__init__(paths, shard_lengths, used, num_threads=num_threads)
 
   def _problem(self, shard: int, size: int) -> str:
-    path, expected = self.paths[shard], int(self.lengths[shard])
+    path, expected = self.paths[shard], int(self.file_lengths[shard])
     reader = self._reader(shard)
     found = reader.num_records()
     if found == expected and reader.ok():

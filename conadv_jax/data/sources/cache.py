@@ -7,13 +7,12 @@ import os
 import pathlib
 import struct
 import time
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from conadv_jax.base.errors import ConfigError
-from conadv_jax.config import Dataset
-from conadv_jax.data import datasets
+from conadv_jax.data.sources.source import Encoded
 
 _USABLE_SHARE = 0.8  # Of the memory that is free now.
 _CHUNK = 256  # Examples that a thread reads at a time.
@@ -23,47 +22,27 @@ _SAMPLED_RUNS, _SAMPLED_RUN = 4, 16  # Images whose size stands for all.
 _HEADER = struct.Struct('<iii')
 
 
-def load(
-  spec: datasets.DatasetSpec,
-  split: Literal['train', 'eval'],
-  settings: Dataset,
-) -> Any:
-  """`datasets.load`, and into memory if `settings.cache` says so.
-
-  Raises:
-    ConfigError: as `datasets.load`, or if memory does not suffice.
-  """
-  source = datasets.load(
-    spec,
-    split,
-    settings.data_dir,
-    window_shards=settings.shuffle_window_shards,
-  )
-  return source if settings.cache == 'none' else Cached(source, settings.cache)
-
-
-class Cached:
+class Cached(Encoded):
   """All examples of a source in memory, with random access.
 
   Every host holds the whole split: each epoch sends it other examples. TFRecord
   files get the order of random access by this.
-
-  Attributes:
-    num_examples: N.
   """
 
-  def __init__(self, source: Any, kind: Literal['raw', 'decoded']):
+  def __init__(self, source: Encoded, kind: Literal['raw', 'decoded']):
     """Reads everything, in threads, and prints the progress.
 
     Raises:
       ConfigError: if that is more than the memory that is free.
     """
     self.num_examples = source.num_examples
+    self.class_names = source.class_names
     self._source = source
     self._kind = kind
     self._decode = _decoder(source) if kind == 'decoded' else None
     _check_memory(kind, self._estimate())
     self._records = self._read()
+    self.nbytes = sum(map(len, self._records))
 
   def fetch(self, ids: np.ndarray) -> list[bytes]:
     return [self._records[i] for i in ids]
@@ -150,12 +129,12 @@ def _check_memory(kind: str, needed: int) -> None:
     )
 
 
-def _decoder(source: Any):
+def _decoder(source: Encoded):
   """(record, id) -> header and pixels, or header and reason."""
   import tensorflow as tf
 
   from conadv_jax.data.images import decode
-  from conadv_jax.data.reader import reason_of
+  from conadv_jax.data.sources.reader import reason_of
 
   @tf.function
   def decoded(record, example_id):

@@ -11,13 +11,20 @@ import functools
 import os
 from collections.abc import Sequence
 from concurrent import futures
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
 
 from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError
+from conadv_jax.config import Dataset
+from conadv_jax.data import slices
 from conadv_jax.data.sources import records
+from conadv_jax.data.sources.source import Encoded, data_root
+
+if TYPE_CHECKING:
+  from conadv_jax.data.spec import DatasetSpec
 
 _SUFFIXES = ('.jpg', '.jpeg', '.png')  # In any case.
 
@@ -38,9 +45,66 @@ class Split:
   file_names: tuple[tuple[str, ...], ...]
   num_ignored: int
 
+  @functools.cached_property
+  def starts(self) -> np.ndarray:
+    """int64 [classes + 1]: the place of the first image of each class."""
+    return np.cumsum([0, *map(len, self.file_names)])
+
   @property
   def num_examples(self) -> int:
-    return sum(len(names) for names in self.file_names)
+    return int(self.starts[-1])
+
+  @property
+  def labels(self) -> np.ndarray:
+    """int32 [num_examples]."""
+    classes = np.arange(len(self.class_names), dtype=np.int32)
+    return np.repeat(classes, np.diff(self.starts))
+
+  def path(self, place: int) -> str:
+    """The file at a place, in the order of (class, file name)."""
+    label = int(np.searchsorted(self.starts, place, side='right')) - 1
+    name = self.file_names[label][place - self.starts[label]]
+    return os.path.join(self.directory, self.class_names[label], name)
+
+
+class Folder:
+  """The `Store` of a directory of images."""
+
+  def resolve(self, spec: DatasetSpec, data_dir: str) -> DatasetSpec:
+    """The spec with the classes and sizes of the splits that it names."""
+    directory = str(data_root(data_dir))
+    wanted = slices.names(f'{spec.train_split}+{spec.eval_split}')
+    there = _list(_root(directory))[0]
+    lacking = [name for name in wanted if name not in there]
+    if lacking:
+      raise ConfigError(
+        f'{os.path.join(directory, lacking[0])}: no such directory, though'
+        f' dataset.train_split={spec.train_split!r} and dataset.eval_split='
+        f'{spec.eval_split!r} name it; {_layout(directory)}, and SPLIT may be'
+        f' {", ".join(sorted(there)) or "nothing"}'
+      )
+    splits = scan(directory, wanted)
+    return dataclasses.replace(
+      spec,
+      num_classes=len(splits[wanted[0]].class_names),
+      splits={name: split.num_examples for name, split in splits.items()},
+    )
+
+  def version(self, data_dir: str) -> str:
+    del data_dir
+    return ''
+
+  def open(
+    self,
+    spec: DatasetSpec,
+    pieces: tuple[slices.Piece, ...],
+    config: Dataset,
+  ) -> ImageFolder:
+    root = data_root(config.data_dir)
+    source = ImageFolder(str(root), slices.to_text(pieces))
+    if source.num_ignored:
+      print(f'{root}: {source.num_ignored} entries are no images')
+    return source
 
 
 def scan(
@@ -115,7 +179,7 @@ def check_same_classes(train: Split, evaluation: Split) -> None:
       )
 
 
-class ImageFolder:
+class ImageFolder(Encoded):
   """Reads any image file of a split, from any thread.
 
   Attributes:
@@ -130,19 +194,23 @@ class ImageFolder:
 
     Args:
       directory: local or gs://.
-      split: name of a sub-directory.
+      split: name of a sub-directory, or what is used of some (see `slices`).
       num_threads: files that are waited for at the same time.
 
     Raises:
-      ConfigError: see `scan_split`.
+      ConfigError: see `scan` and `slices.parse`.
     """
-    self._split = scan_split(directory, split)
-    self.class_names = self._split.class_names
-    self.num_ignored = self._split.num_ignored
-    counts = [len(names) for names in self._split.file_names]
-    self._starts = np.concatenate([[0], np.cumsum(counts)])
+    splits = scan(directory, slices.names(split))
+    sizes = {name: found.num_examples for name, found in splits.items()}
+    self._pieces = [
+      (splits[piece.split], piece.start, piece.stop)
+      for piece in slices.parse(split, sizes, 'split')
+    ]
+    self.class_names = self._pieces[0][0].class_names
+    self.num_ignored = sum(found.num_ignored for found in splits.values())
+    self._starts = np.cumsum([0] + [b - a for _, a, b in self._pieces])
     self.num_examples = int(self._starts[-1])
-    self.labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    self.labels = np.concatenate([x.labels[a:b] for x, a, b in self._pieces])
     self._num_threads = num_threads
     self._pool = futures.ThreadPoolExecutor(num_threads)
     self._reasons: dict[int, str] = {}
@@ -165,9 +233,9 @@ class ImageFolder:
     """The file of an example."""
     if not 0 <= example_id < self.num_examples:
       raise IndexError(f'id {example_id}: must be in [0, {self.num_examples})')
-    label = int(self.labels[example_id])
-    name = self._split.file_names[label][example_id - self._starts[label]]
-    return os.path.join(self._split.directory, self.class_names[label], name)
+    piece = int(np.searchsorted(self._starts, example_id, side='right')) - 1
+    split, first, _ = self._pieces[piece]
+    return split.path(first + example_id - self._starts[piece])
 
   def fetch(self, ids: np.ndarray) -> list[bytes]:
     """The contents of n files; b'' for one that is gone or empty.

@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from conadv_jax.base.errors import ConfigError
+from conadv_jax.config import Dataset
+from conadv_jax.data import slices
+from conadv_jax.data.sources.source import (
+  BadExamples,
+  Batch,
+  ExampleFn,
+  Share,
+  sampled_order,
+)
+
+if TYPE_CHECKING:
+  import tensorflow as tf
+
+  from conadv_jax.data.spec import DatasetSpec
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InMemory:
-  """The examples of one split, in memory, addressed by id 0 .. N - 1.
+  """A `Source` of arrays, addressed by id 0 .. N - 1.
 
   Attributes:
     images: uint8 [N, H, W, C].
     labels: int32 [N], in [0, num_classes).
     num_classes: classes of the data set.
+    class_names: as in `Source`.
 
   Raises:
     ConfigError: wrong types or shapes, or a label out of range; names the first
@@ -27,6 +45,7 @@ class InMemory:
   images: np.ndarray
   labels: np.ndarray
   num_classes: int
+  class_names: tuple[str, ...] = ()
 
   def __post_init__(self):
     for array, name, dtype, ndim in (
@@ -53,6 +72,38 @@ class InMemory:
   def num_examples(self) -> int:
     return len(self.images)
 
+  def order(self, share: Share) -> tf.data.Dataset:
+    return sampled_order(self.num_examples, share)
+
+  def batches(
+    self,
+    order: tf.data.Dataset,
+    example: ExampleFn,
+    size: int,
+    bad: BadExamples,
+  ) -> Iterator[Batch]:
+    """See `Source.batches`; no example in memory is bad."""
+    import tensorflow as tf
+
+    del bad
+
+    def one(place):
+      image, label = self.lookup(tf.maximum(place['id'], 0))
+      made = example(image, label, place['id'], place['epoch'])
+      return {**made, 'id': place['id']}
+
+    dataset = order.map(
+      one, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+    )
+    options = tf.data.Options()
+    options.deterministic = True
+    dataset = dataset.batch(size, drop_remainder=True).prefetch(2)
+    return dataset.with_options(options).as_numpy_iterator()
+
+  def describe(self, example_id: int) -> str:
+    del example_id
+    return '-'  # It has no file.
+
   def lookup(self, example_id):
     """Reads one example inside `tf.data.Dataset.map`.
 
@@ -74,8 +125,78 @@ class InMemory:
       return tf.constant(self.images), tf.constant(self.labels)
 
 
-def read(builder, split: str, num_classes: int) -> InMemory:
-  """All examples of a split of a prepared TFDS data set, in file order.
+class Arrays:
+  """A `Store` of arrays in memory."""
+
+  def __init__(
+    self,
+    load: Callable[[], Mapping[str, tuple[np.ndarray, np.ndarray]]],
+    version: str | None = None,
+  ):
+    """Calls nothing.
+
+    Args:
+      load: returns {split: (images, labels)}, see `splits`; is called once,
+        when they are first used.
+      version: of the arrays; None is a checksum of them.
+    """
+    self._load = load
+    self._version = version
+
+  @functools.cached_property
+  def splits(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{split: (images uint8 [N, H, W, C], labels int32 [N])}.
+
+    Images [N, H, W] get a channel.
+
+    Raises:
+      ConfigError: wrong types or shapes, or a negative label.
+    """
+    splits = {}
+    for name, (images, labels) in self._load().items():
+      images, labels = np.asarray(images), np.asarray(labels)
+      if images.ndim == 3:
+        images = images[..., None]
+      if np.issubdtype(labels.dtype, np.integer):
+        labels = labels.astype(np.int32)
+      InMemory(images, labels, 1 + int(labels.max(initial=0)))
+      splits[name] = images, labels
+    shapes = {images.shape[1:] for images, _ in splits.values()}
+    if len(shapes) > 1:
+      raise ConfigError(f'images of different splits have shapes {shapes}')
+    return splits
+
+  def resolve(self, spec: DatasetSpec, data_dir: str) -> DatasetSpec:
+    del data_dir
+    return spec
+
+  def version(self, data_dir: str) -> str:
+    """By default the first 12 digits of a SHA-256 of all arrays."""
+    del data_dir
+    if self._version is not None:
+      return self._version
+    digest = hashlib.sha256()
+    for name, arrays in self.splits.items():
+      for array in arrays:
+        digest.update(f'{name} {array.shape}'.encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:12]
+
+  def open(
+    self, spec: DatasetSpec, pieces: tuple[slices.Piece, ...], config: Dataset
+  ) -> InMemory:
+    parts = [
+      [array[p.start : p.stop] for array in self.splits[p.split]]
+      for p in pieces
+    ]
+    images, labels = map(np.concatenate, zip(*parts, strict=True))
+    return InMemory(pooled(images, config.pool), labels, spec.num_classes)
+
+
+def read(
+  builder, pieces: tuple[slices.Piece, ...], num_classes: int, pool: int = 1
+) -> InMemory:
+  """Pieces of a prepared TFDS data set, in file order; images are `pooled`.
 
   Raises:
     ConfigError: the files are damaged, or a label is out of range.
@@ -83,6 +204,7 @@ def read(builder, split: str, num_classes: int) -> InMemory:
   import tensorflow as tf
   import tensorflow_datasets as tfds
 
+  split = slices.to_text(pieces)
   options = tf.data.Options()
   options.deterministic = True
   dataset = builder.as_dataset(
@@ -95,15 +217,19 @@ def read(builder, split: str, num_classes: int) -> InMemory:
     ),
   )
   dataset = dataset.map(lambda example: (example['image'], example['label']))
-  num_examples = builder.info.splits[split].num_examples
-  shape = tuple(builder.info.features['image'].shape)
-  images = np.empty((num_examples, *shape), np.uint8)
+  features = builder.info.features
+  num_examples, height, width, channels = (
+    slices.count(pieces),
+    *features['image'].shape,
+  )
+  shape = (num_examples, height // pool, width // pool, channels)
+  images = np.empty(shape, np.uint8)
   labels = np.empty(num_examples, np.int32)
   start = 0
   try:
     for image_batch, label_batch in dataset.batch(1024).as_numpy_iterator():
       stop = start + len(label_batch)
-      images[start:stop] = image_batch
+      images[start:stop] = pooled(image_batch, pool)
       labels[start:stop] = label_batch
       start = stop
   except tf.errors.OpError as error:
@@ -112,6 +238,27 @@ def read(builder, split: str, num_classes: int) -> InMemory:
       f' of {num_examples} examples: {error.message}'
     ) from error
   try:
-    return InMemory(images, labels, num_classes)
+    names = tuple(features['label'].names)
+    return InMemory(images, labels, num_classes, names)
   except ConfigError as error:
     raise ConfigError(f'{builder.data_dir}, split {split}: {error}') from error
+
+
+def pooled(images: np.ndarray, pool: int) -> np.ndarray:
+  """Means over blocks of pool x pool pixels, rounded half up.
+
+  Args:
+    images: uint8 [N, H, W, C]; `pool` divides H and W.
+    pool: side of a block in pixels; 1 returns the images as they are.
+
+  Returns:
+    uint8 [N, H / pool, W / pool, C].
+  """
+  if pool == 1:
+    return images
+  count, height, width, channels = images.shape
+  blocks = images.reshape(
+    count, height // pool, pool, width // pool, pool, channels
+  )
+  sums = blocks.sum((2, 4), dtype=np.uint32)
+  return ((2 * sums + pool**2) // (2 * pool**2)).astype(np.uint8)

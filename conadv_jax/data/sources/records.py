@@ -13,26 +13,32 @@ from etils import epath
 
 from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError
+from conadv_jax.data.slices import Piece
+from conadv_jax.data.sources.source import Encoded
 
 
-class ShardedRecords:
+class ShardedRecords(Encoded):
   """Records 0 .. N-1, laid over files in the order of their names.
 
-  Record `id` is number `id - starts[s]` of file s, with starts[s] <= id <
-  starts[s + 1].
+  Record `id` is number `id - starts[s] + firsts[s]` of file s, with starts[s]
+  <= id < starts[s + 1]. A file may occur more than once, with other records.
 
   Attributes:
     paths: the F files.
-    lengths: int64 [F], records in each.
+    file_lengths: int64 [F], records in each.
+    firsts: int64 [F], place of the first one that is used.
+    lengths: int64 [F], how many are used, in a row.
     starts: int64 [F + 1], sums of `lengths`.
     num_examples: N.
-    nbytes: bytes of all files; a little more than those of the records.
+    nbytes: bytes of what is used of the files; a little more than those of the
+      records.
   """
 
   def __init__(
     self,
     paths: Sequence[os.PathLike | str],
     shard_lengths: Sequence[int],
+    used: Sequence[tuple[int, int]] | None = None,
     *,
     num_threads: int,
   ):
@@ -41,6 +47,7 @@ class ShardedRecords:
     Args:
       paths: local or gs://; `builder.info.splits[split].filepaths` of TFDS.
       shard_lengths: records in each file, as `.shard_lengths` there.
+      used: places (first, stop) of those that are used; None is all of them.
       num_threads: threads that wait for files.
 
     Raises:
@@ -49,11 +56,15 @@ class ShardedRecords:
       StorageError: the storage failed, in spite of some attempts.
     """
     self.paths = tuple(os.fspath(path) for path in paths)
-    self.lengths = np.array(shard_lengths, np.int64)
-    if not self.paths or self.lengths.shape != (len(self.paths),):
+    self.file_lengths = np.array(shard_lengths, np.int64)
+    if not self.paths or self.file_lengths.shape != (len(self.paths),):
       raise ValueError(
-        f'{len(self.paths)} files but lengths {self.lengths.shape}'
+        f'{len(self.paths)} files but lengths {self.file_lengths.shape}'
       )
+    if used is None:
+      used = [(0, length) for length in self.file_lengths]
+    self.firsts, stops = np.array(used, np.int64).T
+    self.lengths = stops - self.firsts
     self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
     self.num_examples = int(self.starts[-1])
     self._pool = futures.ThreadPoolExecutor(num_threads)
@@ -61,7 +72,9 @@ class ShardedRecords:
     self._reasons: dict[int, str] = {}
     self._lock = threading.Lock()
     sizes = list(self._pool.map(self._size, range(len(self.paths))))
-    self.nbytes = sum(size for size, _ in sizes)
+    of_files = np.array([size for size, _ in sizes], np.int64)
+    share = self.lengths / np.maximum(self.file_lengths, 1)
+    self.nbytes = int((of_files * np.where(self.file_lengths, share, 1)).sum())
     problems = [problem for _, problem in sizes if problem]
     if problems:
       raise ConfigError(
@@ -94,7 +107,7 @@ class ShardedRecords:
     if ids.size and not (0 <= ids.min() and ids.max() < self.num_examples):
       raise IndexError(f'ids {ids}: must be in [0, {self.num_examples})')
     shards = np.searchsorted(self.starts, ids, side='right') - 1
-    return shards, ids - self.starts[shards]
+    return shards, ids - self.starts[shards] + self.firsts[shards]
 
   def parse(self, record, example_id):
     """The image and label of one TFDS record, inside `tf.data.Dataset.map`.
@@ -129,8 +142,30 @@ class ShardedRecords:
 
   def _unreadable(self, shard: int, place: int, reason: str) -> bytes:
     """Keeps the reason for `describe`; the record is b''."""
-    self._reasons[int(self.starts[shard]) + place] = reason
+    example_id = int(self.starts[shard] - self.firsts[shard]) + place
+    self._reasons[example_id] = reason
     return b''
+
+
+def parts_of(
+  paths: Sequence[os.PathLike | str], lengths: Sequence[int], piece: Piece
+) -> list[tuple[os.PathLike | str, int, tuple[int, int]]]:
+  """(path, length, (first, stop)) of the files that hold a piece of a split.
+
+  Args:
+    paths: all files of the split.
+    lengths: records in each.
+    piece: what is used of them.
+  """
+  parts, start = [], 0
+  for path, length in zip(paths, lengths, strict=True):
+    first = max(piece.start - start, 0)
+    stop = min(piece.stop - start, length)
+    # An empty file is kept within a piece: it has its place in the order.
+    if first < stop or first == stop == length == 0:
+      parts.append((path, length, (first, stop)))
+    start += length
+  return parts
 
 
 def damage(path: str, what: str) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.data.sources import records, window_order
+from conadv_jax.data.sources.source import Share
 
 _HEADER = struct.Struct('<QI')
 _FOOTER = struct.Struct('<I')
@@ -33,14 +34,13 @@ class TfRecords(records.ShardedRecords):
   Attributes:
     window_shards: files that are in memory to be shuffled together; as many
       again are read ahead.
-    failure: the error that ended a stream; tf.data raises an OpError in its
-      place.
   """
 
   def __init__(
     self,
     paths: Sequence[os.PathLike | str],
     shard_lengths: Sequence[int],
+    used: Sequence[tuple[int, int]] | None = None,
     *,
     window_shards: int = 8,
     num_threads: int = 8,
@@ -50,7 +50,7 @@ class TfRecords(records.ShardedRecords):
 
     Args:
       paths: as in `ShardedRecords`.
-      shard_lengths: as there.
+      shard_lengths, used: as there.
       window_shards: see above; 8 of ImageNet's 1,024 are 1.1 GB.
       num_threads: files that are read at the same time.
       cached_shards: files that `fetch` keeps in memory, next to those that
@@ -60,14 +60,13 @@ class TfRecords(records.ShardedRecords):
       ConfigError: a file is missing, or too small for its recorded length.
     """
     self.window_shards = window_shards
-    self.failure: Exception | None = None
     self._cached_shards = cached_shards
     # In the order of their last use; also those that are being read.
     self._cache: dict[int, futures.Future[_Shard]] = {}
-    super().__init__(paths, shard_lengths, num_threads=num_threads)
+    super().__init__(paths, shard_lengths, used, num_threads=num_threads)
 
   def _problem(self, shard: int, size: int) -> str:
-    expected = int(self.lengths[shard])
+    expected = int(self.file_lengths[shard])
     if size >= expected * _OVERHEAD_BYTES:
       return ''
     return records.count_damage(self.paths[shard], f'{size} bytes', expected)
@@ -94,36 +93,12 @@ class TfRecords(records.ShardedRecords):
         output[index] = self._record(contents, int(shard), int(places[index]))
     return output
 
-  def ids(
-    self,
-    seed: int,
-    host: int,
-    num_hosts: int,
-    start_record: int,
-    count: int,
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """What `stream` yields, without reading: (ids, epochs), int64 [count]."""
-    ids, epochs, missing = [], [], count
-    windows = self._windows(seed, host, num_hosts, start_record)
-    while missing > 0:
-      window, skip = next(windows)
-      ids.append(window.ids()[skip:][:missing])
-      epochs.append(np.full(len(ids[-1]), window.epoch))
-      missing -= len(ids[-1])
-    empty = np.empty(0, np.int64)
-    return np.concatenate([empty, *ids]), np.concatenate([empty, *epochs])
-
-  def start_cost(
-    self, seed: int, host: int, num_hosts: int, start_record: int
-  ) -> tuple[int, int, int]:
-    """What `stream` reads before its first record: (files, bytes, skipped).
-
-    `skipped` records lie in those files before `start_record`; they are neither
-    parsed nor decoded.
-    """
-    window, skip = next(self._windows(seed, host, num_hosts, start_record))
-    size = sum(records.file_size(self.paths[shard]) for shard in window.shards)
-    return len(window.shards), size, skip
+  def order(self, share: Share):
+    """A host's own order, by windows of files; see `stream`."""
+    count = len(share.positions)
+    start = share.steps.start * count
+    stream = self.stream(share.seed, share.host, share.num_hosts, start)
+    return stream.take(len(share.steps) * count)
 
   def stream(self, seed: int, host: int, num_hosts: int, start_record: int = 0):
     """A host's records of all epochs, without end, in the windows' order.
@@ -248,7 +223,7 @@ class TfRecords(records.ShardedRecords):
 
   def _load(self, shard: int) -> _Shard:
     path = self.paths[shard]
-    return _Shard(records.read_bytes(path), path, int(self.lengths[shard]))
+    return _Shard(records.read_bytes(path), path, int(self.file_lengths[shard]))
 
 
 class _Shard:

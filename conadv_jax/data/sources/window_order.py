@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from conadv_jax.base.errors import ConfigError
+from conadv_jax.data import sampler
 
 # Counter of the random words: the files, then windows by their first record.
 _FILES = 0
@@ -51,7 +52,8 @@ class Window:
         for first, count in zip(self.first_ids, self.counts, strict=True)
       ]
     )
-    return ids[_permutation(self.seed, self.epoch, _WINDOWS + self.start, ids)]
+    stream = _WINDOWS + self.start
+    return ids[sampler.permutation(self.seed, self.epoch, len(ids), stream)]
 
 
 def records_per_epoch(num_examples: int, host: int, num_hosts: int) -> int:
@@ -101,7 +103,7 @@ def windows(
   share = records_per_epoch(num_examples, host, num_hosts)
   begin = host * (num_examples // num_hosts)
   begin += min(host, num_examples % num_hosts)
-  order = _permutation(seed, epoch, _FILES, lengths)
+  order = sampler.permutation(seed, epoch, len(lengths), _FILES)
   stops = np.cumsum(lengths[order])
   starts = stops - lengths[order]
   # What lies of each file, in the order of this epoch, in the host's range.
@@ -155,17 +157,3 @@ def stream(
         yield window, skip
         skip = 0
     epoch += 1
-
-
-def _permutation(
-  seed: int, epoch: int, stream: int, items: np.ndarray
-) -> np.ndarray:
-  """An order of len(items) places, int64, keyed by (seed, epoch, stream).
-
-  Raw Philox words, as in `sampler`: NumPy promises those for ever.
-  """
-  words = np.random.Philox(
-    key=np.array([seed, epoch], np.uint64),
-    counter=np.array([0, 0, 0, stream], np.uint64),
-  )
-  return np.argsort(words.random_raw(len(items)), kind='stable')

@@ -1,0 +1,369 @@
+"""One frozen `Config`: every field with its default, rule and meaning.
+
+A recipe (`configs/*.py`) changes a few fields of `default_config()`, an
+`ml_collections.ConfigDict`. `from_config_dict` turns that into a `Config`
+exactly once; everything after it reads attributes, so a misspelt field cannot
+fall back to a default. Epochs become steps in one place, `Steps`.
+
+A field that is None takes the value of its preset then: `staleness_steps` and
+`eval.route` the method's, the fields of `attack` those of `attack.preset`,
+`optimizer.eps` the optimizer's, `grad_buckets` that of `xla_flags`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_collections
+
+from conadv_jax.base import fields
+from conadv_jax.base.errors import ConfigError
+from conadv_jax.base.fields import (
+  Group,
+  check,
+  check_choice,
+  choice,
+  flatten,
+  number,
+  setting,
+)
+from conadv_jax.config.groups import (
+  OPTIMIZER_EPS,
+  Checkpoint,
+  Dataset,
+  Ema,
+  Eval,
+  Loss,
+  Network,
+  Optimizer,
+  Schedule,
+  Spike,
+)
+from conadv_jax.methods import ATTACKS, METHODS, Attack
+
+# Names that fields had in earlier versions -> what to write now.
+RENAMED = {
+  'attack.epsilon_px': 'attack.epsilon',
+  'attack.step_size_px': 'attack.step_size',
+  'eval.epsilon_px': 'eval.epsilon',
+  'eval.pgd_steps': 'eval.attack_steps',
+  'dataset.num_train': "dataset.train_split, 'train[:N]' (left out for N = 0)",
+  'dataset.num_eval': "dataset.eval_split, 'test[:N]' (left out for N = 0)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Group):
+  """Everything about a run."""
+
+  seed: int = number(
+    0, 'in [0, 2**31)', 'keys order, augmentation, weights and attack noise'
+  )
+  method: str = choice('conadv', METHODS, 'a name in METHODS')
+  model: str = setting('resnet8', 'a name in conadv_jax.models.MODELS')
+  network: Network = Network()
+  dataset: Dataset = Dataset()
+  batch_size: int = number(
+    320, '>= 1', 'examples per optimizer step, over all devices'
+  )
+  epochs: float = number(60.0, '> 0', 'of the schedule')
+  max_steps: int = number(
+    0, '>= 0', 'stop after so many steps, schedule unchanged; 0 = off'
+  )
+  staleness_steps: int = number(
+    None,
+    '>= 0',
+    'tau: the attack on batch t uses the weights of step t - tau; None = the '
+    "method's",
+    preset=True,
+  )
+  bn_group_size: int = number(
+    64, '>= 1', 'in examples, which share batch-norm statistics'
+  )
+  bn_momentum: float = number(
+    0.9, 'in [0, 1)', 'share of the old running statistic kept per step'
+  )
+  bn_epsilon: float = number(1e-5, '> 0', 'added to the variance')
+  dtype: str = choice(
+    'float32',
+    ('float32', 'bfloat16', 'float64'),
+    'of activations; parameters and loss stay float32; float64 is for tests '
+    '(JAX_ENABLE_X64=1)',
+  )
+  microbatches: int = number(
+    1, '>= 1', 'parts of a batch, one after the other: less memory, same result'
+  )
+  remat: str = choice(
+    'none',
+    ('none', 'blocks'),
+    "blocks: keep only the inputs of a network's blocks and compute the rest "
+    'again: a fifth more work, less memory (not on CPUs)',
+  )
+  shard_optimizer: bool = setting(
+    False, 'split the state of the optimizer over devices'
+  )
+  grad_allreduce_dtype: str = choice(
+    'float32', ('float32', 'bfloat16'), 'bfloat16: half the bytes, less exact'
+  )
+  grad_buckets: int = number(
+    None,
+    '>= 0',
+    'vectors that gradients are summed in; 0 = as the compiler sees fit; None '
+    '= 1 if xla_flags is set, as v5e and networks between slices can put '
+    'nothing else behind other work',
+    preset=True,
+  )
+  xla_flags: str = choice(
+    'none',
+    ('none', 'overlap', 'multislice'),
+    'of TPU compilers: sums of gradients behind other work, or those between '
+    'slices',
+  )
+  loss: Loss = dataclasses.field(default_factory=Loss)
+  attack: Attack = Attack()
+  optimizer: Optimizer = Optimizer()
+  schedule: Schedule = Schedule()
+  ema: Ema = Ema()
+  checkpoint: Checkpoint = Checkpoint()
+  eval: Eval = Eval()
+  log_every_steps: int = number(50, '>= 1', 'metrics.jsonl, TensorBoard')
+  attack_stats_every_steps: int = number(
+    100, '>= 0', 'stale against fresh perturbation; 0 = off'
+  )
+  max_nonfinite_steps: int = number(
+    5, '>= 1', 'stop after so many non-finite steps in a row'
+  )
+  spike: Spike = Spike()
+  hang_timeout_seconds: int = number(
+    1800, '>= 0', 'a step, its input or a save that takes longer ends; 0 = off'
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    self._check_staleness()
+    self._check_loss()
+    self._check_batch()
+    warmup = self.schedule.warmup_epochs
+    fix = f'must not exceed epochs={self.epochs}'
+    check(warmup <= self.epochs, 'schedule.warmup_epochs', warmup, fix)
+    check_choice('eval.route', self.eval.route, self.routes)
+    fix = 'there is no average to evaluate: set ema.decay > 0'
+    check(
+      not self.eval.use_ema or self.ema.decay > 0, 'eval.use_ema', True, fix
+    )
+
+  def _check_batch(self):
+    if self.batch_size % self.bn_group_size:
+      groups = max(1, round(self.batch_size / self.bn_group_size))
+      raise ConfigError(
+        f'batch_size={self.batch_size}: must be a multiple of '
+        f'bn_group_size={self.bn_group_size}: set that too, or the nearest: '
+        f'batch_size={groups * self.bn_group_size}'
+      )
+    groups = self.batch_size // self.bn_group_size
+    check(
+      groups % self.microbatches == 0,
+      'microbatches',
+      self.microbatches,
+      f'must divide the {groups} batch-norm groups (batch_size='
+      f'{self.batch_size}, bn_group_size={self.bn_group_size})',
+    )
+
+  def _check_staleness(self):
+    tau = self.staleness_steps
+    fix = f'method {self.method!r} has no adversarial view; leave it unset'
+    check(self.is_adversarial or tau == 0, 'staleness_steps', tau, fix)
+    fix = "method 'disadv' is staleness 0; use method 'conadv' for more"
+    check(self.method != 'disadv' or tau == 0, 'staleness_steps', tau, fix)
+
+  def _check_loss(self):
+    weights = self.loss.view_weights
+    missing = sorted({view for view, _ in self.views} - set(weights))
+    check(not missing, 'loss.view_weights', missing, 'views without a weight')
+    total = sum(weights[view] for view, _ in self.views)
+    fix = f'the weights of the views of {self.method!r} must not all be 0'
+    check(total > 0, 'loss.view_weights', dict(weights), fix)
+
+  @property
+  def views(self) -> tuple[tuple[str, str], ...]:
+    """(view, route) pairs in the order of the view axis."""
+    return METHODS[self.method].views
+
+  @property
+  def attacked(self) -> str:
+    """The view that the perturbation is made from."""
+    return METHODS[self.method].attacked
+
+  @property
+  def fed_views(self) -> tuple[str, ...]:
+    """The views that the input makes; `adv` is made by the step."""
+    return METHODS[self.method].fed_views
+
+  @property
+  def routes(self) -> tuple[str, ...]:
+    """Names of the batch-norm rows, in the order of the rows."""
+    return METHODS[self.method].routes
+
+  def route_of(self, view: str) -> int:
+    """The batch-norm row of a view."""
+    return self.routes.index(dict(self.views)[view])
+
+  @property
+  def is_adversarial(self) -> bool:
+    """Whether there is an adversarial view."""
+    return 'adv' in dict(self.views)
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """A run's length in steps: the only place where epochs become steps.
+
+  Attributes:
+    total: optimizer steps of the whole schedule, round(epochs * N / B), >= 1.
+    stop: the step to stop at: `total`, or `max_steps` if that is sooner.
+    warmup: steps of linear warm-up.
+    decay: steps per epoch-counted decay of the exponential schedule.
+    per_epoch: N / B, not rounded.
+  """
+
+  total: int
+  stop: int
+  warmup: int
+  decay: int
+  per_epoch: float
+
+  @classmethod
+  def of(cls, config: Config, num_examples: int) -> Steps:
+    """The steps of `config` on `num_examples` training examples."""
+    per_epoch = num_examples / config.batch_size
+
+    def steps(epochs: float) -> int:
+      return round(epochs * per_epoch)
+
+    total = max(1, steps(config.epochs))
+    return cls(
+      total=total,
+      stop=min(total, config.max_steps or total),
+      warmup=min(steps(config.schedule.warmup_epochs), total),
+      decay=max(1, steps(config.schedule.decay_epochs)),
+      per_epoch=per_epoch,
+    )
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """Every field at its default; None where a preset decides."""
+  return fields.defaults(Config)
+
+
+def from_config_dict(values: Mapping[str, Any]) -> Config:
+  """Resolves presets and validates; the only way to a `Config`.
+
+  Args:
+    values: nested; a field that is not there takes its default.
+
+  Raises:
+    ConfigError: for an unknown, renamed or mistyped field, or a value out of
+      range.
+  """
+  values = fields.plain(values)
+  check_not_renamed(flatten(values))
+  values = fields.complete(Config, values, default_config().to_dict())
+  _fill_presets(values)
+  config = fields.build(Config, values)
+  _warn_of_fractions(config)
+  return config
+
+
+def check_not_renamed(names: Iterable[str]) -> None:
+  """Raises ConfigError if any of `names` has a new name; it lists them all."""
+  old = [name for name in names if name in RENAMED]
+  if old:
+    raise ConfigError(
+      'config fields with a new name:\n  '
+      + '\n  '.join(f'{name} -> {RENAMED[name]}' for name in old)
+    )
+
+
+def _fill_presets(values: dict[str, Any]) -> None:
+  """Gives the None fields of `values` their preset's value, in place."""
+  check_choice('method', values['method'], METHODS)
+  method = METHODS[values['method']]
+  if values['staleness_steps'] is None:
+    values['staleness_steps'] = method.staleness_steps or 0
+  if values['grad_buckets'] is None:
+    values['grad_buckets'] = int(values['xla_flags'] != 'none')
+  groups = {k: v for k, v in values.items() if isinstance(v, dict)}
+  if 'attack' in groups:
+    attack = groups['attack']
+    check_choice('attack.preset', attack['preset'], ATTACKS)
+    preset = ATTACKS[attack['preset']]
+    for field, value in dataclasses.asdict(preset).items():
+      attack[field] = value if attack[field] is None else attack[field]
+    if attack['step_size'] is None:
+      made = fields.build(Attack, attack, Attack.prefix)
+      attack['step_size'] = made.default_step_size
+  if 'optimizer' in groups and groups['optimizer']['eps'] is None:
+    name = groups['optimizer']['name']
+    check_choice('optimizer.name', name, OPTIMIZER_EPS)
+    groups['optimizer']['eps'] = OPTIMIZER_EPS[name]
+  if 'eval' in groups and groups['eval']['route'] is None:
+    routes = method.routes
+    groups['eval']['route'] = 'clean' if 'clean' in routes else routes[0]
+
+
+def _warn_of_fractions(config: Config) -> None:
+  attack = config.attack
+  sizes = {
+    'attack.epsilon': attack.epsilon,
+    'eval.epsilon': config.eval.epsilon,
+  }
+  if attack.step_size != attack.default_step_size:
+    sizes['attack.step_size'] = attack.step_size
+  for name, value in sizes.items():
+    if 0 < value < 1:
+      _warn_of_fraction(name, value)
+
+
+@functools.cache
+def _warn_of_fraction(name: str, value: float) -> None:
+  """Once for a value: a configuration is read several times in a run."""
+  print(
+    f'warning: {name}={value:g} is read as grey levels of 255; for images in '
+    f'[0, 1] that is {value / 255:.2g}. {value:g} of the whole range would be '
+    f'{name}={value * 255:g}',
+    file=sys.stderr,
+  )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+  """Plain nested dict, ready for JSON; `from_config_dict` reads it back."""
+  return dataclasses.asdict(config)
+
+
+def describe(config: Config) -> str:
+  """The resolved configuration as an aligned two-column table."""
+  rows = list(flatten(to_dict(config)).items())
+  width = max(len(name) for name, _ in rows)
+  return '\n'.join(f'{name:<{width}}  {value}' for name, value in rows)
+
+
+def changes(
+  old: Config, new: Config, free: tuple[str, ...]
+) -> dict[str, tuple[Any, Any]]:
+  """Fields that differ, {name: (old, new)}, but for those `free` to differ.
+
+  A name in `free` that ends with a dot stands for its whole group.
+  """
+  before, after = flatten(to_dict(old)), flatten(to_dict(new))
+  groups = tuple(name for name in free if name.endswith('.'))
+  return {
+    name: (before.get(name), after.get(name))
+    for name in before | after
+    if before.get(name) != after.get(name)
+    and name not in free
+    and not name.startswith(groups)
+  }

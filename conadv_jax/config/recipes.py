@@ -1,0 +1,181 @@
+"""Recipes: files that make a configuration, by name or by path.
+
+A recipe has `get_config(arg)`, and `ARGUMENTS` with the arguments that it can
+be given after a colon, and their defaults: `digits:method=conadv,seed=1`.
+What a recipe computes from an argument follows that argument, however it is
+set: `--config.batch_size=64` makes the recipe again with `batch_size=64`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import pathlib
+import sys
+import traceback
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from conadv_jax.base import fields
+from conadv_jax.base.errors import ConfigError, unknown
+from conadv_jax.config import Config, check_not_renamed
+
+_PACKAGE = pathlib.Path(__file__).parents[1]
+# In a wheel recipes are in the package, in a checkout beside it.
+FOLDERS = (_PACKAGE / 'configs', _PACKAGE.parent / 'configs')
+
+# Names of batch sizes on ImageNet.
+BATCH_SIZES = {f'{k}k': 1024 * k for k in (4, 8, 16, 32, 64, 96)}
+
+
+def shipped() -> dict[str, pathlib.Path]:
+  """{name: file} of the recipes that come with this package."""
+  paths = [path for folder in FOLDERS for path in folder.glob('[!_]*.py')]
+  return {path.stem: path for path in sorted(paths)}
+
+
+def load(text: str, overrides: Mapping[str, str]) -> dict[str, Any]:
+  """The configuration of a recipe, as nested dicts.
+
+  Args:
+    text: 'NAME[:k=v,...]' of a shipped recipe, or 'FILE.py[:k=v,...]'.
+    overrides: {'attack.epsilon': '8'}, as `fields.parse` reads them. Those of
+      arguments of the recipe are given to it, the others are set afterwards.
+
+  Raises:
+    ConfigError: for an unknown recipe, field or argument, a value of another
+      type, or an error of the file.
+  """
+  name, _, arg = text.partition(':')
+  path = _find(name)
+  module = _run(path, text)
+  arguments = getattr(module, 'ARGUMENTS', {})
+  given = [f'{k}={v}' for k, v in overrides.items() if k in arguments]
+  arg = ','.join(filter(None, [arg, *given]))
+  takes_one = inspect.signature(module.get_config).parameters
+  if arg and not takes_one:
+    raise ConfigError(f'--config={text}: {path.name} takes no arguments')
+  try:
+    values = module.get_config(arg) if arg else module.get_config()
+  except ConfigError:
+    raise
+  except Exception as error:
+    raise _file_error(text, path, error) from error
+  others = {k: v for k, v in overrides.items() if k not in arguments}
+  return override(fields.plain(values), others)
+
+
+def override(
+  values: Mapping[str, Any], overrides: Mapping[str, str]
+) -> dict[str, Any]:
+  """`values` with dotted fields set from texts, as `fields.parse` reads them.
+
+  Raises:
+    ConfigError: for an unknown or renamed field, or a value of another type.
+  """
+  check_not_renamed(overrides)
+  values = fields.plain(values)
+  for name, text in overrides.items():
+    *groups, leaf = name.split('.')
+    value = fields.parse(Config, name, text)
+    node = values
+    for group in groups:
+      node = node.setdefault(group, {})
+    node[leaf] = value
+  return values
+
+
+def parse_args(arg: str | None, defaults: Mapping[str, Any]) -> dict[str, Any]:
+  """Arguments of a recipe: 'k=v,...' typed like `defaults`.
+
+  Raises:
+    ConfigError: for an unknown name or a value that does not parse.
+  """
+  parsed = dict(defaults)
+  for item in (arg or '').split(','):
+    if not item:
+      continue
+    name, equals, text = item.partition('=')
+    if name not in defaults:
+      raise unknown('config argument', name, defaults)
+    kind = type(defaults[name])
+    try:
+      if not equals:
+        raise ValueError('missing "=value"')
+      if kind is bool:
+        parsed[name] = {'true': True, 'false': False}[text.lower()]
+      else:
+        parsed[name] = kind(text)
+    except (ValueError, KeyError) as error:
+      raise ConfigError(
+        f'config argument {item!r}: {name} needs a {kind.__name__}'
+      ) from error
+  return parsed
+
+
+def batch_size_of(text: str) -> int:
+  """'96k' -> 98304, by name, or a plain number.
+
+  Raises:
+    ConfigError: for anything else.
+  """
+  if text in BATCH_SIZES:
+    return BATCH_SIZES[text]
+  if not text.isdecimal() or not int(text):
+    raise ConfigError(
+      f'batch_size={text!r}: must be a number or one of '
+      + ', '.join(BATCH_SIZES)
+    )
+  return int(text)
+
+
+def set_imagenet(c: ml_collections.ConfigDict, image_size_px: int) -> None:
+  """Sets ImageNet, resized without antialiasing as in the paper's code."""
+  c.dataset.name = 'imagenet2012'
+  c.dataset.image_size_px = image_size_px
+  c.dataset.random_flip = True
+  c.dataset.antialias = False
+  c.eval.batch_size = 1024
+  c.eval.every_steps = max(1, round(4 * 1_281_167 / c.batch_size))
+  c.checkpoint.every_steps = max(1, round(1_281_167 / c.batch_size))
+  c.log_every_steps = min(50, c.checkpoint.every_steps)
+
+
+def _find(name: str) -> pathlib.Path:
+  known = shipped()
+  if name in known:
+    return known[name]
+  path = pathlib.Path(name).expanduser()
+  if not path.is_file():
+    if path.suffix or len(path.parts) > 1:
+      raise ConfigError(f'--config={name}: there is no such file')
+    raise unknown('recipe', name, known)
+  return path.absolute()
+
+
+def _run(path: pathlib.Path, text: str) -> types.ModuleType:
+  """The module of a recipe's file; a changed file is read anew."""
+  name = f'recipe_{path.stem}'
+  spec = importlib.util.spec_from_file_location(name, path)
+  if spec is None or spec.loader is None:
+    raise ConfigError(f'--config={text}: must be a file of Python, NAME.py')
+  module = sys.modules[name] = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:
+    raise _file_error(text, path, error) from error
+  finally:
+    del sys.modules[name]
+  if not callable(getattr(module, 'get_config', None)):
+    raise ConfigError(f'--config={text}: {path} defines no get_config()')
+  return module
+
+
+def _file_error(text: str, path: pathlib.Path, error: Exception) -> ConfigError:
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [f.lineno for f in frames if f.filename == str(path)]
+  line = f', line {lines[-1]}' if lines else ''
+  return ConfigError(f'--config={text}{line}: {type(error).__name__}: {error}')

@@ -1,0 +1,194 @@
+"""Data sets that TFDS has prepared: found, checked and opened.
+
+Nothing is downloaded. A data set that is not prepared is an error that says
+which command prepares it. Only `open` imports tensorflow.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import re
+import shlex
+from typing import TYPE_CHECKING
+
+from etils import epath
+
+from conadv_jax.base.errors import ConfigError
+from conadv_jax.config import Dataset
+from conadv_jax.data.slices import Piece
+from conadv_jax.data.sources.source import Source, data_root, hide_gpus
+
+if TYPE_CHECKING:
+  from conadv_jax.data.spec import DatasetSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A `Store` in a TFDS data directory.
+
+  Attributes:
+    tfds_name: its directory under the TFDS data directory.
+    command: shell command that prepares it in `{data_dir}`.
+    first_label: name of label 0, and
+    last_label: of the last one. They tell an offset or another order of the
+      classes; '' is not checked.
+  """
+
+  tfds_name: str
+  command: str
+  first_label: str = ''
+  last_label: str = ''
+
+  def resolve(self, spec: DatasetSpec, data_dir: str) -> DatasetSpec:
+    """The spec with the sizes that dataset_info.json records, if there is one.
+
+    `open` tells what is wrong with a data set that is half-prepared.
+    """
+    try:
+      directory = self._find(spec.name, data_root(data_dir))
+      info = json.loads((directory / 'dataset_info.json').read_text())
+      sizes = {
+        split['name']: sum(map(int, split['shardLengths']))
+        for split in info['splits']
+      }
+    except (ConfigError, OSError, ValueError, KeyError, TypeError):
+      return spec
+    is_whole = sizes.keys() >= spec.splits.keys()
+    return dataclasses.replace(spec, splits=sizes) if is_whole else spec
+
+  def version(self, data_dir: str) -> str:
+    return self._find(self.tfds_name, data_root(data_dir)).name
+
+  def open(
+    self, spec: DatasetSpec, pieces: tuple[Piece, ...], config: Dataset
+  ) -> Source:
+    """Opens record files, or reads images of a fixed size into memory."""
+    root = data_root(config.data_dir)
+    directory = self._find(spec.name, root)
+    builder = self._builder(spec, pieces, root, directory)
+    self._check_info(spec, builder.info, pieces, config.pool, directory)
+    hide_gpus()
+    if spec.encoded:
+      return _records(spec, builder, pieces, config.shuffle_window_shards)
+    from conadv_jax.data.sources import in_memory
+
+    return in_memory.read(builder, pieces, spec.num_classes, config.pool)
+
+  def _find(self, name: str, root: epath.Path) -> epath.Path:
+    """The directory of the newest prepared version."""
+    parent = root / self.tfds_name
+    names = [path.name for path in parent.iterdir()] if parent.exists() else []
+    versions = [name for name in names if re.fullmatch(r'\d+\.\d+\.\d+', name)]
+    if not versions:
+      state = 'an unfinished preparation is' if names else 'nothing is'
+      raise ConfigError(
+        f'dataset.name={name!r}: not prepared, {state} in {parent};'
+        f' {self._remedy(root)}'
+      )
+    return parent / max(versions, key=lambda v: [int(n) for n in v.split('.')])
+
+  def _remedy(self, root: epath.Path) -> str:
+    command = self.command.format(data_dir=shlex.quote(str(root)))
+    return f'set dataset.data_dir, or prepare it with:\n  {command}'
+
+  def _builder(
+    self,
+    spec: DatasetSpec,
+    pieces: tuple[Piece, ...],
+    root: epath.Path,
+    directory: epath.Path,
+  ):
+    """The TFDS builder of `directory`, once all files are there."""
+
+    def half_prepared(what: str) -> ConfigError:
+      return ConfigError(
+        f'dataset.name={spec.name!r}: {directory} is half-prepared, {what};'
+        f' remove that directory, then {self._remedy(root)}'
+      )
+
+    for name in ('dataset_info.json', 'features.json'):
+      if not (directory / name).exists():
+        raise half_prepared(f'it has no {name}')
+
+    import tensorflow_datasets as tfds
+    from google.protobuf import json_format
+
+    try:
+      builder = tfds.builder_from_directory(str(directory))
+    except (OSError, ValueError, json_format.ParseError) as error:
+      raise half_prepared(f'its metadata is not readable ({error})') from error
+    paths = []
+    for split in dict.fromkeys(piece.split for piece in pieces):
+      if split not in builder.info.splits:
+        raise half_prepared(f'it has no split {split!r}')
+      paths += builder.info.splits[split].filepaths
+    # A thousand look-ups in a bucket, one after the other, would take a minute.
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+      there = list(pool.map(lambda path: path.exists(), paths))
+    missing = [p.name for p, ok in zip(paths, there, strict=True) if not ok]
+    if missing:
+      others = f' and {len(missing) - 1} others are' if missing[1:] else ' is'
+      raise half_prepared(f'{missing[0]}{others} missing')
+    return builder
+
+  def _check_info(
+    self,
+    spec: DatasetSpec,
+    info,
+    pieces: tuple[Piece, ...],
+    pool: int,
+    directory: epath.Path,
+  ) -> None:
+    """Compares the data set's own description with `spec`."""
+    label, image = info.features['label'], info.features['image']
+    *sides, channels = spec.image_shape
+    sides = [None if spec.encoded else pool * side for side in sides]
+    checks = [
+      ('classes', label.num_classes, spec.num_classes),
+      ('image shape', tuple(image.shape), (*sides, channels)),
+    ] + [
+      (f'{p.split} examples', info.splits[p.split].num_examples,
+       spec.splits[p.split]) for p in pieces
+    ]  # fmt: skip
+    if self.first_label:
+      checks += [
+        ('first label', label.names[0], self.first_label),
+        ('last label', label.names[-1], self.last_label),
+      ]
+    for what, found, needed in checks:
+      if found != needed:
+        raise ConfigError(
+          f'dataset.name={spec.name!r}: {directory} has {what} {found}, need'
+          f' {needed}; it is another data set, or was prepared in part'
+        )
+
+
+def _records(
+  spec: DatasetSpec, builder, pieces: tuple[Piece, ...], window_shards: int
+) -> Source:
+  from conadv_jax.data.sources import records
+
+  parts = []
+  for piece in pieces:
+    info = builder.info.splits[piece.split]
+    parts += records.parts_of(info.filepaths, info.shard_lengths, piece)
+  file_format = builder.info.file_format.value
+  if file_format == 'array_record':
+    from conadv_jax.data.sources import array_record
+
+    source = array_record.ArrayRecords(*zip(*parts, strict=True))
+  elif file_format == 'tfrecord':
+    from conadv_jax.data.sources import tfrecord
+
+    source = tfrecord.TfRecords(
+      *zip(*parts, strict=True), window_shards=window_shards
+    )
+  else:
+    raise ConfigError(
+      f'dataset.name={spec.name!r}: {builder.data_dir} holds {file_format}'
+      ' files; need array_record or tfrecord; see scripts/prepare_imagenet.md'
+    )
+  source.class_names = tuple(builder.info.features['label'].names)
+  return source

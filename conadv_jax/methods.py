@@ -1,0 +1,148 @@
+"""Presets as data: METHODS says what trains, ATTACKS how images are perturbed.
+
+Start here to try an idea. An entry of METHODS is a training method; nothing
+else has to know its name. An entry of ATTACKS is an attack, for training
+(`attack.preset`) as for evaluation (`eval.attack`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from conadv_jax.base.errors import ConfigError
+from conadv_jax.base.fields import Group, choice, number, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A method says which views train, on which routes, and how stale they are.
+
+  A view is one version of each example: `clean` (crop and flip), `aa` (an
+  AutoAugment crop) or `adv` (another view plus a perturbation). A route is a
+  set of batch-norm parameters and statistics; all other weights are shared.
+
+  Attributes:
+    views: (view, route) pairs, in the order of the view axis V. Routes are any
+      names; views may share one.
+    staleness_steps: tau, the age in steps of the weights that make the
+      perturbation; None where there is no `adv` view.
+    attacked: the view that the perturbation is made from. It is fed to the
+      step even if it is not trained on.
+  """
+
+  views: tuple[tuple[str, str], ...]
+  staleness_steps: int | None = None
+  attacked: str = 'clean'
+
+  def __post_init__(self):
+    names = [view for view, _ in self.views]
+    if not names or len(set(names)) < len(names):
+      raise ConfigError(f'a method needs views, each of them once: {names}')
+    if ('adv' in names) != (self.staleness_steps is not None):
+      raise ConfigError(
+        f'a method of views {names} with staleness_steps='
+        f"{self.staleness_steps}: needs a number with a view 'adv', else None"
+      )
+    if self.attacked == 'adv':
+      raise ConfigError("attacked='adv': attack another view, such as 'clean'")
+
+  @property
+  def routes(self) -> tuple[str, ...]:
+    """Names of the batch-norm rows, in the order of the rows."""
+    return tuple(dict.fromkeys(route for _, route in self.views))
+
+  @property
+  def fed_views(self) -> tuple[str, ...]:
+    """The views that the input makes; `adv` is made by the step."""
+    names = [view for view, _ in self.views]
+    if 'adv' in names:
+      names = [view for view in names if view != 'adv'] + [self.attacked]
+    return tuple(dict.fromkeys(names))
+
+
+METHODS = {
+  # One view. AutoAugment's is on the `clean` route, as evaluation uses that.
+  'baseline': Method((('clean', 'clean'),)),
+  'autoaugment': Method((('aa', 'clean'),)),
+  # The paper's (arXiv:2106.00221): sequential, concurrent, with AutoAugment.
+  'disadv': Method((('clean', 'clean'), ('adv', 'adv')), 0),
+  'conadv': Method((('clean', 'clean'), ('adv', 'adv')), 1),
+  'conadv_aa': Method((('clean', 'clean'), ('aa', 'aa'), ('adv', 'adv')), 1),
+  # Ablations: one batch norm for both views; no clean view; AutoAugment in its
+  # place; a perturbation of the AutoAugment view.
+  'conadv_shared_bn': Method((('clean', 'clean'), ('adv', 'clean')), 1),
+  'adv_only': Method((('adv', 'clean'),), 1),
+  'conadv_aa_only': Method((('aa', 'clean'), ('adv', 'adv')), 1),
+  'conadv_from_aa': Method(
+    (('clean', 'clean'), ('aa', 'aa'), ('adv', 'adv')), 1, attacked='aa'
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack(Group):
+  """An attack says how a perturbation is made.
+
+  Sizes are in grey levels of 255, for either norm: the default epsilon of 4
+  is 4/255 of images in [0, 1].
+  """
+
+  prefix = 'attack.'
+
+  preset: str = setting('fgsm', 'a name in ATTACKS; fills the fields left None')
+  rule: str = setting(
+    'gradient', 'a name in conadv_jax.method.attack.RULES', preset=True
+  )
+  norm: str = choice('linf', ('linf', 'l2'), 'of the ball', preset=True)
+  epsilon: float = number(
+    4.0, '>= 0', 'radius of the ball, in grey levels of 255', preset=True
+  )
+  step_size: float | None = number(
+    None,
+    '>= 0',
+    'per step, in grey levels of 255; None = epsilon for one step, epsilon / 4 '
+    'for more',
+    preset=True,
+  )
+  steps: int = number(1, '>= 1', 'gradient steps k', preset=True)
+  targeted: bool = setting(
+    False, 'towards a random other class, not away from the label', preset=True
+  )
+  random_start_prob: float = number(
+    0.0, 'in [0, 1]', 'a probability; 0 = always a clean start', preset=True
+  )
+  train_mode: bool = setting(
+    True, 'batch norm uses the statistics of the batch', preset=True
+  )
+  update_batch_stats: bool = setting(
+    False, 'the attack moves the running statistics of batch norm', preset=True
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.update_batch_stats and not self.train_mode:
+      raise ConfigError(
+        'attack.update_batch_stats=True: needs attack.train_mode=True: in '
+        'evaluation mode the attack computes no batch statistics'
+      )
+
+  @property
+  def default_step_size(self) -> float:
+    """The size of a step where `step_size` is None, in grey levels of 255."""
+    return self.epsilon if self.steps == 1 else self.epsilon / 4
+
+  def resolved(self) -> Attack:
+    """The same attack with `step_size` set."""
+    if self.step_size is not None:
+      return self
+    return dataclasses.replace(self, step_size=self.default_step_size)
+
+
+# `paper` is what the released code runs at a batch of 96K: its epsilon of 9
+# acts as about 4 grey levels there, as the images are standardised before a
+# step that assumes [-1, 1].
+ATTACKS = {
+  'fgsm': Attack('fgsm'),
+  'paper': Attack('paper', targeted=True, random_start_prob=0.8),
+  'pgd': Attack('pgd', steps=5, random_start_prob=1.0),
+}

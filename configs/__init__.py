@@ -1,0 +1,1 @@
+"""Recipes: each file makes the configuration of a run, from the defaults."""
