@@ -23,7 +23,6 @@ from conadv_jax.config import Config
 from conadv_jax.run import preflight, workdir
 from conadv_jax.run.evaluator import (
   Evaluator,
-  attack_names,
   eval_attack,
   weights_of,
 )
@@ -58,7 +57,7 @@ def _evaluate(
   hosts.say(
     f'{"attack":<10}{"epsilon":>11}{"steps":>7}{"top1 %":>9}{"loss":>9}'
   )
-  for name in ('none', *attack_names(config.eval.attack)):
+  for name in ('none', *config.eval.attacks):
     attack = eval_attack(config, name) if name != 'none' else None
     row = {
       'step': step,
