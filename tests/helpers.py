@@ -55,7 +55,7 @@ def make_config(fields: dict[str, Any] | None = None) -> Config:
 class TinyNet(nn.Module):
   """Two 3x3 convolutions, each with batch norm and relu; mean; dense.
 
-  Takes the arguments of `models.SmallResNet`, so that it can stand in for it.
+  Has the fields that `models.create` gives, so that it can be one of MODELS.
   """
 
   num_classes: int

@@ -16,7 +16,7 @@ OPTIMISED = {'xla_backend_optimization_level': '3'}
 
 def abstract_variables(model, side_px=64):
   """Shapes and types of the variables of `model`."""
-  routes = tuple(range(model.num_routes))
+  routes = tuple(range(getattr(model, 'num_routes', 1)))
   image = (1, len(routes), 1, side_px, side_px, 3)
   return jax.eval_shape(
     lambda: model.init(jax.random.key(0), jnp.zeros(image), routes, False)

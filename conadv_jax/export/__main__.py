@@ -59,7 +59,7 @@ def export(argv: Sequence[str]) -> epath.Path:
     _check_timm_has(config.model)
   card_path = _prepare(output, kind)
   # The file does not depend on the devices that happen to be here.
-  run = experiment.build(config, jax.devices()[:1])
+  run = experiment.build(config, jax.devices()[:1], platform='')
   step, state = restore_newest(directory, run)
   weights = jax.device_get(weights_of(config, state))
 

@@ -41,12 +41,12 @@ class EncoderBlock(nn.Module):
     norm = functools.partial(nn.LayerNorm, **types)
     dense = functools.partial(nn.Dense, **types)
     qkv = dense(3 * depth, name='qkv')(norm(name='norm1')(x))
-    y = self._attention(*jnp.split(qkv, 3, -1))
+    y = self.attention(*jnp.split(qkv, 3, -1))
     x = x + dense(depth, name='project')(y)
     y = dense(4 * depth, name='expand')(norm(name='norm2')(x))
     return x + dense(depth, name='reduce')(nn.gelu(y))
 
-  def _attention(self, *qkv: jax.Array) -> jax.Array:
+  def attention(self, *qkv: jax.Array) -> jax.Array:
     """softmax(q k / sqrt(channels of a head)) v, for each head."""
     shape = qkv[0].shape
     q, k, v = (x.reshape(*shape[:2], self.heads, -1) for x in qkv)

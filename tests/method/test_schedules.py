@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from conadv_jax.config import Optimizer, Schedule, Steps
-from conadv_jax.method.schedules import make_schedule
+from conadv_jax.method.schedules import SCHEDULES, make_schedule
 
 PEAK = 4.0
 POLYNOMIAL = Schedule(
@@ -32,8 +32,13 @@ def rates(steps_of, warmup=10, total=110, decay=30, **changes):
     return np.asarray(jax.jit(jax.vmap(schedule))(np.array(steps_of)))
 
 
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_a_config_accepts_every_schedule_of_the_table(name):
+  assert dataclasses.replace(POLYNOMIAL, name=name).name == name
+
+
 def test_warmup_is_linear_from_zero_to_the_peak():
-  for name in ('polynomial', 'cosine', 'exponential'):
+  for name in SCHEDULES:
     actual = rates([0, 1, 5, 9, 10], name=name)
     np.testing.assert_allclose(actual, [0, 0.4, 2.0, 3.6, 4.0], 1e-6)
 
@@ -101,13 +106,13 @@ def test_without_warmup_the_first_update_has_the_peak(name, expected):
   np.testing.assert_allclose(actual, expected, 1e-6, 1e-12)
 
 
-@pytest.mark.parametrize('name', ['polynomial', 'cosine', 'exponential'])
+@pytest.mark.parametrize('name', SCHEDULES)
 def test_warmup_may_last_for_the_whole_run(name):
   actual = rates([0, 5, 9], warmup=10, total=10, name=name)
   np.testing.assert_allclose(actual, [0.0, 2.0, 3.6], 1e-6)
 
 
-@pytest.mark.parametrize('name', ['polynomial', 'cosine', 'exponential'])
+@pytest.mark.parametrize('name', SCHEDULES)
 @pytest.mark.parametrize('warmup', [0, 1, 10])
 def test_rates_rise_to_the_peak_once_and_never_again(name, warmup):
   actual = rates(range(110), name=name, warmup=warmup)

@@ -15,7 +15,7 @@ from references import formula, make
 
 from conadv_jax import experiment, models
 from conadv_jax.method.optim import path_name
-from conadv_jax.models import efficientnet, stochastic
+from conadv_jax.models import efficientnet, network, stochastic
 from conadv_jax.models.efficientnet import Stage
 
 NAMES = [f'efficientnet_b{i}' for i in range(5)]
@@ -148,7 +148,7 @@ def test_a_convolution_of_stride_2_pads_like_tensorflow(size, pixels, expected):
   taps = 10.0 ** np.arange(size)
   kernel = np.outer(taps, taps)[..., None, None]
   x = np.outer(pixels, pixels)[None, ..., None].astype(np.float32)
-  layer = efficientnet.conv(1, size, 2, use_bias=False)
+  layer = network.conv(1, size, 2)
   y = layer.apply({'params': {'kernel': kernel.astype(np.float32)}}, x)
   np.testing.assert_allclose(
     y[0, ..., 0], np.outer(expected, expected), rtol=1e-6

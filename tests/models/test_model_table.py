@@ -17,7 +17,12 @@ from configs import common
 # Nobody published these: our deviations from the CIFAR networks change them.
 # Counted by hand for 10 classes in test_models.py; 64 channels and a bias for
 # each class more.
-UNPUBLISHED = {'resnet8': 78_042 + 990 * 65, 'resnet20': 272_474 + 990 * 65}
+# vit_tiny: counted in test_vit.py.
+UNPUBLISHED = {
+  'resnet8': 78_042 + 990 * 65,
+  'resnet20': 272_474 + 990 * 65,
+  'vit_tiny': 207_946 + 990 * 65,
+}
 
 
 def build(name, options=None, **kwargs):
@@ -179,6 +184,18 @@ def test_an_option_that_a_network_lacks_is_refused(name, field, value, able):
     ConfigError, match=re.escape(pattern).replace(r'\.\*', '.*')
   ):
     build(name, {field: value})
+
+
+def test_a_network_gets_only_those_common_fields_that_it_has():
+  common_fields = dict(num_routes=2, bn_momentum=0.5, platform='cpu')
+  model = build('resnet8', **common_fields)
+  assert (model.num_routes, model.bn_momentum) == (2, 0.5)
+  assert model.platform == 'cpu'
+  model = build('vit_tiny', **common_fields)
+  assert not hasattr(model, 'num_routes')
+  assert model.platform == 'cpu'
+  with pytest.raises(TypeError, match='num_rows'):
+    build('vit_tiny', num_rows=2)
 
 
 # ---- The table --------------------------------------------------------------

@@ -16,7 +16,7 @@ from references import formula, make
 from conadv_jax import models
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.method.optim import path_name
-from conadv_jax.models import resnet, stochastic
+from conadv_jax.models import network, resnet, stochastic
 from conadv_jax.models.norm import Layout, RoutedBatchNorm
 
 FAST = ['resnet18', 'resnet34', 'resnet50', 'resnet50d', 'seresnet50']
@@ -237,7 +237,7 @@ def test_a_dropped_branch_leaves_the_shortcut():
     avg_shortcut=False,
     se_ratio=0.0,
     drop_path_rate=1 - 1e-6,
-    conv=resnet.conv,
+    conv=network.conv,
     norm=functools.partial(RoutedBatchNorm, num_routes=1),
   )
   x = networks.images(3, 8, 8, 4)
