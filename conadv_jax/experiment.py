@@ -186,7 +186,10 @@ class Run:
     )
 
 
-def build(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
+def build(
+  config: Config,
+  devices: Sequence[jax.Device] | None = None,
+) -> Run:
   """Builds the `Run` of `config` on `devices` (default: all).
 
   Args:
