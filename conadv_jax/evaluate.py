@@ -79,6 +79,10 @@ def _evaluate(
   return rows
 
 
+# What an evaluation is of; all else in a row is its result.
+_KIND = ('step', 'route', 'use_ema', 'attack', 'epsilon', 'attack_steps')
+
+
 def _add_to_summary(path: epath.Path, rows: list[dict[str, Any]]) -> None:
   """Adds `rows` to `evaluations`, in place of earlier ones of the same kind."""
   summary = {}
@@ -86,8 +90,7 @@ def _add_to_summary(path: epath.Path, rows: list[dict[str, Any]]) -> None:
     summary = json.loads((path / 'summary.json').read_text())
 
   def kind(row):
-    results = ('top1', 'loss', 'bad_examples')
-    return {k: v for k, v in row.items() if k not in results}
+    return [row.get(name) for name in _KIND]
 
   new = [kind(row) for row in rows]
   old = [r for r in summary.get('evaluations', []) if kind(r) not in new]
