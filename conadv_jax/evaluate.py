@@ -23,7 +23,6 @@ from conadv_jax.config import Config
 from conadv_jax.run import preflight, workdir
 from conadv_jax.run.evaluator import (
   Evaluator,
-  attack_names,
   eval_attack,
   weights_of,
 )
@@ -58,7 +57,7 @@ def _evaluate(
   hosts.say(
     f'{"attack":<10}{"epsilon":>11}{"steps":>7}{"top1 %":>9}{"loss":>9}'
   )
-  for name in ('none', *attack_names(config.eval.attack)):
+  for name in ('none', *config.eval.attacks):
     attack = eval_attack(config, name) if name != 'none' else None
     row = {
       'step': step,
@@ -80,6 +79,10 @@ def _evaluate(
   return rows
 
 
+# What an evaluation is of; all else in a row is its result.
+_KIND = ('step', 'route', 'use_ema', 'attack', 'epsilon', 'attack_steps')
+
+
 def _add_to_summary(path: epath.Path, rows: list[dict[str, Any]]) -> None:
   """Adds `rows` to `evaluations`, in place of earlier ones of the same kind."""
   summary = {}
@@ -87,8 +90,7 @@ def _add_to_summary(path: epath.Path, rows: list[dict[str, Any]]) -> None:
     summary = json.loads((path / 'summary.json').read_text())
 
   def kind(row):
-    results = ('top1', 'loss', 'bad_examples')
-    return {k: v for k, v in row.items() if k not in results}
+    return [row.get(name) for name in _KIND]
 
   new = [kind(row) for row in rows]
   old = [r for r in summary.get('evaluations', []) if kind(r) not in new]

@@ -189,15 +189,12 @@ class Run:
 def build(
   config: Config,
   devices: Sequence[jax.Device] | None = None,
-  platform: str | None = None,
 ) -> Run:
   """Builds the `Run` of `config` on `devices` (default: all).
 
   Args:
     config: every setting of the run.
     devices: of the mesh.
-    platform: that the network computes its convolutions for; '' for any.
-      Default: that of the devices.
 
   Raises:
     ConfigError: for an unknown data set or model, a batch that does not divide
@@ -226,7 +223,7 @@ def build(
     bn_momentum=config.bn_momentum,
     bn_epsilon=config.bn_epsilon,
     dtype=jnp.dtype(config.dtype),
-    platform=mesh.devices.flat[0].platform if platform is None else platform,
+    platform=mesh.devices.flat[0].platform,
   )
   schedule = schedules.make_schedule(
     config.schedule,

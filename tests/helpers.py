@@ -185,9 +185,8 @@ def random_batches(
     pixels = rng.normal(128, 120, layout + spec.image_shape)
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
-  views = [view for view, _ in config.views if view != 'adv']
   return [
-    {view: image() for view in views}
+    {view: image() for view in config.fed_views}
     | {'label': rng.integers(0, spec.num_classes, layout).astype(np.int32)}
     for _ in range(count)
   ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
@@ -19,31 +20,30 @@ from conadv_jax.devices.mesh import (
   replicated,
 )
 from conadv_jax.experiment import Run
-from conadv_jax.method import attack as attack_lib
 from conadv_jax.method import losses
+from conadv_jax.method.attack import perturb, sample_start
 from conadv_jax.method.pixels import normalize, wide_dtype
 from conadv_jax.method.state import Snapshot, Stream, TrainState, stream_key
+from conadv_jax.methods import ATTACKS
 
 Sums = dict[str, jax.Array]
 EvalFn = Callable[[Snapshot, Mapping[str, jax.Array], jax.Array], Sums]
 
 
 def eval_attack(config: Config, name: str) -> Attack:
-  """The attack `fgsm` (one clean-start step) or `pgd` of an evaluation.
+  """Returns the attack `methods.ATTACKS[name]` as an evaluation makes it.
 
-  PGD takes `eval.attack_steps` steps of 2.5 * epsilon / steps from a uniform
-  random start (Madry et al. 2018, arXiv:1706.06083).
+  With the radius `eval.epsilon`, and no change of batch statistics. Where the
+  preset takes more than one step, it takes k = `eval.attack_steps` steps of
+  2.5 * epsilon / k (Madry et al. 2018, arXiv:1706.06083).
   """
-  epsilon = config.eval.epsilon
-  steps = config.eval.attack_steps if name == 'pgd' else 1
-  return Attack(
-    preset=name,
-    norm='linf',
+  preset, epsilon = ATTACKS[name], config.eval.epsilon
+  steps = config.eval.attack_steps if preset.steps > 1 else 1
+  return dataclasses.replace(
+    preset,
     epsilon=epsilon,
-    step_size=2.5 * epsilon / steps if name == 'pgd' else epsilon,
+    step_size=2.5 * epsilon / steps if steps > 1 else epsilon,
     steps=steps,
-    targeted=False,
-    random_start_prob=1.0 if name == 'pgd' else 0.0,
     train_mode=False,
     update_batch_stats=False,
   )
@@ -125,8 +125,8 @@ def _attacked(
   delta = jnp.zeros_like(image)
   if attack is not None:
     key = stream_key(run.config.seed, Stream.EVAL_ATTACK, index)
-    start = attack_lib.sample_start(attack, key, image, label, spec.num_classes)
-    delta, _ = attack_lib.perturb(attack, loss_fn, image, start)
+    start = sample_start(attack, key, image, label, spec.num_classes)
+    delta, _ = perturb(attack, loss_fn, image, start)
   return delta, logits_of(image + delta)
 
 
@@ -214,8 +214,3 @@ def weights_of(config: Config, state: TrainState) -> Snapshot:
   if config.eval.use_ema:
     return state.ema
   return Snapshot(state.params, state.batch_stats)
-
-
-def attack_names(attack: str) -> tuple[str, ...]:
-  """Value of `eval.attack` -> the attacks that it stands for."""
-  return {'none': (), 'all': ('fgsm', 'pgd')}.get(attack, (attack,))

@@ -14,7 +14,6 @@ from conadv_jax.method.state import TrainState
 from conadv_jax.run import metrics, plots, workdir
 from conadv_jax.run.evaluator import (
   Evaluator,
-  attack_names,
   attacked,
   eval_attack,
   weights_of,
@@ -71,7 +70,7 @@ def _evaluate(
   config = run.config
   step = run.steps.stop
   weights = weights_of(config, state)
-  names = ('none', *attack_names(config.eval.attack))
+  names = ('none', *config.eval.attacks)
   rows = {
     name: evaluator(
       weights,
