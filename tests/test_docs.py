@@ -8,6 +8,8 @@ import re
 import pytest
 from test_architecture import ROOMS
 
+import conadv_jax
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted(
   path.relative_to(ROOT).as_posix()
@@ -153,3 +155,7 @@ def test_design_has_the_table_of_rooms():
     r'^\| `(\w+)(?:/|\.py)` \| (.+) \|$', text('docs/design.md'), re.MULTILINE
   )
   assert rows == list(ROOMS.items())
+
+
+def test_the_citation_names_this_version():
+  assert f'\nversion: {conadv_jax.__version__}\n' in text('CITATION.cff')
