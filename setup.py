@@ -66,7 +66,14 @@ EXTRAS_REQUIRE = {
 
 
 # `conadv-train` is `python -m conadv_jax.train`, and so on.
-COMMANDS = ('train', 'evaluate', 'export', 'audit', 'models', 'supervise')
+COMMANDS = {
+  'train': 'train',
+  'evaluate': 'evaluate',
+  'export': 'export.__main__',
+  'audit': 'audit.__main__',
+  'models': 'models.__main__',
+  'supervise': 'supervise',
+}
 
 
 def version() -> str:
@@ -100,7 +107,8 @@ setuptools.setup(
   package_data={'conadv_jax': ['py.typed']},
   entry_points={
     'console_scripts': [
-      f'conadv-{c} = conadv_jax.console:main' for c in COMMANDS
+      f'conadv-{name} = conadv_jax.{module}:console'
+      for name, module in COMMANDS.items()
     ]
   },
   install_requires=INSTALL_REQUIRES,

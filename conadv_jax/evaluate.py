@@ -99,5 +99,10 @@ def _add_to_summary(path: epath.Path, rows: list[dict[str, Any]]) -> None:
   )
 
 
-if __name__ == '__main__':
+def console() -> None:
+  """Runs the command `conadv-evaluate`."""
   cli.run(evaluate, __doc__)
+
+
+if __name__ == '__main__':
+  console()

@@ -124,5 +124,10 @@ def main(argv: Sequence[str]) -> int:
   return supervise(command(argv[1:]), epath.Path(found[-1]) / 'checkpoints')
 
 
-if __name__ == '__main__':
+def console() -> None:
+  """Runs the command `conadv-supervise`."""
   sys.exit(main(sys.argv))
+
+
+if __name__ == '__main__':
+  console()

@@ -293,5 +293,10 @@ def main(argv: Sequence[str]) -> None:
     train(from_config_dict(values), directory, stop_request)
 
 
-if __name__ == '__main__':
+def console() -> None:
+  """Runs the command `conadv-train`."""
   cli.run(main, __doc__)
+
+
+if __name__ == '__main__':
+  console()

@@ -33,7 +33,6 @@ ROOMS = {
   'train': 'the training loop (command)',
   'export': "a run's network for timm or serving (command)",
   'audit': 'the step, compiled for a TPU slice (command)',
-  'console': 'the commands `conadv-train` and so on',
 }
 ORDER = tuple(ROOMS)
 # These are narrower than their place in the order allows.

@@ -166,7 +166,7 @@ VARIABLES = {
   'TPU_LIBRARY_PATH', 'TPU_SKIP_MDS_QUERY', 'XLA_FLAGS', 'LIBTPU_INIT_ARGS',
 }  # fmt: skip
 # Where a variable's name is a variable of Python, the names that it takes.
-LISTS = {'conadv_jax/preflight.py': preflight._ENVIRONMENT}
+LISTS = {'conadv_jax/run/preflight.py': preflight._ENVIRONMENT}
 
 
 def reads_of_environment(path, source):
@@ -361,4 +361,4 @@ def test_a_whole_run_writes_and_says_no_credential(tmp_path):
 def test_security_md_invents_no_address():
   text = (ROOT / 'SECURITY.md').read_text(encoding='utf-8')
   assert not re.search(r'[\w.]+@[\w.]+\.\w+|https?://', text)
-  assert 'Report a\nvulnerability' in text
+  assert '*Report a vulnerability*' in text

@@ -21,5 +21,11 @@ Needs libtpu: pip install -e '.[tpu]'. Exits with 3 if the step does not fit,
 from conadv_jax import cli
 from conadv_jax.audit.command import audit
 
-if __name__ == '__main__':
+
+def console() -> None:
+  """Runs the command `conadv-audit`."""
   cli.run(audit, __doc__)
+
+
+if __name__ == '__main__':
+  console()

@@ -130,7 +130,7 @@ def get_spec(name: str) -> DatasetSpec:
 def from_arrays(
   name: str,
   train: tuple[np.ndarray, np.ndarray],
-  eval: tuple[np.ndarray, np.ndarray],
+  test: tuple[np.ndarray, np.ndarray],
   *,
   mean: tuple[float, ...] | None = None,
   std: tuple[float, ...] | None = None,
@@ -138,13 +138,13 @@ def from_arrays(
 ) -> DatasetSpec:
   """Makes a data set of arrays, for `DATASETS[name] = ...`.
 
-  Its splits are 'train' and 'eval'. A run keeps a checksum of the arrays, and
+  Its splits are 'train' and 'test'. A run keeps a checksum of the arrays, and
   refuses to resume with others.
 
   Args:
     name: the value of `dataset.name`.
     train: images, uint8 [N, H, W, C] or [N, H, W]; labels, integers [N] from 0.
-    eval: likewise.
+    test: likewise.
     mean: per channel in grey levels of 255; None is that of `train`.
     std: standard deviation, likewise.
     allows_flip: whether a mirrored image keeps its label.
@@ -152,7 +152,7 @@ def from_arrays(
   Raises:
     ConfigError: wrong types or shapes, or a negative label.
   """
-  store = Arrays(lambda: {'train': train, 'eval': eval})
+  store = Arrays(lambda: {'train': train, 'test': test})
   images, _ = store.splits['train']
   pixels = images.reshape(-1, images.shape[-1])
   return DatasetSpec(
@@ -160,7 +160,7 @@ def from_arrays(
     num_classes=1 + max(int(y.max()) for _, y in store.splits.values()),
     splits={split: len(x) for split, (x, _) in store.splits.items()},
     train_split='train',
-    eval_split='eval',
+    eval_split='test',
     image_shape=images.shape[1:],
     mean=tuple(map(float, pixels.mean(0) if mean is None else mean)),
     std=tuple(map(float, pixels.std(0) if std is None else std)),

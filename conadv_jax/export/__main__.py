@@ -18,5 +18,11 @@ load it.
 from conadv_jax import cli
 from conadv_jax.export.export import export
 
-if __name__ == '__main__':
+
+def console() -> None:
+  """Runs the command `conadv-export`."""
   cli.run(export, __doc__)
+
+
+if __name__ == '__main__':
+  console()

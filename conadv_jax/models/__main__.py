@@ -35,5 +35,10 @@ def table() -> str:
   )
 
 
-if __name__ == '__main__':
+def console() -> None:
+  """Runs the command `conadv-models`."""
   print(table())
+
+
+if __name__ == '__main__':
+  console()

@@ -23,7 +23,8 @@ from conadv_jax.base import errors, faults, storage
 from conadv_jax.base.errors import DataError, StorageError, redact
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.data.quarantine import Quarantine
-from conadv_jax.data.reader import Reader
+from conadv_jax.data.sources.reader import Reader
+from conadv_jax.data.sources.source import BadExamples
 from conadv_jax.run import metrics, workdir
 
 PASSING = (
@@ -232,6 +233,7 @@ class Source:
   """Twelve numbers; the `failing` calls of fetch raise what storage raises."""
 
   num_examples = 12
+  failure = None
 
   def __init__(self, failing=(), error=None):
     self._failing, self._error, self._calls = failing, error, 0
@@ -259,7 +261,8 @@ def batches(source, quarantine=None):
   order = tf.data.Dataset.range(source.num_examples).map(
     lambda i: {'id': i, 'epoch': tf.constant(0, tf.int64)}
   )
-  reader = Reader(source, 1, example, 'train', quarantine, replace=True)
+  bad = BadExamples('train', 1, quarantine, replace=True)
+  reader = Reader(source, example, bad)
   return list(reader.batches(order, 3))
 
 

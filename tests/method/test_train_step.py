@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax.interpreters import partial_eval
 
-from conadv_jax import experiment
+from conadv_jax import experiment, models
 from conadv_jax.method import attack as attack_lib
 from conadv_jax.method import losses, optim
 from conadv_jax.method.pixels import normalize
@@ -125,9 +125,12 @@ class Flow:
 
   def __init__(self, **fields):
     fields = {'model': 'resnet8', 'attack.preset': 'paper'} | fields
-    self.run = experiment.build(
+    run = experiment.build(
       helpers.make_config(fields), devices=jax.devices()[:1]
     )
+    # Elsewhere than on a CPU, where some convolutions are products.
+    apply_fn = models.make_apply_fn(run.model.clone(platform=''))
+    self.run = dataclasses.replace(run, apply_fn=apply_fn)
     batch = self.run.abstract_batch()
     args = self.run.abstract_state(), batch, batch
     closed, out = jax.make_jaxpr(self.run.step_fn, return_shape=True)(*args)

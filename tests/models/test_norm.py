@@ -151,6 +151,7 @@ def test_a_group_that_spans_devices_equals_one_that_does_not(train):
   assert mesh.shape == {'data': 2, 'bn': 2}
 
   def local(variables, x_GbVHWC):
+    variables = mesh_lib.own_copy(variables)
     x = jnp.swapaxes(x_GbVHWC, 1, 2)
     y, stats = run(layer, variables, x, (0, 1), train, bn_axis='bn')
     return jnp.swapaxes(y, 1, 2), sums.mean_over_devices(stats)
