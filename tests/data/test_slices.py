@@ -273,7 +273,7 @@ def test_arrays_are_a_data_set(mine):
   np.testing.assert_allclose(spec.std, images.std())
   batch = evaluated(mine)
   np.testing.assert_array_equal(batch['clean'][..., 0], arrays(8, 1)[0])
-  config = dataclasses.replace(mine, train_split='train[5:10]+eval[:2]', pool=2)
+  config = dataclasses.replace(mine, train_split='train[5:10]+test[:2]', pool=2)
   source = datasets.resolve(config).open('train', config)
   np.testing.assert_array_equal(source.labels, [*labels[5:10], 0, 1])
   assert source.images.shape == (7, 3, 2, 1)
@@ -281,8 +281,8 @@ def test_arrays_are_a_data_set(mine):
 
 
 def test_the_version_tells_arrays_apart():
-  def version(train, evaluation):
-    return datasets.from_arrays('mine', train, evaluation).version('')
+  def version(train, test):
+    return datasets.from_arrays('mine', train, test).version('')
 
   images, labels = arrays()
   one = version((images, labels), arrays(8, 1))
