@@ -41,7 +41,8 @@ MAY_IMPORT = {
   'models': {'base', 'methods', 'config'},
 }
 SHARDING = {'Mesh', 'NamedSharding', 'PartitionSpec', 'make_mesh', 'P'}
-MAX_LINES = 60
+MAX_LINES = 60  # of a function
+MAX_FILE_LINES = 450
 
 SOURCES = {
   path.relative_to(PACKAGE.parent).with_suffix('').as_posix(): path.read_text(
@@ -132,7 +133,30 @@ def banned_violations(module, source):
       yield f'{module} uses {ast.unparse(node)}'
 
 
+def name_violations(module, source):
+  """Modules of this package under another name, or hidden by a variable."""
+  tree = ast.parse(source)
+  modules = set()
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import | ast.ImportFrom):
+      parent = f'{node.module}.' if isinstance(node, ast.ImportFrom) else ''
+      for alias in node.names:
+        name = (parent + alias.name).replace('.', '/')
+        if name in SOURCES or f'{name}/__init__' in SOURCES:
+          modules.add(alias.asname or alias.name)
+          if alias.asname:
+            yield f'{module} imports {name} as {alias.asname}'
+  for node in ast.walk(tree):
+    bound = node.arg if isinstance(node, ast.arg) else None
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+      bound = node.id
+    if bound in modules:
+      yield f'{module}:{node.lineno}: a variable hides the module {bound}'
+
+
 def length_violations(module, source):
+  if (lines := len(source.splitlines())) > MAX_FILE_LINES:
+    yield f'{module} has {lines} lines'
   functions = ast.FunctionDef | ast.AsyncFunctionDef
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, functions):
@@ -146,6 +170,7 @@ CHECKS = [
   tensorflow_violations,
   sharding_violations,
   banned_violations,
+  name_violations,
   length_violations,
 ]
 
@@ -207,6 +232,22 @@ LONG = 'def f():\n' + '  x = 1\n' * 60
     (banned_violations, 'method/state', 'jax.pmap(f)'),
     (length_violations, 'method/state', LONG),
     (length_violations, 'train', LONG),
+    (length_violations, 'train', '\n' * 451),
+    (
+      name_violations,
+      'train',
+      'from conadv_jax.devices import mesh as mesh_lib',
+    ),
+    (
+      name_violations,
+      'train',
+      'from conadv_jax.devices import mesh\ndef f(mesh): pass',
+    ),
+    (
+      name_violations,
+      'train',
+      'from conadv_jax import config\ndef f():\n  config = 1',
+    ),
   ],
 )
 def test_the_checks_find_what_they_look_for(check, module, source):
@@ -221,12 +262,14 @@ def test_the_checks_find_what_they_look_for(check, module, source):
     (order_violations, 'train', 'import conadv_jax.evaluate'),
     (tensorflow_violations, 'data/pipeline', 'import tensorflow as tf'),
     (sharding_violations, 'experiment', 'mesh: jax.sharding.Mesh'),
-    (sharding_violations, 'experiment', 'mesh = mesh_lib.make_mesh(64, 8)'),
+    (sharding_violations, 'experiment', 'mesh = make_mesh(64, 8)'),
     (
       sharding_violations,
       'devices/mesh',
       'from jax.sharding import NamedSharding',
     ),
+    (name_violations, 'train', 'from conadv_jax.config import Config as C'),
+    (name_violations, 'train', 'import numpy as np\nmesh = np'),
     (length_violations, 'method/state', LONG.replace('  x = 1\n', '', 1)),
   ],
 )

@@ -19,8 +19,7 @@ from conadv_jax.data import datasets
 from conadv_jax.method import schedules
 from conadv_jax.methods import METHODS
 from conadv_jax.models import efficientnet, resnet
-from conadv_jax.run import metrics
-from conadv_jax.run import summary as finish
+from conadv_jax.run import metrics, summary
 from configs import imagenet_efficientnet, imagenet_resnet50
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -309,7 +308,7 @@ def test_a_recipe_trains_with_every_method(
   monkeypatch.setitem(models.MODELS, model, entry)
   build = functools.partial(experiment.build, devices=jax.devices()[:1])
   monkeypatch.setattr(experiment, 'build', build)
-  monkeypatch.setattr(finish, '_draw', lambda *_: None)  # compiles an attack
+  monkeypatch.setattr(summary, '_draw', lambda *_: None)  # compiles an attack
   values = recipe_of(model).get_config(
     f'model={model},method={method},batch_size=8'
   )
@@ -318,8 +317,8 @@ def test_a_recipe_trains_with_every_method(
   )
   cfg = from_config_dict(values)
   assert cfg.dtype == 'bfloat16'
-  summary = train.train(cfg, str(tmp_path))
-  assert summary['steps'] == 3 and summary['nonfinite_steps'] == 0
+  found = train.train(cfg, str(tmp_path))
+  assert found['steps'] == 3 and found['nonfinite_steps'] == 0
   rows = metrics.read_metrics(tmp_path)
   losses = [row['loss'] for row in rows if row['split'] == 'train']
   assert len(losses) == 3
@@ -357,5 +356,5 @@ def test_the_command_of_a_recipe_trains_the_whole_network(
   )
   assert result.returncode == 0, result.stderr
   assert 'step 3/3' in result.stdout
-  summary = json.loads((tmp_path / 'summary.json').read_text())
-  assert summary['steps'] == 3 and summary['nonfinite_steps'] == 0
+  found = json.loads((tmp_path / 'summary.json').read_text())
+  assert found['steps'] == 3 and found['nonfinite_steps'] == 0

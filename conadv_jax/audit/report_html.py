@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import html as html_lib
 from collections.abc import Iterable, Sequence
+from html import escape
 
 from conadv_jax.audit.report import Report, Section, number, sections, title
 
@@ -25,7 +25,7 @@ pre { background: #f5f5f5; padding: .7rem; overflow-x: auto; font-size: 12px }
 
 def html(report: Report) -> str:
   """Returns the page."""
-  heading = html_lib.escape(title(report))
+  heading = escape(title(report))
   body = '\n'.join(map(_section, sections(report)))
   return (
     '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -36,17 +36,17 @@ def html(report: Report) -> str:
 
 
 def _section(section: Section) -> str:
-  parts = [f'<h2>{html_lib.escape(section.title)}</h2>']
-  parts += [f'<p>{html_lib.escape(note)}</p>' for note in section.notes]
+  parts = [f'<h2>{escape(section.title)}</h2>']
+  parts += [f'<p>{escape(note)}</p>' for note in section.notes]
   if section.bars:
     parts.append(_bars(section.bars, section.unit))
   if section.rows:
-    rows = [_row('td', map(html_lib.escape, row)) for row in section.rows]
+    rows = [_row('td', map(escape, row)) for row in section.rows]
     if section.columns:
-      rows.insert(0, _row('th', map(html_lib.escape, section.columns)))
+      rows.insert(0, _row('th', map(escape, section.columns)))
     parts.append(_table('' if section.columns else 'facts', rows))
   if section.lines:
-    lines = html_lib.escape('\n'.join(section.lines))
+    lines = escape('\n'.join(section.lines))
     parts.append(f'<pre>{lines}</pre>')
   return '\n'.join(parts)
 
@@ -57,9 +57,7 @@ def _bars(bars: Sequence[tuple[str, float]], unit: str) -> str:
   rows = []
   for name, value in bars:
     bar = f'<div style="width: {100 * value / longest:.2f}%"></div>'
-    rows.append(
-      _row('td', (html_lib.escape(name), bar, f'{number(value)} {unit}'))
-    )
+    rows.append(_row('td', (escape(name), bar, f'{number(value)} {unit}')))
   return _table('bars', rows)
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conadv_jax.devices import mesh as mesh_lib
+from conadv_jax.devices.mesh import replicated
 
 _SEEDS = (0x243F6A88, 0x85A308D3)
 
@@ -48,7 +48,7 @@ def checksums(tree: Any) -> tuple[dict[str, str], list[str]]:
 def _replicated(x: Any) -> Any:
   sharding = getattr(x, 'sharding', None)
   found = getattr(sharding, 'mesh', None)
-  return mesh_lib.replicated(found) if found is not None else sharding
+  return replicated(found) if found is not None else sharding
 
 
 @functools.lru_cache

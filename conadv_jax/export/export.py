@@ -54,7 +54,7 @@ def export(argv: Sequence[str]) -> epath.Path:
 
   card = model_card.make(run, directory, step, weights)
   card |= {'format': kind, 'file': output.name}
-  card['usage'] = FORMATS[kind].usage(card)
+  card['usage'] = FORMATS[kind].example(card)
   with _writing(output):
     output.write_bytes(FORMATS[kind].content(run, weights, card))
     workdir.write_json(card_path, card)
@@ -197,12 +197,12 @@ class Format(NamedTuple):
   Attributes:
     suffix: of the file.
     content: (run, weights, card) -> the file.
-    usage: card -> Python that loads the file.
+    example: card -> Python that loads the file.
   """
 
   suffix: str
   content: Callable[[Run, Snapshot, Card], bytes]
-  usage: Callable[[Card], str]
+  example: Callable[[Card], str]
 
 
 FORMATS = {

@@ -5,8 +5,14 @@ import jax.numpy as jnp
 import pytest
 
 from conadv_jax.audit import topology
-from conadv_jax.devices import mesh as mesh_lib
 from conadv_jax.devices import sums, xla_flags
+from conadv_jax.devices.mesh import (
+  EXAMPLES,
+  REPLICATED,
+  example_sharding,
+  make_mesh,
+  per_device,
+)
 
 KINDS = ('TPU v3', 'TPU v4', 'TPU v5 lite', 'TPU v5', 'TPU v6 lite', 'TPU7x')
 
@@ -45,14 +51,12 @@ def test_the_compilers_know_their_options(monkeypatch, name, slices):
     monkeypatch.setenv(key, value)
   devices = topology.load_devices(topology.parse(name, slices))
   assert devices[0].device_kind in KINDS
-  mesh = mesh_lib.make_mesh(len(devices), 1, devices)
-  fn = mesh_lib.per_device(
-    mesh, sums.mean_over_devices, mesh_lib.EXAMPLES, mesh_lib.REPLICATED
-  )
+  mesh = make_mesh(len(devices), 1, devices)
+  fn = per_device(mesh, sums.mean_over_devices, EXAMPLES, REPLICATED)
   x = jax.ShapeDtypeStruct(
     (len(devices), 1024),
     jnp.float32,
-    sharding=mesh_lib.example_sharding(mesh),
+    sharding=example_sharding(mesh),
   )
   lowered = jax.jit(fn).lower(x)
   for options in ('overlap', 'multislice'):

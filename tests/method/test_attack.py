@@ -15,7 +15,12 @@ import scipy.stats
 from hypothesis import strategies as st
 
 from conadv_jax.config import Attack
-from conadv_jax.method import attack as attack_lib
+from conadv_jax.method.attack import (
+  Start,
+  attack_batch,
+  perturb,
+  sample_start,
+)
 from conadv_jax.method.setup import Setup
 from conadv_jax.method.state import Snapshot
 
@@ -42,7 +47,7 @@ def attack_of(**changes):
 
 def clean_start(image, labels=None):
   labels = jnp.zeros(image.shape[:2], jnp.int32) if labels is None else labels
-  return attack_lib.Start(jnp.zeros_like(image), labels)
+  return Start(jnp.zeros_like(image), labels)
 
 
 def linear_loss(w):
@@ -58,8 +63,8 @@ def linear_loss(w):
   return loss_fn
 
 
-def perturb(attack, loss_fn, image, labels=None):
-  run = jax.jit(functools.partial(attack_lib.perturb, attack, loss_fn))
+def delta_of(attack, loss_fn, image, labels=None):
+  run = jax.jit(functools.partial(perturb, attack, loss_fn))
   delta, _ = run(image, clean_start(image, labels))
   return delta
 
@@ -71,7 +76,7 @@ def perturb(attack, loss_fn, image, labels=None):
 def test_fgsm_on_a_linear_model_is_epsilon_sign_w(label, sign):
   w = 1e-3 * jnp.array([3.0, -0.01]).reshape(1, 2, 1)
   labels = jnp.full((1, 1), label)
-  delta = perturb(
+  delta = delta_of(
     attack_of(epsilon=7.0, step_size=7.0), linear_loss(w), GREY, labels
   )
   # The loss of class 0 grows with the score, that of class 1 falls.
@@ -82,32 +87,32 @@ def test_targeted_fgsm_goes_the_other_way():
   w = 1e-3 * jnp.array([3.0, -0.01]).reshape(1, 2, 1)
   towards = jnp.ones((1, 1), jnp.int32)
   attack = attack_of(targeted=True)
-  delta = perturb(attack, linear_loss(w), GREY, towards)
+  delta = delta_of(attack, linear_loss(w), GREY, towards)
   np.testing.assert_array_equal(delta.ravel(), [4.0, -4.0])
-  away = perturb(FGSM, linear_loss(w), GREY, towards)
+  away = delta_of(FGSM, linear_loss(w), GREY, towards)
   np.testing.assert_array_equal(away, -delta)
 
 
 def test_the_box_cuts_what_leaves_it():
   image = jnp.array([255.0, 254.0, 0.0, 1.0]).reshape(1, 1, 1, 4, 1)
   w = 1e-3 * jnp.array([1.0, 1.0, -1.0, -1.0]).reshape(1, 4, 1)
-  delta = perturb(FGSM, linear_loss(w), image)
+  delta = delta_of(FGSM, linear_loss(w), image)
   np.testing.assert_array_equal(delta.ravel(), [0.0, 1.0, 0.0, -1.0])
 
 
 def test_l2_step_on_a_linear_model_has_the_step_size_along_w():
   w = 1e-3 * jnp.array([3.0, -4.0]).reshape(1, 2, 1)
   attack = attack_of(norm='l2', epsilon=9.0, step_size=2.0)
-  one = perturb(attack, linear_loss(w), GREY)
+  one = delta_of(attack, linear_loss(w), GREY)
   np.testing.assert_allclose(one.ravel(), [1.2, -1.6], 1e-6)
-  two = perturb(dataclasses.replace(attack, steps=2), linear_loss(w), GREY)
+  two = delta_of(dataclasses.replace(attack, steps=2), linear_loss(w), GREY)
   np.testing.assert_allclose(two.ravel(), [2.4, -3.2], 1e-6)
   # 2 * 2.0 exceeds a radius of 3: the ball cuts the length, not the direction.
   small = dataclasses.replace(attack, steps=2, epsilon=3.0)
-  cut = perturb(small, linear_loss(w), GREY)
+  cut = delta_of(small, linear_loss(w), GREY)
   np.testing.assert_allclose(cut.ravel(), [1.8, -2.4], 1e-6)
   towards = dataclasses.replace(attack, targeted=True)
-  away = perturb(towards, linear_loss(w), GREY)
+  away = delta_of(towards, linear_loss(w), GREY)
   np.testing.assert_allclose(away.ravel(), [-1.2, 1.6], 1e-6)
 
 
@@ -116,7 +121,7 @@ def test_l2_norms_are_per_example():
   size = jnp.arange(1.0, 7.0).reshape(2, 3, 1, 1, 1)
   w = size * jnp.array([3.0, -4.0]).reshape(1, 2, 1)
   attack = attack_of(norm='l2', epsilon=9.0, step_size=5.0)
-  delta = perturb(attack, lambda x, _: ((x * w).sum(), None), image)
+  delta = delta_of(attack, lambda x, _: ((x * w).sum(), None), image)
   expected = np.broadcast_to([3.0, -4.0], (2, 3, 2))
   np.testing.assert_allclose(delta[:, :, 0, :, 0], expected, 1e-6)
 
@@ -130,7 +135,7 @@ def perturb_along(attack, w):
   @jax.jit
   def run(w):
     loss_fn = lambda x, _: (jnp.sum(x * w), None)  # noqa: E731
-    return attack_lib.perturb(attack, loss_fn, GREY, clean_start(GREY))[0]
+    return perturb(attack, loss_fn, GREY, clean_start(GREY))[0]
 
   return run(jnp.asarray(w, jnp.float32).reshape(1, 2, 1))
 
@@ -171,8 +176,8 @@ def bounded(norm, steps, targeted, epsilon, step_size, image, start):
     epsilon=epsilon,
     step_size=step_size,
   )
-  start = attack_lib.Start(start, jnp.zeros(image.shape[:2], jnp.int32))
-  return attack_lib.perturb(attack, bumpy_loss, image, start, 0)[0]
+  start = Start(start, jnp.zeros(image.shape[:2], jnp.int32))
+  return perturb(attack, bumpy_loss, image, start, 0)[0]
 
 
 PIXELS = st.one_of(st.sampled_from([0, 255]), st.integers(0, 255))
@@ -242,7 +247,7 @@ def test_aux_is_that_of_the_last_gradient():
   for steps, seen in ((1, 100.0), (3, 102.0)):
     attack = attack_of(step_size=1.0, steps=steps)
     start = clean_start(GREY)
-    _, aux = attack_lib.perturb(attack, loss_fn, GREY, start, jnp.array(0.0))
+    _, aux = perturb(attack, loss_fn, GREY, start, jnp.array(0.0))
     assert aux == seen
 
 
@@ -253,7 +258,7 @@ def test_perturbations_carry_no_gradient(norm, steps):
 
   def sum_of_squares(w, image):
     loss_fn = lambda x, _: (jnp.sum(w * x**2), None)  # noqa: E731
-    return jnp.square(perturb(attack, loss_fn, image)).sum()
+    return jnp.square(delta_of(attack, loss_fn, image)).sum()
 
   value, grads = jax.value_and_grad(sum_of_squares, (0, 1))(2.0, GREY)
   assert value > 0
@@ -272,9 +277,7 @@ def test_perturbations_carry_no_gradient(norm, steps):
 def sample(attack, shape, labels=None, num_classes=10):
   image = jnp.full(shape, 100.0)
   labels = jnp.zeros(shape[:2], jnp.int32) if labels is None else labels
-  return attack_lib.sample_start(
-    attack, jax.random.key(0), image, labels, num_classes
-  )
+  return sample_start(attack, jax.random.key(0), image, labels, num_classes)
 
 
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
@@ -375,7 +378,7 @@ def step_attack(fields, calls=None):
   batch = helpers.random_batches(config, 1)[0]
   setup = Setup(config, helpers.SPEC, linear_apply(calls), None, None, None)
   run = jax.jit(
-    lambda index: attack_lib.attack_batch(setup, WEIGHTS, batch, index)[0],
+    lambda index: attack_batch(setup, WEIGHTS, batch, index)[0],
     compiler_options=UNOPTIMISED,
   )
   return batch, lambda index: np.asarray(run(index))
@@ -540,7 +543,7 @@ def test_attacks_agree_with_foolbox(name, epsilon, step_size, steps, targeted):
       steps=steps,
       targeted=targeted,
     )
-    delta = perturb(
+    delta = delta_of(
       attack, loss_fn, jnp.asarray(image)[None], jnp.asarray(labels)[None]
     )
   # Both run in float64, so that no sign of a gradient near zero differs, and

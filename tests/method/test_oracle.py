@@ -11,8 +11,10 @@ import optax
 import oracle
 import pytest
 
-from conadv_jax.method import attack as attack_lib
 from conadv_jax.method import optim
+from conadv_jax.method.attack import (
+  sample_start,
+)
 from conadv_jax.method.staleness import pending_perturbation
 from conadv_jax.method.state import Stream, stream_key
 
@@ -123,7 +125,7 @@ def attack_starts(config, batches):
   @jax.jit
   def sample(t, image, labels):
     key = stream_key(config.seed, Stream.ATTACK, t)
-    return attack_lib.sample_start(
+    return sample_start(
       config.attack, key, image, labels, helpers.SPEC.num_classes
     )
 

@@ -13,8 +13,11 @@ import pytest
 from jax.interpreters import partial_eval
 
 from conadv_jax import experiment, models
-from conadv_jax.method import attack as attack_lib
 from conadv_jax.method import losses, optim
+from conadv_jax.method.attack import (
+  perturb,
+  sample_start,
+)
 from conadv_jax.method.pixels import normalize
 from conadv_jax.method.staleness import pending_perturbation
 from conadv_jax.method.state import Stream, stream_key
@@ -292,10 +295,10 @@ def test_staleness_0_equals_the_sequential_loop(x64):
       return each.sum(), None
 
     key = stream_key(config.seed, Stream.ATTACK, t)
-    start = attack_lib.sample_start(
+    start = sample_start(
       config.attack, key, image, labels, helpers.SPEC.num_classes
     )
-    return attack_lib.perturb(config.attack, loss, image, start)[0]
+    return perturb(config.attack, loss, image, start)[0]
 
   @jax.jit
   def update(params, stats, opt_state, clean, adv, labels):

@@ -8,8 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conadv_jax.devices import mesh as mesh_lib
 from conadv_jax.devices import sums
+from conadv_jax.devices.mesh import (
+  BATCH,
+  REPLICATED,
+  make_mesh,
+  own_copy,
+  per_device,
+)
 from conadv_jax.models.norm import Layout, RoutedBatchNorm
 
 # Rounding only: both sides sum the same numbers, in another order.
@@ -147,19 +153,19 @@ def test_a_group_that_spans_devices_equals_one_that_does_not(train):
   variables = random_variables(2, 5)
   layer = RoutedBatchNorm(2)
   whole, whole_stats = run(layer, variables, x, (0, 1), train)
-  mesh = mesh_lib.make_mesh(8, 4, jax.devices()[:4])
+  mesh = make_mesh(8, 4, jax.devices()[:4])
   assert mesh.shape == {'data': 2, 'bn': 2}
 
   def local(variables, x_GbVHWC):
-    variables = mesh_lib.own_copy(variables)
+    variables = own_copy(variables)
     x = jnp.swapaxes(x_GbVHWC, 1, 2)
     y, stats = run(layer, variables, x, (0, 1), train, bn_axis='bn')
     return jnp.swapaxes(y, 1, 2), sums.mean_over_devices(stats)
 
-  specs = (mesh_lib.BATCH, mesh_lib.REPLICATED)
-  spread, spread_stats = jax.jit(
-    mesh_lib.per_device(mesh, local, specs[::-1], specs)
-  )(variables, jnp.swapaxes(x, 1, 2))
+  specs = (BATCH, REPLICATED)
+  spread, spread_stats = jax.jit(per_device(mesh, local, specs[::-1], specs))(
+    variables, jnp.swapaxes(x, 1, 2)
+  )
   assert_close(whole, jnp.swapaxes(spread, 1, 2), 1e-6)
   assert_close(whole_stats, spread_stats, 1e-6)
 

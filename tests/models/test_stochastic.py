@@ -11,7 +11,14 @@ import optax
 import pytest
 
 from conadv_jax import models
-from conadv_jax.devices import mesh as mesh_lib
+from conadv_jax.devices.mesh import (
+  BATCH,
+  REPLICATED,
+  batch_sharding,
+  local_places,
+  make_mesh,
+  per_device,
+)
 from conadv_jax.method.state import Stream, stream_key
 from conadv_jax.models.norm import Layout, RoutedBatchNorm
 from conadv_jax.models.stochastic import Dropout, DropPath
@@ -115,22 +122,20 @@ def test_layers_steps_and_seeds_draw_differently():
 @functools.cache
 def on_devices(cls, devices, group_size):
   """(factors of a batch that lies on `devices`, the compiled program)."""
-  mesh = mesh_lib.make_mesh(16, group_size, jax.devices()[:devices])
+  mesh = make_mesh(16, group_size, jax.devices()[:devices])
   groups = 16 // group_size
   module = cls(0.5)
 
   def apply(x, key):
     x = jnp.stack([x, x], 1)
-    places = mesh_lib.local_places(mesh, groups, group_size)
+    places = local_places(mesh, groups, group_size)
     layout = Layout(x.shape[0], (0, 1), examples=places.example)
     y = module.apply({}, layout.fold(x), layout, rngs=rngs(key))
     return jnp.swapaxes(layout.unfold(y), 1, 2)
 
-  specs = (mesh_lib.BATCH, mesh_lib.REPLICATED)
-  fn = mesh_lib.per_device(mesh, apply, specs, mesh_lib.BATCH)
-  x = jax.device_put(
-    np.ones((groups, group_size, 5)), mesh_lib.batch_sharding(mesh)
-  )
+  specs = (BATCH, REPLICATED)
+  fn = per_device(mesh, apply, specs, BATCH)
+  x = jax.device_put(np.ones((groups, group_size, 5)), batch_sharding(mesh))
   program = jax.jit(fn).lower(x, KEY).compile()
   return np.asarray(program(x, KEY)), program.as_text()
 
