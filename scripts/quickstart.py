@@ -45,7 +45,7 @@ def main() -> None:
 def run(method: str, batch_size: int, workdir: pathlib.Path) -> None:
   """Runs one training command; if it fails, exits with its status."""
   arguments = [
-    f'--config=configs/digits.py:method={method},batch_size={batch_size}',
+    f'--config=digits:method={method},batch_size={batch_size}',
     f'--workdir={workdir}',
   ]
   command = ['python', '-m', 'conadv_jax.train', *arguments]
