@@ -14,6 +14,7 @@ from conadv_jax.devices.mesh import (
   BATCH,
   REPLICATED,
   batch_sharding,
+  own_copy,
   per_device,
   replicated,
 )
@@ -40,6 +41,7 @@ def make_diagnosis_fn(run: Run):
   one_microbatch = _make_microbatch(run)
 
   def on_device(step, now, batch, delta):
+    now = own_copy(now)
     places = batch_places(config, mesh)
     groups, examples = places.example.shape
     wide = wide_dtype(config)
@@ -57,7 +59,7 @@ def make_diagnosis_fn(run: Run):
       config.microbatches,
       lambda part, _: one_microbatch(step, now, part),
       (batch, delta, places),
-      slots,
+      own_copy(slots),
       (zeros, jax.tree.map(jnp.zeros_like, now.batch_stats)),
     )
     return mean_over_devices(means), slots
@@ -127,7 +129,7 @@ def _make_microbatch(run: Run):
     _, pullback, (loss_GVb, predicted_GVb, stats) = jax.vjp(
       loss_by_view, now.params, has_aux=True
     )
-    one_each = jnp.eye(len(views), dtype=wide)
+    one_each = own_copy(jnp.eye(len(views), dtype=wide))
     grads = tuple(pullback(row)[0] for row in one_each)
     slots = {
       'loss': jnp.moveaxis(loss_GVb, 1, 2),
