@@ -4,11 +4,15 @@ import os
 import pathlib
 import sys
 
-# LLVM's optimizer would take most of the time of the tests, for programs that
-# run once on tiny arrays. Set the flag yourself to test what users run.
+# Compiling would take most of the time of the tests, for programs that run once
+# on tiny arrays. Set the first flag yourself to test what users run.
 _FLAGS = os.environ.get('XLA_FLAGS', '')
 if 'xla_backend_optimization_level' not in _FLAGS:
-  os.environ['XLA_FLAGS'] = f'{_FLAGS} --xla_backend_optimization_level=0'
+  os.environ['XLA_FLAGS'] = (
+    f'{_FLAGS} --xla_backend_optimization_level=0'
+    ' --xla_cpu_use_fusion_emitters=false'
+    ' --xla_cpu_parallel_codegen_split_count=1'
+  )
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -16,6 +20,12 @@ import pytest  # noqa: E402
 # Before anything asks JAX for its devices: their number is fixed from then on.
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
+# Tests compile many programs that another one has compiled. Other processes,
+# which may be killed while they write, do not share this cache.
+_CACHE = pathlib.Path(__file__).resolve().parents[1] / '.pytest_cache/jax'
+jax.config.update('jax_compilation_cache_dir', str(_CACHE))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 # `configs` and `helpers` are imported by name, wherever pytest is started.
 _TESTS = pathlib.Path(__file__).resolve().parent
