@@ -31,7 +31,6 @@ class Server:
       | {
         'JAX_PLATFORMS': 'cpu',
         'JAX_NUM_CPU_DEVICES': str(devices),
-        'XLA_FLAGS': '--xla_backend_optimization_level=0',
         'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}',
         # It forks while TensorFlow has threads, which do nothing yet.
         'PYTHONWARNINGS': 'ignore',

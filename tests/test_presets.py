@@ -14,14 +14,16 @@ from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import from_config_dict
 from conadv_jax.export.export import export
 from conadv_jax.methods import Method
+from conadv_jax.run import summary
 from configs import digits
 
 
 @pytest.fixture(scope='module', autouse=True)
 def tiny_network():
-  """A network that compiles in a second, under the name `tiny`."""
+  """A network that compiles in a second, under the name `tiny`; no plots."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(models.MODELS, 'tiny', models.Entry(helpers.TinyNet, 4))
+    patch.setattr(summary, '_draw', lambda *_: None)
     yield
 
 
@@ -113,8 +115,7 @@ def test_a_preset_trains_resumes_evaluates_and_exports(name, tmp_path):
   with pytest.MonkeyPatch.context() as patch:
     config = config_of(method, patch, **fields)
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-    summary = train.train(config, str(whole))
-    assert np.isfinite(summary['top1'])
+    assert np.isfinite(train.train(config, str(whole))['top1'])
     train.train(config_of(method, patch, **fields, max_steps=1), str(parts))
     train.train(config, str(parts))
     for a, b in zip(

@@ -19,7 +19,7 @@ from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import from_config_dict
 from conadv_jax.data import sampler
 from conadv_jax.data.quarantine import Quarantine
-from conadv_jax.run import feed, metrics
+from conadv_jax.run import feed, metrics, summary
 from conadv_jax.run.evaluator import Evaluator, weights_of
 from configs import digits
 
@@ -32,6 +32,12 @@ def tiny_network():
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(models.MODELS, 'tiny', models.Entry(helpers.TinyNet, 4))
     yield
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+  """Only the run `unbroken`, which is older, draws."""
+  monkeypatch.setattr(summary, '_draw', lambda *_: None)
 
 
 def settings(arg='batch_size=64', **fields):

@@ -16,7 +16,7 @@ from conadv_jax.config import from_config_dict
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.debug import diagnosis, replay
 from conadv_jax.method.staleness import pending_perturbation
-from conadv_jax.run import feed, metrics, plots
+from conadv_jax.run import feed, metrics, plots, summary
 from configs import digits
 
 BAD_STEP, BAD_PLACE = 4, 21  # in the batch of that step
@@ -58,6 +58,7 @@ def trap():
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(models.MODELS, 'tiny', models.Entry(helpers.TinyNet, 4))
     patch.setitem(models.MODELS, 'trap', models.Entry(TrapNet, 4))
+    patch.setattr(summary, '_draw', lambda *_: None)
     yield patch
 
 

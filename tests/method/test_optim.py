@@ -306,8 +306,15 @@ def test_logged_trust_ratios_are_those_that_the_optimizer_applies(denominator):
 # ---- Masks ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', sorted(models.MODELS))
-def test_every_leaf_of_every_model_is_either_kernel_or_plain(name):
+# Others differ from one of these in how often a block is there, or how wide.
+KINDS = (
+  'resnet8', 'resnet18', 'resnet50d', 'seresnet50', 'efficientnet_b0',
+  'vit_tiny',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_every_leaf_of_a_model_is_either_kernel_or_plain(name):
   model = models.create(name, num_classes=10, num_routes=2)
   image = jnp.zeros((1, 2, 1, 8, 8, 3))
   variables = jax.eval_shape(
