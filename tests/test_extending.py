@@ -1,6 +1,7 @@
 """The diffs of docs/extending.md apply, and what they add trains."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -13,15 +14,19 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = (ROOT / 'docs' / 'extending.md').read_text(encoding='utf-8')
 TITLES = re.findall(r'^## (.*)$', PAGE, re.MULTILINE)
 
-# In one process, as importing takes longer than these steps.
+# In one process, as importing takes longer than these steps, and without plots.
 PROGRAM = """
 import json, sys
 sys.path.insert(0, '.')
-from conadv_jax import evaluate, train
+import helpers
+from conadv_jax import evaluate, models, train
+from conadv_jax.run import summary
+models.MODELS['tiny'] = models.Entry(helpers.TinyNet, 4)
+summary._draw = lambda *_: None
 flags = [
   '--workdir=run', '--config.bn_group_size=8', '--config.log_every_steps=1',
   '--config.checkpoint.every_steps=1', '--config.eval.every_steps=0',
-  '--config.eval.attack_steps=2', *sys.argv[1:],
+  '--config.eval.attack_steps=2', '--config.model=tiny', *sys.argv[1:],
 ]
 if not any(flag.startswith('--config=') for flag in flags):
   flags.append('--config=digits:method=conadv')
@@ -79,6 +84,7 @@ def test_an_extension_trains_resumes_and_evaluates(title, tmp_path):
     text=True,
     timeout=900,
     check=False,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT / 'tests')},
   )
   assert process.returncode == 0, process.stdout + process.stderr
   assert 'resumed at step 2' in process.stdout
