@@ -77,6 +77,7 @@ def test_an_extension_trains_resumes_and_evaluates(title, tmp_path):
   diff, flags = section(title)
   copy(tmp_path)
   apply(diff, tmp_path)
+  paths = {'PYTHONPATH': str(ROOT / 'tests')}
   process = subprocess.run(
     [sys.executable, '-c', PROGRAM, *flags],
     cwd=tmp_path,
@@ -84,7 +85,7 @@ def test_an_extension_trains_resumes_and_evaluates(title, tmp_path):
     text=True,
     timeout=900,
     check=False,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT / 'tests')},
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'} | paths,
   )
   assert process.returncode == 0, process.stdout + process.stderr
   assert 'resumed at step 2' in process.stdout
