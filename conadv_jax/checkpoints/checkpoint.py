@@ -66,8 +66,11 @@ class Checkpoints:
     hosts.on_writer('strays', lambda: files.tidy(self._directory, read_only))
     self._manager = None
     if not read_only:
+      # orbax measures its timeout with the clock of the machine, which may
+      # jump; the watchdog ends a save that hangs.
       options = ocp.CheckpointManagerOptions(
-        temporary_path_class=_TemporaryPath
+        temporary_path_class=_TemporaryPath,
+        async_options=ocp.options.AsyncOptions(timeout_secs=24 * 60 * 60),
       )
       self._manager = ocp.CheckpointManager(
         self._directory, options=options, item_names=('state', 'manifest')

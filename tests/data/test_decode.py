@@ -398,8 +398,12 @@ def test_mutated_files_give_an_image_or_an_error_in_bounded_memory():
   # makes for each shape: without room for it, it ends the process.
   done = subprocess.run(
     [sys.executable, '-c', 'import test_decode; test_decode.fuzz(500, 1200)'],
-    cwd=pathlib.Path(__file__).parents[1],
-    env={**os.environ, 'MALLOC_ARENA_MAX': '2'},
+    cwd=pathlib.Path(__file__).parent,
+    env={
+      **os.environ,
+      'MALLOC_ARENA_MAX': '2',
+      'PYTHONPATH': str(pathlib.Path(__file__).parents[1]),
+    },
     capture_output=True,
     text=True,
     timeout=300,
