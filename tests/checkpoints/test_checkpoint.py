@@ -554,7 +554,7 @@ def test_a_lost_last_save_is_an_error(fault, two):
 
 FULL = """
 import resource, signal, sys
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = [{tests!r}, {tests!r} + '/checkpoints']
 import jax
 jax.config.update('jax_platforms', 'cpu')
 import test_checkpoint as t
@@ -733,10 +733,11 @@ def test_reading_leaves_the_directory_alone(two):
 
 HOSTS = """
 import sys
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = [{tests!r}, {tests!r} + '/checkpoints']
 import jax
 from etils import epath
-from conadv_jax import cli, hosts, mesh
+from conadv_jax import cli, hosts
+from conadv_jax.devices import mesh
 
 def main(argv):
   cli.start_hosts(argv)

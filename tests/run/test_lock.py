@@ -390,7 +390,7 @@ def test_a_stale_lock_on_a_bucket_is_taken_over():
 
 HOLDER = """
 import sys
-from conadv_jax.lock import RunLock
+from conadv_jax.run.lock import RunLock
 with RunLock(sys.argv[1], lease_seconds=float(sys.argv[2])):
   print('taken', flush=True)
   sys.stdin.read()
@@ -472,7 +472,7 @@ def test_all_hosts_learn_that_the_directory_is_in_use(tmp_path):
   program.write_text(
     'import sys\n'
     'from conadv_jax import cli\n'
-    'from conadv_jax.lock import RunLock\n'
+    'from conadv_jax.run.lock import RunLock\n'
     'def main(argv):\n'
     '  cli.start_hosts(argv)\n'
     f'  with RunLock({str(tmp_path)!r}):\n'
