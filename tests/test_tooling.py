@@ -148,7 +148,8 @@ def test_every_command_is_a_module_that_runs(monkeypatch):
     assert callable(getattr(importlib.import_module(name), function))
     module = f'conadv_jax.{command.removeprefix("conadv-")}'
     assert name.removesuffix('.__main__') == module
-    assert importlib.util.find_spec(module) is not None
+    path = pathlib.Path(importlib.util.find_spec(name).origin)
+    assert f"if __name__ == '__main__':\n  {function}()" in path.read_text()
 
 
 @pytest.mark.slow

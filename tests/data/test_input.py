@@ -177,7 +177,7 @@ def test_a_missing_imagenet_says_how_to_prepare_it(tmp_path):
 # ---- Order ------------------------------------------------------------------
 
 
-@hypothesis.settings(max_examples=80, deadline=None)
+@hypothesis.settings(max_examples=200, deadline=None)
 @hypothesis.given(
   seed=st.integers(0, 2**31 - 1),
   num_examples=st.integers(1, 40),
@@ -247,7 +247,7 @@ def test_hosts_share_one_order(**case):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=80, deadline=None)
+@hypothesis.settings(max_examples=200, deadline=None)
 @hypothesis.given(**CASES)
 def test_hosts_share_one_order_in_many_cases(**case):
   check_hosts(**case)

@@ -533,7 +533,7 @@ def test_wrong_clocks_change_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('host', [1])
+@pytest.mark.parametrize('host', [0, 1])
 def test_a_host_whose_input_fails_saves_with_all_and_names_itself(
   host, tmp_path
 ):
