@@ -1,16 +1,26 @@
-"""Several hosts on one machine: processes that train together, for tests."""
+"""Runs as processes that may die: several hosts on one machine, or one.
+
+Importing TensorFlow and JAX takes longer than a small run. A server of Python's
+`multiprocessing` does it once and forks a process for each host.
+"""
 
 from __future__ import annotations
 
+import atexit
+import functools
+import importlib
 import json
+import multiprocessing
 import os
 import pathlib
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
+from unittest import mock
 
 import numpy as np
 
@@ -18,12 +28,47 @@ from conadv_jax.base.errors import StorageError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = str(pathlib.Path(__file__).resolve())  # this file, as a program
+_PYTHONPATH = f'{ROOT}{os.pathsep}{ROOT / "tests"}'
+_PRELOAD = (
+  'tensorflow',
+  'sklearn.datasets',
+  'helpers',
+  'conadv_jax.train',
+  'conadv_jax.evaluate',
+  'pytest',
+)
 
 
 def free_port() -> int:
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     return probe.getsockname()[1]
+
+
+def start(
+  arguments: Sequence[str],
+  log: pathlib.Path,
+  environment: Mapping[str, str] | None = None,
+  devices: int = 1,
+) -> multiprocessing.Process:
+  """Starts `python ARGUMENTS`, which prints to `log`, with CPU devices."""
+  variables = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_NUM_CPU_DEVICES': str(devices),
+    'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
+    'PYTHONPATH': _PYTHONPATH,
+  }
+  job = (list(arguments), str(log), variables | dict(environment or {}))
+  process = _server().Process(target=_run, args=job)
+  process.start()
+  return process
+
+
+def run(*args, **options) -> int:
+  """As `start`: the exit code, or minus the signal that killed it."""
+  process = start(*args, **options)
+  process.join()
+  return process.exitcode
 
 
 class Hosts:
@@ -42,7 +87,7 @@ class Hosts:
     of_host: Mapping[int, Sequence[str]] | None = None,
     environment: Mapping[str, str] | None = None,
     environment_of_host: Mapping[int, Mapping[str, str]] | None = None,
-    start: Sequence[int] | None = None,
+    present: Sequence[int] | None = None,
   ):
     """Starts `python ARGUMENTS` on every host.
 
@@ -54,40 +99,28 @@ class Hosts:
       of_host: further arguments of some hosts.
       environment: variables of all hosts, and
       environment_of_host: of some.
-      start: the hosts to start; None is all.
+      present: the hosts to start; None is all.
     """
     logs.mkdir(parents=True, exist_ok=True)
     self.port = free_port()
     self._logs = [logs / f'host{host}.log' for host in range(count)]
-    self._processes: dict[int, subprocess.Popen] = {}
-    for host in range(count) if start is None else start:
-      command = [
-        sys.executable,
-        *arguments,
-        *(of_host or {}).get(host, ()),
-        *self._flags(host, count),
-      ]
-      variables = _environment(devices_per_host)
-      variables |= environment or {}
-      variables |= (environment_of_host or {}).get(host, {})
-      with self._logs[host].open('w') as log:
-        self._processes[host] = subprocess.Popen(
-          command,
-          cwd=ROOT,
-          env=variables,
-          stdin=subprocess.DEVNULL,
-          stdout=log,
-          stderr=subprocess.STDOUT,
-        )
+    self._processes = {}
+    for host in range(count) if present is None else present:
+      own = (of_host or {}).get(host, ())
+      self._processes[host] = start(
+        [*arguments, *own, *self._flags(host, count)],
+        self._logs[host],
+        {**(environment or {}), **(environment_of_host or {}).get(host, {})},
+        devices_per_host,
+      )
 
   def __enter__(self) -> Hosts:
     return self
 
   def __exit__(self, *_) -> None:
     for process in self._processes.values():
-      if process.poll() is None:
-        process.kill()
-      process.wait()
+      process.kill()
+      process.join()
 
   def log(self, host: int) -> str:
     return self._logs[host].read_text(errors='replace')
@@ -98,13 +131,14 @@ class Hosts:
     """Returns when `text` is in the log of `host`."""
     deadline = time.monotonic() + timeout_seconds
     while text not in self.log(host):
-      ended = self._processes[host].poll() is not None
+      ended = not self._processes[host].is_alive()
       assert not ended or text in self.log(host), self._tails(f'no {text!r}')
       assert time.monotonic() < deadline, self._tails(f'no {text!r} in time')
       time.sleep(0.05)
 
   def send(self, host: int, number: signal.Signals) -> None:
-    self._processes[host].send_signal(number)
+    assert self._processes[host].is_alive(), self._tails(f'{host} has ended')
+    os.kill(self._processes[host].pid, number)
 
   def ends_with(
     self,
@@ -117,10 +151,9 @@ class Hosts:
     codes = {}
     for host in self._processes if hosts is None else hosts:
       process = self._processes[host]
-      try:
-        codes[host] = process.wait(max(0.1, deadline - time.monotonic()))
-      except subprocess.TimeoutExpired:
-        codes[host] = 'still running'
+      process.join(max(0.1, deadline - time.monotonic()))
+      running = process.is_alive()
+      codes[host] = 'still running' if running else process.exitcode
     assert set(codes.values()) == {code}, self._tails(f'exit codes {codes}')
 
   def _flags(self, host: int, count: int) -> list[str]:
@@ -138,28 +171,66 @@ class Hosts:
     return '\n'.join([reason, *tails])
 
 
-def _environment(devices_per_host: int) -> dict[str, str]:
-  """CPU devices and gloo; flags of the compiler are those of the tests."""
-  return os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    'JAX_NUM_CPU_DEVICES': str(devices_per_host),
-    'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
-    'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}',
-    'PYTHONUNBUFFERED': '1',
-  }
-
-
 def recorded_ids(directory: pathlib.Path, hosts: int, size: int) -> np.ndarray:
   """Example ids [steps, size] of the global batches that `main` recorded."""
-  rows = []
-  for host in range(hosts):
-    record = json.loads((directory / f'ids{host}.json').read_text())
-    rows.append((np.array(record['places']), np.array(record['ids'])))
-  whole = np.full((len(rows[0][1]), size), -1)
-  for places, ids in rows:
+  rows = [rows_of_ids(directory, host) for host in range(hosts)]
+  whole = np.full((len(rows[0]), size), -1)
+  for of_host in rows:
+    places = of_host[0]['places']
     assert (whole[:, places] == -1).all(), 'a place is fed by two hosts'
-    whole[:, places] = ids
+    whole[:, places] = [row['ids'] for row in of_host]
   return whole
+
+
+def rows_of_ids(directory: pathlib.Path, host: int = 0) -> list[dict]:
+  """What `host` recorded: `batch`, its number, `places` and `ids`."""
+  lines = (directory / f'ids{host}.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+@functools.cache
+def _server() -> multiprocessing.context.ForkServerContext:
+  context = multiprocessing.get_context('forkserver')
+  context.set_forkserver_preload(list(_PRELOAD))
+  # It forks while TensorFlow has threads, which do nothing yet.
+  variables = {'PYTHONPATH': _PYTHONPATH, 'PYTHONWARNINGS': 'ignore'}
+  with mock.patch.dict(os.environ, variables):
+    forkserver.ensure_running()
+  return context
+
+
+def _run(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+  """In the process that was forked: does what `python ARGUMENTS` does."""
+  import jax
+
+  from conadv_jax.base import faults
+
+  os.chdir(ROOT)
+  output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+  for number in (1, 2):
+    os.dup2(output, number)
+  os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+  if environment['PYTHONPATH'] != _PYTHONPATH:  # other code than is loaded
+    os.execve(sys.executable, [sys.executable, *arguments], environment)
+  sys.stdout.reconfigure(line_buffering=True)
+  os.environ.clear()
+  os.environ |= environment
+  importlib.reload(faults)  # its plan is in a variable
+  for name, text in environment.items():
+    if name.startswith('JAX_') and hasattr(jax.config, name.lower()):
+      before = getattr(jax.config, name.lower())
+      if isinstance(before, bool | int | float):
+        text = type(before)(json.loads(text))
+      jax.config.update(name.lower(), text)
+  try:
+    if arguments[0] == '-c':
+      code, sys.argv = arguments[1], ['-c', *arguments[2:]]
+      exec(compile(code, '<string>', 'exec'), {'__name__': '__main__'})
+    else:
+      sys.argv = arguments
+      runpy.run_path(arguments[0], run_name='__main__')
+  finally:
+    atexit._run_exitfuncs()
 
 
 def main() -> None:
@@ -169,16 +240,19 @@ def main() -> None:
   name `tiny`; RECORD_IDS is a directory for the ids that a host feeds;
   FAKE_VERSION, 'package=version', is what the host claims to have installed;
   INPUT_FAILS_AT is the number of the batch at which its storage fails;
-  CLOCK, two numbers of seconds, is how wrong its clock is in even and odd ones.
+  CLOCK, two numbers of seconds, is how wrong its clock is in even and odd ones;
+  a run ends without pictures unless there is PICTURES.
   """
   import importlib.metadata
 
   import helpers
 
   from conadv_jax import cli, evaluate, hosts, models, train
-  from conadv_jax.run import feed
+  from conadv_jax.run import feed, summary
 
   models.MODELS['tiny'] = models.Entry(helpers.TinyNet, 4)
+  if not os.environ.get('PICTURES'):
+    summary._draw = lambda *_: None  # it compiles an attack
   if fake := os.environ.get('FAKE_VERSION'):
     package, version = fake.split('=')
     real = importlib.metadata.version
@@ -216,19 +290,19 @@ def _shift_clock(offsets: Sequence[float]) -> None:
 
 
 def _record_ids(feed, hosts, directory: pathlib.Path) -> None:
-  """Writes ids{host}.json: the `places` of the host, and `ids` of each step."""
+  """Adds a line for each batch to ids{host}.jsonl: number, places and ids."""
   batches_of, add = feed.batches, feed.ExampleIds.add
-  record = {'places': None, 'ids': []}
+  places = []
 
   def batches(run, *args):
-    record['places'] = run.local_positions().tolist()
+    places[:] = run.local_positions().tolist()
     return batches_of(run, *args)
 
   def add_and_write(self, ids):
+    row = {'batch': self._next, 'places': places, 'ids': ids.tolist()}
+    with (directory / f'ids{hosts.index()}.jsonl').open('a') as file:
+      file.write(json.dumps(row) + '\n')
     add(self, ids)
-    record['ids'].append(ids.tolist())
-    path = directory / f'ids{hosts.index()}.json'
-    path.write_text(json.dumps(record))
 
   feed.batches, feed.ExampleIds.add = batches, add_and_write
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-import json
 import os
+import pathlib
 import random
 import shutil
-import threading
 
-import forked
 import helpers
 import jax
 import jax.numpy as jnp
+import multihost
 import numpy as np
 import pytest
 
@@ -50,12 +50,6 @@ def tiny_network():
     yield
 
 
-@pytest.fixture(scope='module')
-def server():
-  with forked.Server(devices=8) as running:
-    yield running
-
-
 def settings(tau):
   method, steps = TAUS[tau]
   values = digits.get_config(f'batch_size=64,method={method}')
@@ -63,27 +57,45 @@ def settings(tau):
   return from_config_dict(values)
 
 
-def run(server, directory, tau='1', faults='', cached=True, **fields):
-  """Exit code of a run in `directory`, which keeps the ids that it fed.
+def start(directory, tau='1', faults='', cached=True, devices=8, **fields):
+  """Starts a run in `directory`, which keeps the ids that it fed.
 
   Compiling is most of such a run. With `cached`, the runs that follow each
   other in a directory compile once.
   """
   method, steps = TAUS[tau]
   flags = FIELDS | {'staleness_steps': steps} | fields
-  return server.run(
+  ids_of(directory).mkdir(exist_ok=True)
+  environment = {'CONADV_FAULTS': faults, 'RECORD_IDS': str(ids_of(directory))}
+  if cached:
+    environment |= {
+      'JAX_COMPILATION_CACHE_DIR': f'{directory}.cache',
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+    }
+  return multihost.start(
     [
+      multihost.TINY,
+      'train',
       f'--config=configs/digits.py:batch_size=64,method={method}',
       f'--workdir={directory}',
       *(f'--config.{name}={value}' for name, value in flags.items()),
     ],
     directory.parent / f'{directory.name}.log',
-    {
-      'CONADV_FAULTS': faults,
-      'RECORD_IDS': f'{directory}.ids',
-      'COMPILE_CACHE': f'{directory}.cache' if cached else '',
-    },
+    environment,
+    devices,
   )
+
+
+def run(*args, **options):
+  """As `start`: its exit code."""
+  process = start(*args, **options)
+  process.join()
+  return process.exitcode
+
+
+def ids_of(directory):
+  return directory.parent / f'{directory.name}.ids'
 
 
 def log_of(directory):
@@ -114,15 +126,13 @@ def rows(directory):
 def fed(directory):
   """{batch: example ids} of all processes of a run; they must agree."""
   found = {}
-  path = directory.parent / f'{directory.name}.ids'
-  for line in path.read_text().splitlines():
-    record = json.loads(line)
+  for record in multihost.rows_of_ids(ids_of(directory)):
     assert found.setdefault(record['batch'], record['ids']) == record['ids']
   return found
 
 
 @pytest.fixture(scope='module')
-def unbroken(server, tmp_path_factory):
+def unbroken(tmp_path_factory):
   """What a run without faults gives, by staleness."""
   root = tmp_path_factory.mktemp('unbroken')
   made = {}
@@ -130,7 +140,7 @@ def unbroken(server, tmp_path_factory):
   def of(tau):
     if tau not in made:
       directory = root / f'tau{tau}'
-      code = run(server, directory, tau, cached=False)
+      code = run(directory, tau, cached=False)
       assert code == 0, log_of(directory)
       made[tau] = hashes(directory, tau), rows(directory), fed(directory)
     return made[tau]
@@ -166,12 +176,12 @@ KILLS = (
 
 @pytest.mark.parametrize('tau', TAUS)
 def test_a_run_that_is_killed_anywhere_equals_the_unbroken_one(
-  tau, server, unbroken, tmp_path
+  tau, unbroken, tmp_path
 ):
   directory = tmp_path / 'run'
   for kill in KILLS:
-    assert run(server, directory, tau, kill) == -9, (kill, log_of(directory))
-  assert run(server, directory, tau) == 0, log_of(directory)
+    assert run(directory, tau, kill) == -9, (kill, log_of(directory))
+  assert run(directory, tau) == 0, log_of(directory)
   assert_as_unbroken(directory, tau, unbroken)
 
 
@@ -192,24 +202,24 @@ SIGNALS = (
 
 @pytest.mark.parametrize('tau', ['1', '3'])
 def test_a_signal_anywhere_ends_with_42_and_nothing_is_lost(
-  tau, server, unbroken, tmp_path
+  tau, unbroken, tmp_path
 ):
   directory = tmp_path / 'run'
   before = -1
   for fault in SIGNALS:
-    assert run(server, directory, tau, fault) == 42, (fault, log_of(directory))
+    assert run(directory, tau, fault) == 42, (fault, log_of(directory))
     saved = [int(p.name) for p in directory.glob('checkpoints/[0-9]*')]
     step = max(saved, default=-1)
     # Of a signal within a step, that step or the one before is saved.
     _, _, at = fault.split(',')[0].partition(':')
     assert step >= (int(at) - 1 if at else before), (fault, log_of(directory))
     before = step
-  assert run(server, directory, tau) == 0, log_of(directory)
+  assert run(directory, tau) == 0, log_of(directory)
   assert_as_unbroken(directory, tau, unbroken)
 
 
 def test_a_run_that_is_killed_at_random_equals_the_unbroken_one(
-  server, unbroken, tmp_path
+  unbroken, tmp_path
 ):
   """$RANDOM_KILLS=20 for a night; $RANDOM_KILLS_SEED repeats one."""
   count = int(os.environ.get('RANDOM_KILLS', 4))
@@ -228,9 +238,9 @@ def test_a_run_that_is_killed_at_random_equals_the_unbroken_one(
   for _ in range(count):
     # A place that is behind the run is not come to, and the run ends well.
     done.append(draw.choice(points))
-    code = run(server, directory, '1', f'kill@{done[-1]}')
+    code = run(directory, '1', f'kill@{done[-1]}')
     assert code in (-9, 0), (seed, done, log_of(directory))
-  assert run(server, directory) == 0, (seed, done, log_of(directory))
+  assert run(directory) == 0, (seed, done, log_of(directory))
   assert_as_unbroken(directory, '1', unbroken)
 
 
@@ -326,15 +336,14 @@ def test_a_resume_that_forgets_something_does_not_equal_the_unbroken_run(
 # ---- Other devices, and memory ----------------------------------------------
 
 
-def test_other_devices_go_on_with_the_same_examples(server, unbroken, tmp_path):
+def test_other_devices_go_on_with_the_same_examples(unbroken, tmp_path):
   """8 -> 4 -> 1 -> 8 devices; each restore compares checksums of every leaf."""
   directory = tmp_path / 'run'
   stops = {6: 4, 13: 1, 19: 8}
-  assert run(server, directory, max_steps=6) == 0, log_of(directory)
+  assert run(directory, max_steps=6) == 0, log_of(directory)
   for start, devices in stops.items():
     stop = next((s for s in stops if s > start), STEPS)
-    with forked.Server(devices) as other:
-      code = run(other, directory, max_steps=stop)
+    code = run(directory, devices=devices, max_steps=stop)
     assert code == 0, log_of(directory)
     assert f'resumed at step {start}' in log_of(directory)
   _, expected_rows, expected_ids = unbroken('1')
@@ -345,31 +354,28 @@ def test_other_devices_go_on_with_the_same_examples(server, unbroken, tmp_path):
   np.testing.assert_allclose(got, expected, rtol=1e-3)
 
 
-def test_300_steps_leave_the_memory_flat(server, tmp_path):
+def test_300_steps_leave_the_memory_flat(tmp_path):
   """Resident memory of a run, sampled ten times a second."""
   directory = tmp_path / 'run'
+  process = start(
+    directory,
+    **{
+      'max_steps': 300,
+      'epochs': 20.0,
+      'attack_stats_every_steps': 50,
+      'eval.every_steps': 50,
+      'checkpoint.every_steps': 20,
+    },
+  )
   samples = []  # (batches that were fed, bytes)
-  ended = threading.Event()
-
-  def sample():
-    ids = tmp_path / 'run.ids'
-    while not ended.wait(0.1):
-      if (size := server.resident_bytes()) is not None and ids.exists():
-        samples.append((len(ids.read_bytes().splitlines()), size))
-
-  thread = threading.Thread(target=sample)
-  thread.start()
-  fields = {
-    'max_steps': 300,
-    'epochs': 20.0,
-    'attack_stats_every_steps': 50,
-    'eval.every_steps': 50,
-    'checkpoint.every_steps': 20,
-  }
-  code = run(server, directory, **fields)
-  ended.set()
-  thread.join()
-  assert code == 0, log_of(directory)
+  memory = pathlib.Path(f'/proc/{process.pid}/statm')
+  ids = ids_of(directory) / 'ids0.jsonl'
+  while process.is_alive():
+    with contextlib.suppress(OSError, IndexError):  # not yet, or no more
+      size = int(memory.read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+      samples.append((len(ids.read_bytes().splitlines()), size))
+    process.join(0.1)
+  assert process.exitcode == 0, log_of(directory)
   # The first half has compilers and first saves in it; plots come at the end.
   half = np.array([(n, size / 2**20) for n, size in samples if 150 < n < 300])
   assert len(half) > 10, len(samples)

@@ -7,7 +7,7 @@ import json
 import pathlib
 import re
 
-import forked
+import multihost
 import pytest
 
 from conadv_jax import cli, experiment
@@ -335,20 +335,21 @@ def test_a_work_directory_holds_no_environment(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_whole_run_writes_and_says_no_credential(tmp_path):
-  with forked.Server(devices=1) as server:
-    code = server.run(
-      [
-        '--config=configs/digits.py:batch_size=64,method=conadv',
-        f'--workdir={tmp_path / "run"}',
-        '--config.model=tiny',
-        '--config.bn_group_size=8',
-        '--config.max_steps=3',
-        '--config.checkpoint.every_steps=2',
-        '--config.eval.attack=none',
-      ],
-      tmp_path / 'log',
-      SECRETS | {'CONADV_FAULTS': 'oserror@storage/write'},
-    )
+  code = multihost.run(
+    [
+      multihost.TINY,
+      'train',
+      '--config=configs/digits.py:batch_size=64,method=conadv',
+      f'--workdir={tmp_path / "run"}',
+      '--config.model=tiny',
+      '--config.bn_group_size=8',
+      '--config.max_steps=3',
+      '--config.checkpoint.every_steps=2',
+      '--config.eval.attack=none',
+    ],
+    tmp_path / 'log',
+    SECRETS | {'CONADV_FAULTS': 'oserror@storage/write'},
+  )
   assert code == 0
   found = written(tmp_path)
   assert b'step 3/3' in found and b'"top1"' in found and b'again in' in found

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import types
 
-import forked
 import helpers
 import multihost
 import numpy as np
@@ -373,12 +372,6 @@ def test_the_quarantine_on_a_full_disk_is_an_error(tmp_path, little_space):
 # ---- Whole runs -------------------------------------------------------------
 
 
-@pytest.fixture(scope='module')
-def server():
-  with forked.Server(devices=1) as running:
-    yield running
-
-
 def flags(directory, **fields):
   fields = {
     'model': 'tiny', 'bn_group_size': 8, 'max_steps': 6, 'log_every_steps': 1,
@@ -391,8 +384,9 @@ def flags(directory, **fields):
   ]
 
 
-def run(server, directory, log, plan='', **fields):
-  return server.run(flags(directory, **fields), log, {'CONADV_FAULTS': plan})
+def run(directory, log, plan='', **fields):
+  arguments = [multihost.TINY, 'train', *flags(directory, **fields)]
+  return multihost.run(arguments, log, {'CONADV_FAULTS': plan})
 
 
 def losses(directory):
@@ -401,12 +395,12 @@ def losses(directory):
 
 
 @pytest.mark.fault
-def test_storage_that_blinks_changes_no_run(server, tmp_path):
+def test_storage_that_blinks_changes_no_run(tmp_path):
   """Test 25."""
   steady, unsteady = tmp_path / 'steady', tmp_path / 'unsteady'
-  assert run(server, steady, tmp_path / 'log') == 0
+  assert run(steady, tmp_path / 'log') == 0
   plan = 'oserror*3@storage/write,oserror*3@storage/read'
-  assert run(server, unsteady, tmp_path / 'log', plan) == 0
+  assert run(unsteady, tmp_path / 'log', plan) == 0
   assert (tmp_path / 'log').read_text().count('again in') == 6
   assert losses(unsteady) == losses(steady) and len(losses(steady)) == 6
 
@@ -429,19 +423,17 @@ def test_an_input_that_fails_costs_no_step(tmp_path):
 
 
 @pytest.mark.fault
-def test_storage_that_fails_for_good_ends_the_run_with_its_code(
-  server, tmp_path
-):
+def test_storage_that_fails_for_good_ends_the_run_with_its_code(tmp_path):
   """Test 25."""
   plan = 'oserror*99@storage/write'
-  code = run(server, tmp_path / 'run', tmp_path / 'log', plan)
+  code = run(tmp_path / 'run', tmp_path / 'log', plan)
   assert code == errors.STORAGE
   (line,) = re.findall('^error: .*', (tmp_path / 'log').read_text(), re.M)
   assert str(tmp_path / 'run') in line and 'bytes free there' in line
 
 
 @pytest.mark.fault
-def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(server, tmp_path):
+def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(tmp_path):
   """Test 9, on a small file system of its own."""
   disk = tmp_path / 'disk'
   disk.mkdir()
@@ -451,16 +443,16 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(server, tmp_path):
   try:
     log = tmp_path / 'log'
     # No evaluation at the end: its pictures would need more room than there is.
-    assert run(server, disk / 'run', log, 'kill@train/step:5') == -9
+    assert run(disk / 'run', log, 'kill@train/step:5') == -9
     before = losses(disk / 'run')
     with open(disk / 'fill', 'wb', buffering=0) as fill, pytest.raises(OSError):
       while fill.write(bytes(256)):
         pass
-    assert run(server, disk / 'run', log) == errors.STORAGE
+    assert run(disk / 'run', log) == errors.STORAGE
     (line,) = re.findall('^error: .*', log.read_text(), re.M)
     assert str(disk / 'run') in line and re.search(r'\d bytes free', line)
     (disk / 'fill').unlink()
-    assert run(server, disk / 'run', log, 'kill@train/last_evaluation') == -9
+    assert run(disk / 'run', log, 'kill@train/last_evaluation') == -9
     assert 'resumed at step ' in log.read_text()
     assert losses(disk / 'run')[: len(before) - 1] == before[:-1]
     assert len(losses(disk / 'run')) == 6

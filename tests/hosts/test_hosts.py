@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -322,7 +323,7 @@ def test_a_missing_host_ends_in_bounded_time_with_what_to_check(
   started = time.monotonic()
   flags = ['--start_timeout_seconds=5']
   with program(
-    tmp_path, 'pass', count=4, start=present,
+    tmp_path, 'pass', count=4, present=present,
     of_host={host: flags for host in present},
   ) as run:  # fmt: skip
     run.ends_with(errors.HOST, 60)
@@ -397,12 +398,16 @@ def test_hosts_train_as_one_process_with_as_many_devices(group_size, tmp_path):
       count,
       arguments(workdir, *more),
       devices_per_host=4 // count,
-      environment={'JAX_ENABLE_X64': '1', 'RECORD_IDS': str(tmp_path)},
+      environment={
+        'JAX_ENABLE_X64': '1',
+        'RECORD_IDS': str(tmp_path / f'logs{count}'),
+        'PICTURES': 'yes',
+      },
     ) as run:
       run.ends_with(0)
       for host in range(1, count):
         assert 'step 1/6' not in run.log(host)
-    ids = multihost.recorded_ids(tmp_path, count, 32)
+    ids = multihost.recorded_ids(tmp_path / f'logs{count}', count, 32)
     summary = json.loads((workdir / 'summary.json').read_text())
     rows = metrics.read_metrics(workdir)
     runs[count] = (ids, summary, rows)
@@ -475,19 +480,20 @@ def test_a_signal_to_one_host_stops_all_and_the_rerun_finishes(
 def test_a_run_of_two_hosts_goes_on_with_the_same_bits_on_one(tmp_path):
   """Test 15, in float64, where one process goes on with its four devices."""
   wide = ('--config.dtype=float64', '--config.max_steps=3')
-  environment = {'JAX_ENABLE_X64': '1', 'RECORD_IDS': str(tmp_path)}
 
   def run(name, count, *more):
     directory = tmp_path / name
+    logs = tmp_path / f'logs_{name}{len(more)}'
+    environment = {'JAX_ENABLE_X64': '1', 'RECORD_IDS': str(logs)}
     with multihost.Hosts(
-      tmp_path / f'logs_{name}',
+      logs,
       count,
       arguments(directory, *wide, *more),
       devices_per_host=4 // count,
       environment=environment,
     ) as started:
       started.ends_with(0)
-      ids = multihost.recorded_ids(tmp_path, count, 32)
+      ids = multihost.recorded_ids(logs, count, 32)
       return started.log(0), ids, metrics.read_metrics(directory)
 
   run('two', 2)
@@ -569,7 +575,7 @@ def test_all_hosts_name_all_that_differs_before_anything_is_written(tmp_path):
   )  # fmt: skip
   edited = copy / 'conadv_jax' / 'method' / 'losses.py'
   edited.write_text(edited.read_text() + '\n# edited\n')
-  search = f'{copy}:{ROOT}:{ROOT / "tests"}'
+  search = os.pathsep.join([str(copy), str(ROOT), str(ROOT / 'tests')])
   with multihost.Hosts(
     tmp_path / 'logs',
     3,
