@@ -192,8 +192,10 @@ def rows_of_ids(directory: pathlib.Path, host: int = 0) -> list[dict]:
 def _server() -> multiprocessing.context.ForkServerContext:
   context = multiprocessing.get_context('forkserver')
   context.set_forkserver_preload(list(_PRELOAD))
-  # It forks while TensorFlow has threads, which do nothing yet.
-  variables = {'PYTHONPATH': _PYTHONPATH, 'PYTHONWARNINGS': 'ignore'}
+  # Python and JAX warn of a fork while TensorFlow has threads, which do nothing
+  # yet.
+  quiet = 'ignore::DeprecationWarning,ignore::RuntimeWarning'
+  variables = {'PYTHONPATH': _PYTHONPATH, 'PYTHONWARNINGS': quiet}
   with mock.patch.dict(os.environ, variables):
     forkserver.ensure_running()
   return context
