@@ -35,6 +35,8 @@ def run(main: Callable[[Sequence[str]], Any], usage: str) -> None:
   if {'-h', '--help'} & set(sys.argv[1:]):
     print(usage)
     sys.exit(0)
+  # Names of files may have bytes that are no text.
+  sys.stdout.reconfigure(errors='backslashreplace')
   try:
     main(sys.argv)
   except Preempted as error:

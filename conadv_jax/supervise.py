@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from conadv_jax.base import errors
+from conadv_jax.base import errors, storage
 
 _AGAIN = {errors.PREEMPTED, errors.HANG, errors.HOST}
 _TRIALS = 5
@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
   if not found:
     print('error: missing --workdir=DIR', file=sys.stderr)
     return errors.USAGE
-  return supervise(command(argv[1:]), epath.Path(found[-1]) / 'checkpoints')
+  return supervise(command(argv[1:]), storage.expand(found[-1]) / 'checkpoints')
 
 
 def console() -> None:

@@ -26,6 +26,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import jax
 
 from conadv_jax import models
+from conadv_jax.base import storage
 from conadv_jax.models import layers
 
 PLATFORMS = {'xla': '', 'ours': 'cpu'}
@@ -185,7 +186,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--output', required=True, type=pathlib.Path)
+  parser.add_argument('--output', required=True, type=storage.expand)
   parser.add_argument('--quick', action='store_true')
   args = parser.parse_args()
   report = {'machine': machine(), 'rows': list(benchmark(args.quick))}

@@ -33,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
+from conadv_jax.base import storage
 from conadv_jax.config import default_config, from_config_dict
 
 SIZE_PX = 224
@@ -476,9 +477,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--output', type=pathlib.Path)
+  parser.add_argument('--output', type=storage.expand)
   parser.add_argument('--quick', action='store_true')
-  parser.add_argument('--data_dir', type=pathlib.Path)
+  parser.add_argument('--data_dir', type=storage.expand)
   parser.add_argument('--memory_batches', type=int, default=2000)
   parser.add_argument('--task', help=argparse.SUPPRESS)
   parser.add_argument('--root', type=pathlib.Path, help=argparse.SUPPRESS)

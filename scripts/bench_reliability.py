@@ -36,6 +36,7 @@ from etils import epath
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from conadv_jax import experiment
+from conadv_jax.base import storage
 from conadv_jax.checkpoints import checksum
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import from_config_dict
@@ -241,9 +242,11 @@ def main() -> None:
   parser.add_argument('--model', default='resnet50')
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument(
-    '--directory', help='where checkpoints go; default: a temporary one'
+    '--directory',
+    type=storage.expand,
+    help='where checkpoints go; default: a temporary one',
   )
-  parser.add_argument('--output', type=pathlib.Path, help='a JSON file')
+  parser.add_argument('--output', type=storage.expand, help='a JSON file')
   args = parser.parse_args()
   with tempfile.TemporaryDirectory(dir=args.directory) as directory:
     saved = checkpoint_rows(args, pathlib.Path(directory))

@@ -60,13 +60,17 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--output', default='docs/autoaugment.png')
+  parser.add_argument(
+    '--output', type=os.path.expanduser, default='docs/autoaugment.png'
+  )
   parser.add_argument(
     '--policy',
     choices=[*autoaugment.POLICIES, RANDAUGMENT],
     help='default: all',
   )
-  parser.add_argument('--image', help='a photo, e.g. a JPEG')
+  parser.add_argument(
+    '--image', type=os.path.expanduser, help='a photo, e.g. a JPEG'
+  )
   args = parser.parse_args()
 
   try:

@@ -329,7 +329,9 @@ def _photos() -> tuple[Image.Image, ...]:
 
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--data_dir', required=True, help='where to write')
+  parser.add_argument(
+    '--data_dir', type=os.path.expanduser, required=True, help='where to write'
+  )
   parser.add_argument(
     '--file_format',
     default='array_record',

@@ -15,6 +15,7 @@ import dataclasses
 import gzip
 import hashlib
 import math
+import os
 import pathlib
 import struct
 import sys
@@ -177,11 +178,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   parser.add_argument(
     '--idx_dir',
+    type=os.path.expanduser,
     default=DEFAULT_IDX_DIR,
     help='directory of the four IDX files (default: %(default)s)',
   )
   parser.add_argument(
     '--data_dir',
+    type=os.path.expanduser,
     default='',
     help='TFDS data directory (default: $TFDS_DATA_DIR or'
     ' ~/tensorflow_datasets)',

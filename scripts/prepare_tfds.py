@@ -10,6 +10,7 @@ tar files must be in --manual_dir.
 """
 
 import argparse
+import os
 import sys
 
 import tensorflow_datasets as tfds
@@ -20,8 +21,14 @@ def main() -> int:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--name', required=True)
-  parser.add_argument('--data_dir', help="default: TFDS's own")
-  parser.add_argument('--manual_dir', help='files that you downloaded yourself')
+  parser.add_argument(
+    '--data_dir', type=os.path.expanduser, help="default: TFDS's own"
+  )
+  parser.add_argument(
+    '--manual_dir',
+    type=os.path.expanduser,
+    help='files that you downloaded yourself',
+  )
   parser.add_argument(
     '--file_format',
     choices=['array_record', 'tfrecord'],

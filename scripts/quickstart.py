@@ -8,6 +8,7 @@ Run it again to resume a run that was stopped; finished runs are kept.
 
 import argparse
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -22,7 +23,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--output', default='runs/quickstart')
+  parser.add_argument(
+    '--output', type=os.path.expanduser, default='runs/quickstart'
+  )
   parser.add_argument('--batch_size', type=int, default=320)
   args = parser.parse_args()
 

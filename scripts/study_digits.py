@@ -10,6 +10,7 @@ the work.
 
 import argparse
 import csv
+import os
 import pathlib
 import sys
 import time
@@ -35,8 +36,10 @@ def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--output', required=True)
-  parser.add_argument('--runs', default='runs/study_digits')
+  parser.add_argument('--output', type=os.path.expanduser, required=True)
+  parser.add_argument(
+    '--runs', type=os.path.expanduser, default='runs/study_digits'
+  )
   parser.add_argument('--methods', default='baseline,disadv,conadv')
   parser.add_argument('--batch_sizes', default='32,128,320,640')
   parser.add_argument('--seeds', default='0,1,2,3,4')

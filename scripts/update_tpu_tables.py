@@ -6,6 +6,7 @@ A table stands between `<!-- NAME -->` and `<!-- end -->`; NAME is one of TABLES
 below. --check changes nothing and exits with 1 if the page is out of date.
 """
 
+import argparse
 import json
 import pathlib
 import re
@@ -18,9 +19,14 @@ GIB = 2**30
 
 
 def main() -> int:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--check', action='store_true')
+  args = parser.parse_args()
   page = PAGE.read_text()
   new = updated(page)
-  if '--check' in sys.argv:
+  if args.check:
     return int(new != page)
   PAGE.write_text(new)
   return 0

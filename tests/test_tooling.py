@@ -1,5 +1,6 @@
 """The set-up: Python is found, the lock fits setup.py, `make` sets up first."""
 
+import ast
 import importlib.util
 import os
 import pathlib
@@ -185,6 +186,35 @@ def test_a_wheel_trains_a_shipped_recipe_in_another_folder(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert (tmp_path / 'w/summary.json').exists()
+
+
+# ---- Scripts ----------------------------------------------------------------
+
+SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
+# Arguments of scripts that are no paths.
+NO_PATHS = {
+  'batch_size', 'batch_sizes', 'check', 'count', 'file_format', 'folder',
+  'memory_batches', 'methods', 'model', 'name', 'num_eval', 'num_shards',
+  'num_train', 'policy', 'quick', 'repeats', 'root', 'seed', 'seeds', 'task',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('script', SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_has_help_refuses_other_flags_and_expands_homes(script):
+  calls = [
+    (node, ast.unparse(node.func))
+    for node in ast.walk(ast.parse(script.read_text(encoding='utf-8')))
+    if isinstance(node, ast.Call)
+  ]
+  names = [name for _, name in calls]
+  assert 'argparse.ArgumentParser' in names
+  assert 'parser.parse_args' in names
+  for call, name in calls:
+    if name == 'parser.add_argument':
+      flag = call.args[0].value.lstrip('-')
+      kinds = [ast.unparse(k.value) for k in call.keywords if k.arg == 'type']
+      expands = kinds in (['os.path.expanduser'], ['storage.expand'])
+      assert expands != (flag in NO_PATHS), flag
 
 
 # ---- Makefile ---------------------------------------------------------------

@@ -16,6 +16,7 @@ from conadv_jax.audit.cache import Auditor
 from conadv_jax.audit.scaling import forecast
 from conadv_jax.audit.scaling.plot import plot
 from conadv_jax.audit.scaling.study import as_json
+from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError, OutOfMemoryError
 from conadv_jax.config import Config, from_config_dict
 
@@ -35,7 +36,7 @@ def audit(argv: Sequence[str]) -> dict[str, Any]:
   # An audit computes nothing, so it must not occupy a TPU of this machine.
   jax.config.update('jax_platforms', 'cpu')
   topology.prepare_process()
-  output = epath.Path(options.output) if options.output else None
+  output = storage.expand(options.output) if options.output else None
   auditor = Auditor(
     output / 'programs' if output else None, _programs(options, config)
   )
@@ -103,7 +104,7 @@ def _write(
 ) -> None:
   content = json.dumps(result, indent=2) + '\n'
   if file:
-    path = epath.Path(file)
+    path = storage.expand(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content)
     print(f'wrote {path}')

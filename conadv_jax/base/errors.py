@@ -7,6 +7,7 @@ same table for users.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
 
@@ -95,6 +96,11 @@ def redact(text: str) -> str:
   User, password and query, such as a signature, may be credentials.
   """
   return _URL.sub(lambda m: f'{m[1]}{m[2]}{"?..." if m[3] else ""}', text)
+
+
+def printable(name: str) -> str:
+  """The `name` of a file, with bytes that are not UTF-8 as \\xNN."""
+  return os.fsencode(name).decode('utf-8', 'backslashreplace')
 
 
 def check_no_credentials(field: str, path: str) -> None:

@@ -171,6 +171,11 @@ def space(path: os.PathLike | str) -> str:
   return ''
 
 
+def expand(path: os.PathLike | str) -> epath.Path:
+  """The path that a flag, a field or a caller names: `~` is the home."""
+  return epath.Path(path).expanduser()
+
+
 def is_remote(path: os.PathLike | str) -> bool:
   """Whether `path` is in a bucket, where nothing is appended or locked."""
   return '://' in os.fspath(path)

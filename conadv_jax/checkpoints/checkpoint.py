@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.path import atomicity
@@ -61,6 +62,7 @@ class Checkpoints:
     self._strict = strict
     self._started: int | None = None  # the last save, unless it failed
     self._pending: int | None = None  # the save that has not been confirmed
+    self._pending_like: TrainState | None = None  # shapes and types of that
     self._start_error: BaseException | None = None  # of the pending save
     self._failures = 0  # in a row
     hosts.on_writer('strays', lambda: files.tidy(self._directory, read_only))
@@ -133,6 +135,9 @@ class Checkpoints:
         f'{self._manager.latest_step()}; use another --workdir'
       )
     self._started = self._pending = step
+    self._pending_like = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state
+    )
 
   def poll(self) -> bool:
     """Notes the end of a save without waiting; call it after every step.
@@ -262,7 +267,9 @@ class Checkpoints:
   def _confirm(self, step: int) -> None:
     if step not in files.committed(self._directory):
       raise OSError(errno.EIO, 'the save ended without a commit file')
-    manifest.read(self._directory / str(step))
+    path, like = self._directory / str(step), self._pending_like
+    if reason := files.inspect(path, step, like)['reason']:
+      raise OSError(errno.EIO, f'the save ended incomplete: {reason}')
     for old in files.removable(self._directory, self._keep):
       path = self._directory / str(old)
       try:

@@ -19,6 +19,7 @@ from etils import epath
 from flax import traverse_util
 
 from conadv_jax import experiment, models
+from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError, unknown
 from conadv_jax.experiment import Run
 from conadv_jax.export import model_card, usage
@@ -174,7 +175,7 @@ def load_stablehlo(path: str) -> Callable[[Any], jax.Array]:
     ConfigError: if there is no such file, or it is of another kind.
   """
   try:
-    content = epath.Path(path).read_bytes()
+    content = storage.expand(path).read_bytes()
     return jax.export.deserialize(bytearray(content)).call
   except OSError as error:
     raise ConfigError(f'{path!r}: cannot be read: {error}') from error
@@ -224,7 +225,7 @@ def _parse(argv: Sequence[str]) -> tuple[epath.Path, str, list[str]]:
     raise ConfigError('missing --output=FILE, the file to write')
   if kind.value not in FORMATS:
     raise unknown('--format', kind.value, FORMATS)
-  path = epath.Path(output.value)
+  path = storage.expand(output.value)
   suffixes = {form.suffix: name for name, form in FORMATS.items()}
   given = suffixes.get(path.suffix, kind.value)
   if given != kind.value:

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from etils import epath
 from flax import traverse_util
 
 from conadv_jax import models
+from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError
 
 StateDict = dict[str, np.ndarray]
@@ -32,6 +33,11 @@ _LEAVES = {
 # PyTorch's batch norm counts its batches, and reads the count only if it is
 # asked for a plain average of them, which timm does not.
 _COUNT = 'num_batches_tracked'
+# Of a safetensors file; its own reader for NumPy has no BF16.
+_DTYPES = {
+  'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
+  'BF16': jnp.bfloat16, 'I64': np.int64, 'I32': np.int32,
+}  # fmt: skip
 _MAX_NAMES = 5  # listed of each kind of error
 
 
@@ -107,13 +113,23 @@ def load(path: str) -> StateDict:
     ConfigError: if there is no such file, or it is of another kind.
   """
   try:
-    return safetensors.numpy.load(epath.Path(path).read_bytes())
+    arrays = safetensors.deserialize(storage.expand(path).read_bytes())
   except OSError as error:
     raise ConfigError(f'weights {path!r}: cannot be read: {error}') from error
   except safetensors.SafetensorError as error:
     raise ConfigError(
       f'weights {path!r}: not a safetensors file: {error}'
     ) from error
+  for name, array in arrays:
+    if array['dtype'] not in _DTYPES:
+      raise ConfigError(
+        f'weights {path!r}: {name} is of type {array["dtype"]}; save it as one '
+        f'of {", ".join(_DTYPES)}'
+      )
+  return {
+    name: np.frombuffer(x['data'], _DTYPES[x['dtype']]).reshape(x['shape'])
+    for name, x in arrays
+  }
 
 
 def save(
@@ -123,7 +139,7 @@ def save(
 ) -> None:
   """Writes a safetensors file, which timm and PyTorch load as it is."""
   content = safetensors.numpy.save(dict(state_dict), dict(metadata or {}))
-  epath.Path(path).write_bytes(content)
+  storage.expand(path).write_bytes(content)
 
 
 class _Leaf(NamedTuple):

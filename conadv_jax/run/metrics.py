@@ -27,7 +27,7 @@ class MetricWriter:
 
   A line is a JSON object: `step`, `split`, then the values in order. When a run
   resumes at `start_step`, lines of later steps are dropped, so that every step
-  is in the file once.
+  is in the file once, and TensorBoard shows it once.
 
   On a file system, a line is in the file when `write` returns. In a bucket, it
   is there a minute later, or after `flush`. All methods raise StorageError if
@@ -47,6 +47,7 @@ class MetricWriter:
     if not storage.is_remote(path):
       # Not buffered: what could not be written would be tried again at its end.
       self._file = storage.write(lambda: open(path, 'ab', buffering=0), path)
+    storage.write(lambda: _mark_start(path.parent, start_step + 1), workdir)
     self._tensorboard = storage.write(
       lambda: metric_writers.SummaryWriter(str(workdir)), workdir
     )
@@ -106,6 +107,22 @@ class MetricWriter:
   def _rewrite(self) -> None:
     storage.write_text(self._path, ''.join(self._lines))
     self._pending, self._written = False, time.monotonic()
+
+
+def _mark_start(workdir: epath.Path, step: int) -> None:
+  """Tells TensorBoard to drop what earlier starts wrote from `step` on.
+
+  The first start has to say so, too: TensorBoard passes over the first mark.
+  """
+  from tensorboard.compat.proto import event_pb2
+  from tensorboard.summary.writer import event_file_writer
+
+  start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+  writer = event_file_writer.EventFileWriter(str(workdir))
+  writer.add_event(
+    event_pb2.Event(wall_time=time.time(), step=step, session_log=start)
+  )
+  writer.close()
 
 
 class NoWriter:

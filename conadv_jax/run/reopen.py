@@ -34,7 +34,7 @@ def parse_args(
   trained = from_config_dict(values)
   config = from_config_dict(cli.parse_overrides(argv, values))
   _check_overrides(trained, config)
-  return epath.Path(directory), config
+  return workdir.path_of(directory), config
 
 
 def restore_newest(path: epath.Path, run: Run) -> tuple[int, TrainState]:

@@ -35,6 +35,16 @@ _FREE = (
 )  # fmt: skip
 
 
+def path_of(workdir: str) -> epath.Path:
+  """The work directory that a user names; `~` is the home.
+
+  Raises:
+    ConfigError: for a URL with what may be a credential.
+  """
+  check_no_credentials('workdir', workdir)
+  return storage.expand(workdir)
+
+
 def prepare(workdir: str, run: Run, data: Mapping[str, Any]) -> epath.Path:
   """Makes `workdir`, or checks the run that is there.
 
@@ -51,8 +61,8 @@ def prepare(workdir: str, run: Run, data: Mapping[str, Any]) -> epath.Path:
       on all hosts.
     StorageError: if the storage fails, in spite of retries.
   """
-  check_no_credentials('workdir', workdir)
-  path = epath.Path(workdir)
+  path = path_of(workdir)
+  _check_name(path)
 
   def make() -> None:
     try:
@@ -90,8 +100,7 @@ def read_config(workdir: str) -> dict[str, Any]:
     ConfigError: if there is no run.
     StorageError: if the storage fails, in spite of retries.
   """
-  check_no_credentials('workdir', workdir)
-  return _read_run(epath.Path(workdir))['config']
+  return _read_run(path_of(workdir))['config']
 
 
 def _read_run(workdir: epath.Path) -> dict[str, Any]:
@@ -188,6 +197,17 @@ def _write_config(path: epath.Path, run: Run, data: Mapping[str, Any]) -> None:
     'git_commit': git_commit(),
   } | _built_with()
   write_json(path / 'config.json', content)
+
+
+def _check_name(path: epath.Path) -> None:
+  """Refuses what orbax would take for a pattern, and then not find."""
+  name = str(path if storage.is_remote(path) else path.absolute())
+  found = sorted(set('[]*?') & set(name))
+  if found:
+    raise ConfigError(
+      f'workdir={name!r}: has {" ".join(found)} in its name, which orbax takes '
+      'for a pattern when it reads a checkpoint; use a name without them'
+    )
 
 
 def _check_shared(path: epath.Path) -> None:

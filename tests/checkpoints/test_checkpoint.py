@@ -451,6 +451,28 @@ def test_the_same_step_is_saved_again_after_a_failure(fault, two, waits):
   assert_is(restored(two), 3)
 
 
+def test_a_save_that_could_not_be_restored_costs_no_earlier_one(
+  two, monkeypatch
+):
+  """As if orbax had lost a file on the way: the checks are a restore's."""
+  finalize = checkpoint._TemporaryPath.finalize
+
+  async def losing(self):
+    if self.get_final().name == '3':
+      (self.get() / 'state' / 'manifest.ocdbt').unlink()
+    await finalize(self)
+
+  checkpoints = Checkpoints(two, keep=1)
+  monkeypatch.setattr(checkpoint._TemporaryPath, 'finalize', losing)
+  checkpoints.save(3, make_state(3))
+  with pytest.raises(StorageError, match=r'step 3 .*manifest.ocdbt is missing'):
+    checkpoints.wait(3)
+  monkeypatch.undo()
+  assert {1, 2} <= set(checkpoints.steps())
+  checkpoints.close()
+  assert_is(restored(two), 2)
+
+
 def test_the_last_state_of_a_run_is_saved_in_spite_of_a_failure(fault, two):
   fault('oserror*2@checkpoint/before_commit')
   checkpoints = Checkpoints(two, keep=1)

@@ -1,6 +1,8 @@
 """A folder of class sub-folders: order, labels, and odd files."""
 
+import json
 import os
+import pathlib
 import subprocess
 import sys
 import threading
@@ -13,7 +15,8 @@ from etils import epath
 
 from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError, StorageError
-from conadv_jax.data.sources import image_folder, records
+from conadv_jax.data.quarantine import Quarantine
+from conadv_jax.data.sources import cache, image_folder, records
 from scripts import make_fake_imagenet
 
 
@@ -148,6 +151,34 @@ def test_an_unreadable_file_is_empty_and_says_why(tmp_path):
   assert folder.describe(0).endswith('a/1.jpg: No such file or directory')
   assert folder.describe(1).endswith('a/2.jpg: the file is empty')
   assert folder.describe(2).endswith('a/3.jpg')
+
+
+@pytest.mark.parametrize('kind', ['raw', 'decoded'])
+def test_a_file_that_is_gone_is_one_bad_example_of_a_cache(kind, tmp_path):
+  """As without a cache, whose size nobody asks for."""
+  root = str(tmp_path / 'fake')
+  make_fake_imagenet.write_folder(root, num_train=10, num_eval=10)
+  folder = image_folder.ImageFolder(root, 'train')
+  lost = pathlib.Path(folder.path(1))
+  lost.unlink()
+  lost.symlink_to('nowhere.jpg')
+  cached = cache.Cached(folder, kind)
+  assert cached.num_examples == folder.num_examples
+  assert cached.describe(1).endswith('No such file or directory')
+
+
+def test_a_name_that_is_no_text_is_shown_escaped(tmp_path):
+  name = os.fsdecode(b'br\xfcke.jpg')
+  folder = image_folder.ImageFolder(write(tmp_path, 'train/a/b.jpg'), 'train')
+  (tmp_path / 'train/a/b.jpg').rename(tmp_path / 'train/a' / name)
+  folder = image_folder.ImageFolder(str(tmp_path), 'train')
+  quarantine = Quarantine(tmp_path / 'bad.jsonl', max_share=1.0)
+  (tmp_path / 'train/a' / name).write_bytes(b'')
+  assert folder.fetch([0]) == [b'']
+  quarantine.add('train', 0, folder.describe(0), 'empty', of=1)
+  shown = json.loads((tmp_path / 'bad.jsonl').read_text())['place']
+  assert shown.endswith(r'a/br\xfcke.jpg: the file is empty')
+  assert shown.encode()  # what a terminal and TensorBoard are given
 
 
 def test_a_failing_disk_is_asked_again(tmp_path, monkeypatch):

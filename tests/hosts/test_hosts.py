@@ -416,7 +416,7 @@ def test_hosts_train_as_one_process_with_as_many_devices(group_size, tmp_path):
     assert [f for f in files if not f.startswith('events.')] == [
       'checkpoints', 'config.json', 'metrics.jsonl', 'plots', 'summary.json'
     ]  # fmt: skip
-    assert len(files) == 6  # one file of TensorBoard events
+    assert len(files) == 7  # TensorBoard's mark of the start, and its events
     assert steps_saved(workdir) == [3, 6]
     content = json.loads((workdir / 'config.json').read_text())
     assert content['devices'] == {'kind': 'cpu', 'count': 4, 'hosts': count}

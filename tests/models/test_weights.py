@@ -1,8 +1,11 @@
 """Weights in and out: names, layouts, rows, files, and what is refused."""
 
+import json
 import re
+import struct
 
 import jax
+import jax.numpy as jnp
 import networks
 import numpy as np
 import pytest
@@ -96,11 +99,15 @@ def test_back_and_there_sets_the_chosen_routes_only():
   assert_same_bytes(state_dict_of(after, 2), state_dict_of(other, 0))
 
 
-def test_half_precision_weights_take_the_type_of_the_network():
-  state_dict = {
-    key: value.astype(np.float16)
+@pytest.mark.parametrize('dtype', [np.float16, jnp.bfloat16])
+def test_half_precision_weights_take_the_type_of_the_network(dtype, tmp_path):
+  half = {
+    key: value.astype(dtype)
     for key, value in state_dict_of(random_arrays()).items()
   }
+  weights.save(tmp_path / 'half.safetensors', half)
+  state_dict = weights.load(tmp_path / 'half.safetensors')
+  assert_same_bytes(state_dict, half)
   shapes = networks.abstract_variables(MODEL)
   variables = weights.from_state_dict(state_dict, 'resnet18', shapes)
   assert {x.dtype for x in jax.tree.leaves(variables)} == {np.dtype('float32')}
@@ -165,6 +172,16 @@ def test_a_file_that_is_none_is_refused(tmp_path, content):
     path.write_bytes(content)
   with pytest.raises(ConfigError, match=re.escape(str(path))):
     weights.load(str(path))
+
+
+def test_a_type_that_no_network_has_is_refused(tmp_path):
+  """As of a quantized file, which the reader for NumPy answers by KeyError."""
+  header = {'w': {'dtype': 'F8_E4M3', 'shape': [2], 'data_offsets': [0, 2]}}
+  text = json.dumps(header).encode()
+  path = tmp_path / 'weights.safetensors'
+  path.write_bytes(struct.pack('<Q', len(text)) + text + bytes(2))
+  with pytest.raises(ConfigError, match='w is of type F8_E4M3; save it as'):
+    weights.load(path)
 
 
 # ---- timm -------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 import json
 import math
+import time
 
 import pytest
 from etils import epath
+from tensorboard.backend.event_processing import plugin_event_accumulator
+from tensorboard.util import tensor_util
 
 from conadv_jax.base import storage
 from conadv_jax.run import metrics
@@ -23,6 +26,27 @@ def test_lines_after_the_step_of_a_resume_are_dropped(tmp_path):
   writer.close()
   rows = metrics.read_metrics(tmp_path)
   assert [(r['step'], r['loss']) for r in rows] == [(1, 0.5), (2, 1.0), (3, 7)]
+
+
+@pytest.mark.parametrize('start', [0, 2])
+def test_tensorboard_shows_a_step_once_after_a_resume(start, tmp_path):
+  for begin, loss in ((0, 1.0), (start, 7.0)):
+    writer = metrics.MetricWriter(tmp_path, begin)
+    for step in range(begin + 1, 5):
+      writer.write(step, 'train', {'loss': loss})
+    writer.close()
+    time.sleep(1.1)  # the names of files have the second of their start
+  events = plugin_event_accumulator.EventAccumulator(str(tmp_path))
+  events.Reload()
+  shown = [
+    (e.step, float(tensor_util.make_ndarray(e.tensor_proto)))
+    for e in events.Tensors('train/loss')
+  ]
+  rows = metrics.read_metrics(tmp_path)
+  assert shown == [(row['step'], row['loss']) for row in rows]
+  assert shown == [
+    (step, 1.0 if step <= start else 7.0) for step in (1, 2, 3, 4)
+  ]
 
 
 def test_a_line_is_in_the_file_when_write_returns(tmp_path):

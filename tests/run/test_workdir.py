@@ -57,6 +57,30 @@ def test_a_change_that_alters_the_run_is_refused_with_a_diff(name, value, run):
   assert (run / 'config.json').read_text() == before
 
 
+@pytest.mark.parametrize('name', ['run[1]', 'a*', 'what?', 'a]/b'])
+def test_a_name_that_orbax_takes_for_a_pattern_is_refused(name, tmp_path):
+  """Its checkpoints could not be read."""
+  with pytest.raises(ConfigError, match='use a name without them'):
+    workdir.prepare(str(tmp_path / name), build(), DATA)
+  assert not (tmp_path / name).exists()
+
+
+def test_the_folder_that_a_run_is_started_in_counts_as_well(
+  tmp_path, monkeypatch
+):
+  (tmp_path / 'day[1]').mkdir()
+  monkeypatch.chdir(tmp_path / 'day[1]')
+  with pytest.raises(ConfigError, match=r'day\[1\]/run.*has \[ \] in its name'):
+    workdir.prepare('run', build(), DATA)
+
+
+def test_a_tilde_is_the_home(run, monkeypatch):
+  monkeypatch.setenv('HOME', str(run.parent))
+  path = workdir.prepare('~/run', build(), DATA)
+  assert path == run
+  assert parse_args(['prog', '--workdir=~/run'])[0] == run
+
+
 @pytest.mark.parametrize('name', DATA)
 def test_other_data_is_refused(name, run):
   other = DATA | {name: 'other'}

@@ -6,6 +6,7 @@ places of the class names in sorted order, and ids follow (class, file name).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -17,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from conadv_jax.base import storage
-from conadv_jax.base.errors import ConfigError
+from conadv_jax.base.errors import ConfigError, printable
 from conadv_jax.config import Dataset
 from conadv_jax.data import slices
 from conadv_jax.data.sources import records
@@ -222,7 +223,8 @@ class ImageFolder(Encoded):
     sizes = np.zeros(len(paths), np.int64)
 
     def measure(index):
-      sizes[index] = records.file_size(paths[index])
+      with contextlib.suppress(OSError):  # `fetch` says what is wrong with it
+        sizes[index] = records.file_size(paths[index])
 
     records.map_in_threads(
       self._pool, self._num_threads, measure, range(len(paths))
@@ -289,12 +291,12 @@ class ImageFolder(Encoded):
   def describe(self, example_id: int) -> str:
     """The file of an example, and why it could not be read if known."""
     reason = self._reasons.get(int(example_id))
-    path = self.path(int(example_id))
+    path = printable(self.path(int(example_id)))
     return f'{path}: {reason}' if reason else path
 
 
 def _root(directory: str) -> str:
-  path = os.path.expanduser(directory)
+  path = str(storage.expand(directory))
   if not _is_dir(path):
     raise ConfigError(f'dataset.data_dir={directory!r}: no such directory')
   return path

@@ -215,7 +215,7 @@ def check_positions(
 def data_root(data_dir: Any) -> epath.Path:
   """`dataset.data_dir` as an absolute path; '' is TFDS's own default."""
   default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
-  path = epath.Path(data_dir or default).expanduser()
+  path = storage.expand(data_dir or default)
   return path if storage.is_remote(path) else path.absolute()
 
 
