@@ -58,6 +58,7 @@ def start(
     'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
     'PYTHONPATH': _PYTHONPATH,
   }
+  log.write_bytes(b'')  # there from the start, for who waits for a line
   job = (list(arguments), str(log), variables | dict(environment or {}))
   process = _server().Process(target=_run, args=job)
   process.start()
@@ -208,7 +209,7 @@ def _run(arguments: list[str], log: str, environment: dict[str, str]) -> None:
   from conadv_jax.base import faults
 
   os.chdir(ROOT)
-  output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+  output = os.open(log, os.O_WRONLY)
   for number in (1, 2):
     os.dup2(output, number)
   os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
