@@ -72,6 +72,15 @@ def run(*args, **options) -> int:
   return process.exitcode
 
 
+def compile_cache(directory: os.PathLike | str) -> dict[str, str]:
+  """Variables by which a process keeps all that it compiles there."""
+  return {
+    'JAX_COMPILATION_CACHE_DIR': str(directory),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+  }
+
+
 class Hosts:
   """Processes of one run on the loopback interface, each with a log file.
 

@@ -68,11 +68,7 @@ def start(directory, tau='1', faults='', cached=True, devices=8, **fields):
   ids_of(directory).mkdir(exist_ok=True)
   environment = {'CONADV_FAULTS': faults, 'RECORD_IDS': str(ids_of(directory))}
   if cached:
-    environment |= {
-      'JAX_COMPILATION_CACHE_DIR': f'{directory}.cache',
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-      'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
-    }
+    environment |= multihost.compile_cache(f'{directory}.cache')
   return multihost.start(
     [
       multihost.TINY,

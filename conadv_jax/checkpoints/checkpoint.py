@@ -257,7 +257,7 @@ class Checkpoints:
       self._manager.wait_until_finished()
       if hosts.is_writer():
         self._confirm(step)
-    except files.UNWRITABLE as error:
+    except (*files.UNWRITABLE, StorageError) as error:
       self._started = self._start_error = None
       self._failures += 1
       self._manager.reload()
@@ -269,6 +269,7 @@ class Checkpoints:
       raise OSError(errno.EIO, 'the save ended without a commit file')
     path, like = self._directory / str(step), self._pending_like
     if reason := files.inspect(path, step, like)['reason']:
+      files.remove(path)  # else the step would count as saved
       raise OSError(errno.EIO, f'the save ended incomplete: {reason}')
     for old in files.removable(self._directory, self._keep):
       path = self._directory / str(old)

@@ -36,7 +36,9 @@ _COUNT = 'num_batches_tracked'
 # Of a safetensors file; its own reader for NumPy has no BF16.
 _DTYPES = {
   'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
-  'BF16': jnp.bfloat16, 'I64': np.int64, 'I32': np.int32,
+  'BF16': jnp.bfloat16, 'C64': np.complex64, 'BOOL': np.bool_,
+  'I64': np.int64, 'I32': np.int32, 'I16': np.int16, 'I8': np.int8,
+  'U64': np.uint64, 'U32': np.uint32, 'U16': np.uint16, 'U8': np.uint8,
 }  # fmt: skip
 _MAX_NAMES = 5  # listed of each kind of error
 
@@ -110,7 +112,8 @@ def load(path: str) -> StateDict:
   """The arrays of a safetensors file, local or in a bucket.
 
   Raises:
-    ConfigError: if there is no such file, or it is of another kind.
+    ConfigError: if there is no such file, it is of another kind, or an array
+      has a type that NumPy lacks.
   """
   try:
     arrays = safetensors.deserialize(storage.expand(path).read_bytes())

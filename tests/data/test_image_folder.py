@@ -169,11 +169,10 @@ def test_a_file_that_is_gone_is_one_bad_example_of_a_cache(kind, tmp_path):
 
 def test_a_name_that_is_no_text_is_shown_escaped(tmp_path):
   name = os.fsdecode(b'br\xfcke.jpg')
-  folder = image_folder.ImageFolder(write(tmp_path, 'train/a/b.jpg'), 'train')
-  (tmp_path / 'train/a/b.jpg').rename(tmp_path / 'train/a' / name)
+  (tmp_path / 'train/a').mkdir(parents=True)
+  (tmp_path / 'train/a' / name).write_bytes(b'')
   folder = image_folder.ImageFolder(str(tmp_path), 'train')
   quarantine = Quarantine(tmp_path / 'bad.jsonl', max_share=1.0)
-  (tmp_path / 'train/a' / name).write_bytes(b'')
   assert folder.fetch([0]) == [b'']
   quarantine.add('train', 0, folder.describe(0), 'empty', of=1)
   shown = json.loads((tmp_path / 'bad.jsonl').read_text())['place']

@@ -19,11 +19,7 @@ def started(directory, cache, logs):
     '--config.max_steps=2', '--config.log_every_steps=1',
     '--config.eval.attack=none',
   ]  # fmt: skip
-  variables = {
-    'JAX_COMPILATION_CACHE_DIR': str(cache),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
-  }
+  variables = multihost.compile_cache(cache)
   with multihost.Hosts(logs, 1, arguments, environment=variables) as run:
     yield run
     run.ends_with(0)
