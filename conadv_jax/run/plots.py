@@ -76,7 +76,7 @@ def adversarial_grid(
     np.clip(clean + delta, 0, 255) / 255,
   )
   texts = (predicted_clean, None, predicted_adversarial)
-  names = ('clean', f'perturbation\n(±{largest:.0f} px)', 'adversarial')
+  names = ('clean', f'perturbation\n(±{largest:.0f} of 255)', 'adversarial')
   for row, (image, text, name) in enumerate(
     zip(images, texts, names, strict=True)
   ):
