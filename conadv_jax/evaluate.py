@@ -6,13 +6,14 @@ Reads the newest checkpoint and evaluates every example of the eval split once:
 clean, under FGSM and under PGD (`eval.attack`: all, fgsm, pgd or none), in an
 L-infinity ball of `eval.epsilon` grey levels, through the batch-norm row
 `eval.route`. The attack is white-box: it sees the very network that it is
-measured on. Prints a table and adds it to summary.json. Several hosts take the
-flags of `conadv_jax.train`.
+measured on. Prints a table and adds it to summary.json, each row with what it
+was measured on. With --config.dataset.data_dir=DIR it measures on other
+examples of the same classes. Several hosts take the flags of
+`conadv_jax.train`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,12 +21,9 @@ from etils import epath
 
 from conadv_jax import cli, experiment, hosts
 from conadv_jax.config import Config
-from conadv_jax.run import preflight, workdir
-from conadv_jax.run.evaluator import (
-  Evaluator,
-  eval_attack,
-  weights_of,
-)
+from conadv_jax.data import datasets
+from conadv_jax.run import evaluations, preflight, provenance, workdir
+from conadv_jax.run.evaluator import Evaluator, weights_of
 from conadv_jax.run.guard import Guard
 from conadv_jax.run.reopen import parse_args, restore_newest
 
@@ -41,62 +39,45 @@ def _evaluate(
   path: epath.Path, config: Config, guard: Guard
 ) -> list[dict[str, Any]]:
   preflight.check_program(config)
-  run = experiment.build(config)
+  trained = workdir.read_data(path)
+  run = experiment.build(
+    config, spec=datasets.recorded(config.dataset, trained)
+  )
+  # What is evaluated may be elsewhere, and without the training images.
+  spec = datasets.resolve(config.dataset, eval_only=True)
+  source = spec.open('eval', config.dataset)
+  data_dir = config.dataset.data_dir
+  data = provenance.of_examples(spec, data_dir, eval=source)
+  preflight.check_input(run, data)
+  provenance.check_classes(trained, data)
   step, state = restore_newest(path, run)
-  source = run.spec.open('eval', config.dataset)
-  preflight.check_input(run, run.spec.num_train, source.num_examples)
-  quarantine = workdir.quarantine(path, config)
 
-  evaluator = Evaluator(run, source, quarantine)
-  weights = weights_of(config, state)
-  rows = []
+  evaluator = Evaluator(run, source, workdir.quarantine(path, config))
   hosts.say(
     f'{config.dataset.name}, {source.num_examples} examples, step {step}, '
     f'route {config.eval.route}'
   )
+  if any(trained.get(name) != value for name, value in data.items()):
+    hosts.say('these are not the examples that the run evaluates itself')
   hosts.say(
     f'{"attack":<10}{"epsilon":>11}{"steps":>7}{"top1 %":>9}{"loss":>9}'
   )
-  for name in ('none', *config.eval.attacks):
-    attack = eval_attack(config, name) if name != 'none' else None
-    row = {
-      'step': step,
-      'route': config.eval.route,
-      'use_ema': config.eval.use_ema,
-      'attack': name,
-      'epsilon': attack.epsilon if attack else 0.0,
-      'attack_steps': attack.steps if attack else 0,
-      **evaluator(
-        weights, name, before_batch=lambda: guard.enter('evaluate', step)
-      ),
-    }
+  rows = []
+  for row in evaluations.measured(
+    config,
+    evaluator,
+    weights_of(config, state),
+    step,
+    provenance.of_result(spec, data, data_dir),
+    before_batch=lambda: guard.enter('evaluate', step),
+  ):
     rows.append(row)
     hosts.say(
-      f'{name:<10}{row["epsilon"]:>11g}{row["attack_steps"]:>7}'
+      f'{row["attack"]:<10}{row["epsilon"]:>11g}{row["attack_steps"]:>7}'
       f'{row["top1"]:>9.2f}{row["loss"]:>9.4f}'
     )
-  hosts.on_writer('summary.json', lambda: _add_to_summary(path, rows))
+  hosts.on_writer('summary.json', lambda: evaluations.store(path, rows, None))
   return rows
-
-
-# What an evaluation is of; all else in a row is its result.
-_KIND = ('step', 'route', 'use_ema', 'attack', 'epsilon', 'attack_steps')
-
-
-def _add_to_summary(path: epath.Path, rows: list[dict[str, Any]]) -> None:
-  """Adds `rows` to `evaluations`, in place of earlier ones of the same kind."""
-  summary = {}
-  if (path / 'summary.json').exists():
-    summary = json.loads((path / 'summary.json').read_text())
-
-  def kind(row):
-    return [row.get(name) for name in _KIND]
-
-  new = [kind(row) for row in rows]
-  old = [r for r in summary.get('evaluations', []) if kind(r) not in new]
-  workdir.write_json(
-    path / 'summary.json', {**summary, 'evaluations': old + rows}
-  )
 
 
 def console() -> None:

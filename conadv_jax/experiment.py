@@ -189,18 +189,20 @@ class Run:
 def build(
   config: Config,
   devices: Sequence[jax.Device] | None = None,
+  spec: datasets.DatasetSpec | None = None,
 ) -> Run:
   """Builds the `Run` of `config` on `devices` (default: all).
 
   Args:
     config: every setting of the run.
     devices: of the mesh.
+    spec: of the data set; None looks at its files.
 
   Raises:
     ConfigError: for an unknown data set or model, a batch that does not divide
       over the devices, or a flip that the data set does not allow.
   """
-  spec = datasets.resolve(config.dataset)
+  spec = spec or datasets.resolve(config.dataset)
   if config.dataset.random_flip and not spec.allows_flip:
     raise ConfigError(
       f'dataset.random_flip=True: a mirrored image of {spec.name!r} is not of '

@@ -38,6 +38,7 @@ from conadv_jax.checkpoints import checksum
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import Config, describe, from_config_dict
 from conadv_jax.data.quarantine import Quarantine
+from conadv_jax.data.sources.source import Source
 from conadv_jax.debug import replay
 from conadv_jax.experiment import Run
 from conadv_jax.hosts.stop import Stopped, StopRequest
@@ -53,6 +54,7 @@ from conadv_jax.run import (
   log,
   metrics,
   preflight,
+  provenance,
   summary,
   workdir,
 )
@@ -89,7 +91,7 @@ def train(
     hosts.say(f'{describe(config)}\n{log.opening(run)}')
 
     guard.enter('data')
-    path, source, eval_source = _open(run, directory, guard, stack)
+    path, data, source, eval_source = _open(run, directory, guard, stack)
     quarantine = workdir.quarantine(path, config)
     evaluator = Evaluator(run, eval_source, quarantine)
 
@@ -98,10 +100,11 @@ def train(
     checkpoints = Checkpoints(path, keep, strict=strict)
     stack.callback(checkpoints.close)
     if checkpoints.latest_step() == run.steps.stop:
-      if done := workdir.finished(path):
-        hosts.say(f'nothing left to train\n{summary.describe(done, path)}')
+      if done := summary.finished(path, run.steps.stop):
+        _say_done(path, config, done)
         return done
     start, state = _restored(run, checkpoints)
+    workdir.write_config(path, run, data, start)
     writer = metrics.make_writer(path, start)
     stack.callback(writer.close)
     stack.push(guard.verdict)  # first: the others would wait for a lost host
@@ -111,24 +114,37 @@ def train(
 
     guard.nothing_to_save('all steps are done and saved, the evaluation is not')
     return summary.write_results(
-      run, path, state, evaluator, writer, guard, loop.progress
+      run, path, data, state, evaluator, writer, guard, loop.progress
     )
 
 
 def _open(
   run: Run, directory: str, guard: Guard, stack: contextlib.ExitStack
-) -> tuple[epath.Path, Any, Any]:
-  """The work directory, locked until `stack` ends, and both splits."""
+) -> tuple[epath.Path, provenance.Data, Source, Source]:
+  """The work directory, locked until `stack` ends, and its examples."""
   dataset = run.config.dataset
   source = run.spec.open('train', dataset)
   eval_source = run.spec.open('eval', dataset)
-  preflight.check_input(run, source.num_examples, eval_source.num_examples)
-  data = feed.identity(run, source, eval_source)
+  data = provenance.of_examples(
+    run.spec, dataset.data_dir, train=source, eval=eval_source
+  )
+  preflight.check_input(run, data)
+  data['splits'] = dict(run.spec.splits)
   path = workdir.prepare(directory, run, data)
   lock = stack.enter_context(RunLock(path))
   guard.before_leaving(lock.release)
-  workdir.write_config(path, run, data)
-  return path, source, eval_source
+  return path, data, source, eval_source
+
+
+def _say_done(path: epath.Path, config: Config, done: dict[str, Any]) -> None:
+  hosts.say(f'nothing left to train\n{summary.describe(done, path)}')
+  if ignored := workdir.not_applied(path, config):
+    hosts.say(
+      'not applied, as the run is finished:\n  '
+      + '\n  '.join(ignored)
+      + '\nmeasure with other settings of eval by\n'
+      f'  python -m conadv_jax.evaluate --workdir={path} --config.eval...'
+    )
 
 
 @dataclasses.dataclass
@@ -143,7 +159,7 @@ class _Loop:
   evaluator: Evaluator
   quarantine: Quarantine
 
-  def train(self, source: Any, start: int, state: TrainState) -> TrainState:
+  def train(self, source: Source, start: int, state: TrainState) -> TrainState:
     """Trains from step `start` to the last one; returns its state, saved."""
     run, guard, stop = self.run, self.guard, self.run.steps.stop
     guard.enter('compile')

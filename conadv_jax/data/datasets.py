@@ -6,7 +6,8 @@ Importing this file needs no tensorflow; `DatasetSpec.open` does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ DATASETS: dict[str, DatasetSpec | Callable[[], DatasetSpec]] = {
       mean=(77.8,),
       std=(95.9,),
       allows_flip=False,
-      store=Arrays(digits.load, version=''),
+      store=Arrays(digits.load, class_names=tuple('0123456789')),
     ),
     DatasetSpec(
       name='fashion_mnist',
@@ -135,6 +136,7 @@ def from_arrays(
   mean: tuple[float, ...] | None = None,
   std: tuple[float, ...] | None = None,
   allows_flip: bool = False,
+  class_names: Sequence[str] = (),
 ) -> DatasetSpec:
   """Makes a data set of arrays, for `DATASETS[name] = ...`.
 
@@ -148,16 +150,23 @@ def from_arrays(
     mean: per channel in grey levels of 255; None is that of `train`.
     std: standard deviation, likewise.
     allows_flip: whether a mirrored image keeps its label.
+    class_names: in the order of the labels; () if they have none.
 
   Raises:
     ConfigError: wrong types or shapes, or a negative label.
   """
-  store = Arrays(lambda: {'train': train, 'test': test})
+  store = Arrays(lambda: {'train': train, 'test': test}, class_names)
   images, _ = store.splits['train']
   pixels = images.reshape(-1, images.shape[-1])
+  num_classes = 1 + max(int(y.max()) for _, y in store.splits.values())
+  if class_names and len(class_names) != num_classes:
+    raise ConfigError(
+      f'class_names: {len(class_names)} names for {num_classes} classes; give '
+      'one for each label'
+    )
   return DatasetSpec(
     name=name,
-    num_classes=1 + max(int(y.max()) for _, y in store.splits.values()),
+    num_classes=num_classes,
     splits={split: len(x) for split, (x, _) in store.splits.items()},
     train_split='train',
     eval_split='test',
@@ -169,28 +178,23 @@ def from_arrays(
   )
 
 
-def resolve(config: Dataset) -> DatasetSpec:
+def resolve(config: Dataset, *, eval_only: bool = False) -> DatasetSpec:
   """The data set that `config` describes.
 
   Sizes are those of the files where they are there, else the published ones;
   the image shape follows `image_size_px` and `pool`.
 
+  Args:
+    config: names it, and where it is.
+    eval_only: whether the files of the training split are not looked for.
+
   Raises:
     ConfigError: an unknown name, a size, slice or `pool` that does not fit the
       data set, or a folder that is not there.
   """
-  spec = get_spec(config.name)
-  spec = dataclasses.replace(
-    spec,
-    train_split=config.train_split or spec.train_split,
-    eval_split=config.eval_split or spec.eval_split,
-    image_shape=_image_shape(spec, config),
-  )
-  if not spec.encoded and config.cache != 'none':
-    raise ConfigError(
-      f'dataset.cache={config.cache!r}: {spec.name!r} is in memory anyway;'
-      " set it to 'none'"
-    )
+  spec = _described(config)
+  if eval_only:
+    spec = dataclasses.replace(spec, train_split=spec.eval_split)
   found = spec.store.resolve(spec, config.data_dir)
   for split, published in spec.splits.items():
     if found.splits[split] != published:
@@ -201,6 +205,36 @@ def resolve(config: Dataset) -> DatasetSpec:
   for part in ('train', 'eval'):
     found.pieces(part)  # Raises for a wrong slice.
   return found
+
+
+def recorded(config: Dataset, data: Mapping[str, Any]) -> DatasetSpec:
+  """The data set that a run was trained on, without a look at its files.
+
+  Args:
+    config: names it.
+    data: what the run's config.json says of it: `num_classes` and `splits`.
+
+  Raises:
+    ConfigError: an unknown name, or a size or `pool` that does not fit.
+  """
+  known = {k: data[k] for k in ('num_classes', 'splits') if k in data}
+  return dataclasses.replace(_described(config), **known)
+
+
+def _described(config: Dataset) -> DatasetSpec:
+  """The registered data set, with the splits and image shape of `config`."""
+  spec = get_spec(config.name)
+  if not spec.encoded and config.cache != 'none':
+    raise ConfigError(
+      f'dataset.cache={config.cache!r}: {spec.name!r} is in memory anyway;'
+      " set it to 'none'"
+    )
+  return dataclasses.replace(
+    spec,
+    train_split=config.train_split or spec.train_split,
+    eval_split=config.eval_split or spec.eval_split,
+    image_shape=_image_shape(spec, config),
+  )
 
 
 def _image_shape(spec: DatasetSpec, config: Dataset) -> tuple[int, int, int]:

@@ -29,13 +29,22 @@ from conadv_jax.base import storage
 from conadv_jax.base.errors import CheckpointError, ConfigError
 from conadv_jax.checkpoints import checksum
 from conadv_jax.checkpoints.checkpoint import Checkpoints
+from conadv_jax.data import datasets
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.debug import diagnosis
 from conadv_jax.experiment import Run
 from conadv_jax.method import optim
 from conadv_jax.method.staleness import pending_perturbation
 from conadv_jax.method.state import TrainState
-from conadv_jax.run import bad_steps, feed, metrics, plots, preflight, workdir
+from conadv_jax.run import (
+  bad_steps,
+  feed,
+  metrics,
+  plots,
+  preflight,
+  provenance,
+  workdir,
+)
 from conadv_jax.run.bad_steps import to_json
 from conadv_jax.run.guard import Guard
 from conadv_jax.run.reopen import parse_args
@@ -58,7 +67,10 @@ def main(argv: Sequence[str]) -> Row:
   path, config = parse_args(rest)
   with Guard(config.hang_timeout_seconds) as guard:
     preflight.check_program(config)
-    run = experiment.build(config)
+    trained = workdir.read_data(path)
+    run = experiment.build(
+      config, spec=datasets.recorded(config.dataset, trained)
+    )
     if not 1 <= step <= run.steps.stop:
       raise ConfigError(
         f'replay={step}: the run in {path} has steps 1 to {run.steps.stop}'
@@ -121,18 +133,15 @@ class _Replay:
     """Raises ConfigError for other data; tells of what may change last bits."""
     file = self._path / 'config.json'
     content = json.loads(storage.read(file.read_text, file))
-    config = self._run.config.dataset
-    now = {
-      'version': self._run.spec.version(config.data_dir),
-      'num_train': self._source.num_examples,
-    }
-    for name, value in now.items():
-      trained = content.get('data', {}).get(name, value)
-      if trained != value:
-        raise ConfigError(
-          f'data.{name}={value!r}: the run was trained with {trained!r}; give '
-          'its data with --config.dataset.data_dir=DIR'
-        )
+    now = provenance.of_examples(
+      self._run.spec, self._run.config.dataset.data_dir, train=self._source
+    )
+    if lines := provenance.changes(content.get('data', {}), now):
+      raise ConfigError(
+        'the run was trained on other examples:\n  '
+        + '\n  '.join(lines)
+        + '\ngive its data with --config.dataset.data_dir=DIR'
+      )
     devices = content.get('devices', {}).get('count')
     if devices != jax.device_count():
       hosts.say(

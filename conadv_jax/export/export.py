@@ -21,6 +21,7 @@ from flax import traverse_util
 from conadv_jax import experiment, models
 from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError, unknown
+from conadv_jax.data import datasets
 from conadv_jax.experiment import Run
 from conadv_jax.export import model_card, usage
 from conadv_jax.export.model_card import Card
@@ -48,8 +49,12 @@ def export(argv: Sequence[str]) -> epath.Path:
   output, kind, rest = _parse(argv)
   directory, config = parse_args(rest)
   card_path = _prepare(output)
-  # The file must not depend on how many devices are here.
-  run = experiment.build(config, jax.devices()[:1])
+  # The file must not depend on how many devices are here, nor on the images.
+  run = experiment.build(
+    config,
+    jax.devices()[:1],
+    datasets.recorded(config.dataset, workdir.read_data(directory)),
+  )
   step, state = restore_newest(directory, run)
   weights = jax.device_get(weights_of(config, state))
 
@@ -116,6 +121,7 @@ def _safetensors(run: Run, weights: Snapshot, card: Card) -> bytes:
   metadata = {
     'model': card['model'],
     'num_classes': str(card['dataset']['num_classes']),
+    'class_names': json.dumps(card['dataset']['class_names']),
     **{key: json.dumps(value) for key, value in card['input'].items()},
     'license': card['license'],
   }

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from flax import traverse_util
 
 from conadv_jax import models
-from conadv_jax.config import Config, from_config_dict, to_dict
+from conadv_jax.config import Config
 from conadv_jax.data.datasets import DatasetSpec
 from conadv_jax.experiment import Run
 from conadv_jax.method.state import Snapshot
-from conadv_jax.run.evaluator import eval_attack
+from conadv_jax.run import evaluations
 
 Card = dict[str, Any]
 
@@ -36,14 +36,16 @@ CITATION = f"""\
 def make(run: Run, directory: epath.Path, step: int, weights: Snapshot) -> Card:
   """Makes the card of `weights`, those of `step` of the run in `directory`.
 
-  `evaluations` lists only what was measured on these very weights; `top1` is
-  None if nothing was.
+  `evaluations` lists only what was measured on these very weights, each row
+  with what it was measured on; `top1` is that of the run's own eval split, or
+  None.
   """
   config = run.config
   origin = json.loads((directory / 'config.json').read_text())
-  resolved = to_dict(config)
-  del resolved['dataset']['data_dir']  # a place on the machine that trained
-  rows = evaluations(directory, config, step)
+  trained, data = origin['config'], origin['data']
+  del trained['dataset']['data_dir']  # a place on the machine that trained
+  rows = evaluations.of_weights(directory, config, step)
+  own = {'digest': data.get('eval_digest'), 'content': data.get('eval_content')}
   return {
     'card': KIND,
     'model': config.model,
@@ -55,21 +57,33 @@ def make(run: Run, directory: epath.Path, step: int, weights: Snapshot) -> Card:
     'dataset': {
       'name': run.spec.name,
       'num_classes': run.spec.num_classes,
+      'class_names': data.get('class_names', []),
       'num_train': run.spec.num_train,
       'num_eval': run.spec.num_eval,
+      'version': data.get('version', ''),
+      'train_digest': data.get('train_digest'),
+      'eval_digest': own['digest'],
+      'eval_content': own['content'],
     },
     'step': step,
     'steps_of_schedule': run.steps.total,
     'epochs': step / run.steps.per_epoch,
     'route': config.eval.route,
     'use_ema': config.eval.use_ema,
-    'top1': next((r['top1'] for r in rows if r['attack'] == 'none'), None),
+    'top1': next(
+      (
+        row['top1']
+        for row in reversed(rows)
+        if row['attack'] == 'none' and own.items() <= row['data'].items()
+      ),
+      None,
+    ),
     'evaluations': rows,
     'input': input_of(config, run.spec),
     'peak_learning_rate': config.optimizer.peak_learning_rate(
       config.batch_size
     ),
-    'config': resolved,
+    'config': trained,
     'git_commit': origin['git_commit'],
     'versions': origin['versions'],
     'devices': origin['devices'],
@@ -101,53 +115,22 @@ def count_parameters(weights: Snapshot) -> int:
   return sum(map(math.prod, shapes.values()))
 
 
-def evaluations(
-  directory: epath.Path, config: Config, step: int
-) -> list[dict[str, Any]]:
-  """Finds the evaluations in summary.json of `step`, `eval.route` and EMA.
-
-  Returns:
-    Rows with `attack` ('none' for clean images), `epsilon`, `attack_steps` and
-    `top1`; of several of one kind, the newest.
-  """
-  file = directory / 'summary.json'
-  summary = json.loads(file.read_text()) if file.exists() else {}
-  wanted = (step, config.eval.route, config.eval.use_ema)
-  values = json.loads((directory / 'config.json').read_text())['config']
-  trained = from_config_dict(values)
-  rows = []
-  at_end = (summary.get('steps'), trained.eval.route, trained.eval.use_ema)
-  if 'top1' in summary and at_end == wanted:
-    by_attack = {'none': summary['top1'], **summary['robust_top1_by_attack']}
-    rows = [_row(trained, *item) for item in by_attack.items()]
-  for row in summary.get('evaluations', []):
-    if (row['step'], row['route'], row['use_ema']) == wanted:
-      names = ('attack', 'epsilon', 'attack_steps', 'top1')
-      rows.append({name: row[name] for name in names})
-  # A later row of a kind replaces an earlier one.
-  return list({tuple(r.values())[:-1]: r for r in rows}.values())
-
-
-def _row(trained: Config, name: str, top1: float) -> dict[str, Any]:
-  row = {'attack': name, 'epsilon': 0.0, 'attack_steps': 0, 'top1': top1}
-  if name != 'none':
-    attack = eval_attack(trained, name)
-    row |= {'epsilon': attack.epsilon, 'attack_steps': attack.steps}
-  return row
-
-
 def input_of(config: Config, spec: DatasetSpec) -> dict[str, Any]:
   """Describes the preprocessing in the words of timm's `pretrained_cfg`.
 
-  The central square, `crop_pct` of the shorter side, is resized. Images of a
-  data set of one size are taken as they are.
+  Where they are `resized`, the central square, `crop_pct` of the shorter side,
+  is cut out first. (timm resizes first: other pixels.) With `antialias` the
+  result is Pillow's; without, that of `tf.image.resize`. Images of a data set
+  of one size are taken as they are.
   """
   height, width, channels = spec.image_shape
   return {
     'input_size': [channels, height, width],
     'mean': [value / 255 for value in spec.mean],
     'std': [value / 255 for value in spec.std],
+    'resized': spec.encoded,
     'interpolation': config.dataset.interpolation,
+    'antialias': config.dataset.antialias,
     'crop_pct': config.dataset.eval_crop_ratio if spec.encoded else 1.0,
     'crop_mode': 'center',
   }
@@ -162,7 +145,7 @@ def markdown(card: Mapping[str, Any]) -> str:
   facts = {
     'method': method,
     'data': f'{dataset["name"]}, {dataset["num_train"]:,} training images, '
-    f'{dataset["num_classes"]} classes',
+    f'{dataset["num_classes"]} classes' + _named(dataset['class_names']),
     'training': f'{card["step"]:,} of {card["steps_of_schedule"]:,} steps, '
     f'{card["epochs"]:.2f} epochs, seed {config["seed"]}',
     'weights': f'{weights}; batch norm of the route {card["route"]!r}',
@@ -196,10 +179,11 @@ def _input(card: Mapping[str, Any]) -> str:
     f'{height} x {width} x {channels}; mean {_numbers(spec["mean"])} and '
     f'standard deviation {_numbers(spec["std"])} of pixels in [0, 1]'
   )
-  if card['config']['dataset']['image_size_px']:
+  if spec['resized']:
+    low_pass = 'with' if spec['antialias'] else 'without'
     text += (
-      f'; central crop of {spec["crop_pct"]:.4g} of the shorter side, '
-      f'{spec["interpolation"]}'
+      f'; the central square of {spec["crop_pct"]:.4g} of the shorter side, '
+      f'then resized, {spec["interpolation"]}, {low_pass} antialiasing'
     )
   return text
 
@@ -211,17 +195,37 @@ def _accuracies(card: Mapping[str, Any]) -> str:
     rows.insert(0, {'attack': 'none', 'top1': None})
   if all(row['attack'] == 'none' for row in rows):
     rows.append({'attack': 'any', 'top1': None})
-  header = ('attack', 'radius, grey levels of 255', 'steps', 'top-1, %')
+  radii = 'radius, grey levels of 255'
+  header = ('images', 'attack', radii, 'steps', 'top-1, %')
   lines = []
   for row in rows:
     top1 = 'not evaluated' if row['top1'] is None else f'{row["top1"]:.2f}'
     radius = f'{row["epsilon"]:g}' if row.get('epsilon') else ''
     steps = row.get('attack_steps') or ''
-    lines.append((row['attack'], radius, steps, top1))
-  images = f'On {card["dataset"]["num_eval"]:,} images that were not trained on'
-  return f'{images}; attacks are in an L-infinity ball.\n\n' + _table(
-    header, lines
-  )
+    images = _images(card, row)
+    lines.append((images, row['attack'], radius, steps, top1))
+  return 'Attacks are in an L-infinity ball.\n\n' + _table(header, lines)
+
+
+def _named(names: Sequence[str]) -> str:
+  """The first and last of the class names; the JSON has them all."""
+  if not names:
+    return ''
+  return f', {names[0]!r} to {names[-1]!r} in the order of the labels'
+
+
+def _images(card: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+  """What a result was measured on; '' where there is none."""
+  data = row.get('data')
+  if data is None:
+    return ''
+  text = f'{data["name"]}, {data["split"]}: {data["num_examples"]:,}'
+  if bad := row.get('bad_examples'):
+    text += f', {bad:g} of them unreadable'
+  found = f'{data["digest"]}/{data["content"]}'
+  if found != '{eval_digest}/{eval_content}'.format_map(card['dataset']):
+    text += f" (not the run's own; digest {found})"
+  return text
 
 
 def _recipe(card: Mapping[str, Any]) -> dict[str, str]:

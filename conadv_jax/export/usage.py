@@ -18,24 +18,59 @@ def _timm(card: Card) -> str:
   channels = spec['input_size'][0]
   channels_arg = '' if channels == 3 else f'\n  in_chans={channels},'
   mode = 'RGB' if channels == 3 else 'L'
+  header = ['import numpy as np', 'import timm', 'import torch']
+  if _needs_tensorflow(spec):
+    header.insert(1, 'import tensorflow as tf')
+  imports = '\n'.join(header)
   return f"""\
-import timm
+{imports}
 from PIL import Image
+
+
+{crop(card)}
+
+
+def to_tensor(pixels):
+  x = (pixels.astype(np.float32) / 255 - {spec['mean']}) / {spec['std']}
+  return torch.tensor(x.transpose(2, 0, 1), dtype=torch.float32)
+
 
 model = timm.create_model(
   {card['timm_name']!r},
   num_classes={card['dataset']['num_classes']},{channels_arg}
   checkpoint_path={card['file']!r},
 ).eval()
-transform = timm.data.create_transform(
-  input_size={tuple(spec['input_size'])},
-  mean={tuple(spec['mean'])},
-  std={tuple(spec['std'])},
-  interpolation={spec['interpolation']!r},
-  crop_pct={spec['crop_pct']!r},
-)
 image = Image.open('image.jpg').convert({mode!r})
-logits = model(transform(image)[None])"""
+logits = model(to_tensor(crop(image))[None])"""
+
+
+def _needs_tensorflow(spec: Mapping[str, Any]) -> bool:
+  """Whether the run shrinks images without a low-pass, which is TF's alone."""
+  return spec['resized'] and not spec['antialias']
+
+
+def crop(card: Card) -> str:
+  """Returns a function PIL image -> uint8 pixels [H, W, C], as the run's."""
+  spec = card['input']
+  _, height, width = spec['input_size']
+  kind = spec['interpolation']
+  lines = [
+    'def crop(image):',
+    f'side = int(np.float32({spec["crop_pct"]!r}) * min(image.size))',
+    'left, top = ((length - side + 1) // 2 for length in image.size)',
+    'image = image.crop((left, top, left + side, top + side))',
+  ]
+  if not spec['resized']:
+    lines[1:] = [f'return np.array(image).reshape({height}, {width}, -1)']
+  elif spec['antialias']:
+    how = f'Image.Resampling.{kind.upper()}'
+    lines += [f'return np.array(image.resize({width, height}, {how}))']
+  else:
+    lines += [
+      f'pixels = tf.image.resize(np.array(image), {height, width}, {kind!r})',
+      'return np.clip(np.floor(pixels + 0.5), 0, 255).astype(np.uint8)',
+    ]
+  return '\n  '.join(lines)
 
 
 def _own(card: Card) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from conadv_jax import hosts
@@ -29,15 +27,6 @@ class ExampleIds:
 
   def __getitem__(self, batch: int) -> np.ndarray:
     return self._ids[batch]
-
-
-def identity(run: Run, source: Source, eval_source: Source) -> dict[str, Any]:
-  """What tells the examples of a run from others."""
-  return {
-    'version': run.spec.version(run.config.dataset.data_dir),
-    'num_train': source.num_examples,
-    'num_eval': eval_source.num_examples,
-  }
 
 
 def batches(

@@ -39,23 +39,20 @@ def check_program(config: Config) -> None:
   _check_same('the comparison of programs', _program(config))
 
 
-def check_input(run: Run, num_train: int, num_eval: int) -> None:
-  """Compares what hosts feed: shapes, sizes of the data, places in the batch.
+def check_input(run: Run, data: Facts) -> None:
+  """Compares what hosts feed: shapes, the examples, places in the batch.
 
   Args:
     run: as built on this host.
-    num_train, num_eval: examples that this host found.
+    data: what identifies the examples that this host found.
 
   Raises:
     ConfigError: on every host, with all that differs, or if a place of the
       global batch has not exactly one host.
   """
   positions = run.local_positions()
-  facts = {
-    'examples.train': num_train,
-    'examples.eval': num_eval,
-    'batch.examples_per_host': len(positions),
-  }
+  facts = {f'data.{name}': value for name, value in data.items()}
+  facts['batch.examples_per_host'] = len(positions)
   for name, x in run.abstract_batch().items():
     facts[f'batch.{name}'] = f'{x.dtype}{list(x.shape)}'
   _check_same('the comparison of inputs', facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from etils import epath
 from conadv_jax import hosts
 from conadv_jax.experiment import Run
 from conadv_jax.method.state import TrainState
-from conadv_jax.run import metrics, plots, workdir
+from conadv_jax.run import evaluations, metrics, plots, provenance
 from conadv_jax.run.evaluator import (
   Evaluator,
   attacked,
@@ -20,21 +21,35 @@ from conadv_jax.run.evaluator import (
 )
 from conadv_jax.run.guard import Guard
 
+Summary = dict[str, Any]
+
+
+def finished(path: epath.Path, step: int) -> Summary | None:
+  """The summary of the run in `path` if it was written at `step`."""
+
+  def read() -> Summary | None:
+    summary = evaluations.read(path)
+    return summary if summary.get('steps') == step else None
+
+  return hosts.on_writer('summary.json', read)
+
 
 def write_results(
   run: Run,
   path: epath.Path,
+  data: Mapping[str, Any],
   state: TrainState,
   evaluator: Evaluator,
   writer: metrics.Writer,
   guard: Guard,
   progress: metrics.Progress,
-) -> dict[str, Any]:
+) -> Summary:
   """Evaluates the last weights, writes summary.json and plots/.
 
   Args:
     run: what was trained, to its last step.
     path: the work directory.
+    data: what identifies the examples, see `provenance.of_examples`.
     state: after that step.
     evaluator: of the test split.
     writer: of the metrics.
@@ -44,13 +59,13 @@ def write_results(
   Returns:
     The summary.
   """
-  top1 = _evaluate(run, state, evaluator, writer, guard)
+  rows = _evaluate(run, data, state, evaluator, writer, guard)
   guard.enter('pictures')
   seconds = writer.seconds_before + progress.seconds
 
-  def write() -> dict[str, Any]:
-    summary = _summarized(run, state, path, top1, seconds)
-    workdir.write_json(path / 'summary.json', summary)
+  def write() -> Summary:
+    summary = _summarized(run, state, path, rows, seconds)
+    evaluations.store(path, rows, summary)
     _draw(run, state, evaluator, path)
     return summary
 
@@ -61,43 +76,45 @@ def write_results(
 
 def _evaluate(
   run: Run,
+  data: Mapping[str, Any],
   state: TrainState,
   evaluator: Evaluator,
   writer: metrics.Writer,
   guard: Guard,
-) -> dict[str, float]:
-  """Top-1 of the last weights: `none` for clean images, and by attack."""
-  config = run.config
-  step = run.steps.stop
-  weights = weights_of(config, state)
-  names = ('none', *config.eval.attacks)
-  rows = {
-    name: evaluator(
-      weights,
-      name,
+) -> list[evaluations.Row]:
+  """Evaluates the last weights: on clean images, and by attack."""
+  config, step = run.config, run.steps.stop
+  rows = list(
+    evaluations.measured(
+      config,
+      evaluator,
+      weights_of(config, state),
+      step,
+      provenance.of_result(run.spec, data, config.dataset.data_dir),
       before_batch=lambda: guard.enter('last_evaluation', step),
     )
-    for name in names
-  }
+  )
   # All at the end: half of them would be there twice after a rerun.
-  top1 = {name: row['top1'] for name, row in rows.items()}
-  writer.write(step, 'test', rows['none'])
-  for name in names[1:]:
-    writer.write(step, f'test_{name}', {'top1': top1[name]})
+  for row in rows:
+    clean = row['attack'] == 'none'
+    names = ('top1', 'loss', 'bad_examples') if clean else ('top1',)
+    split = 'test' if clean else f'test_{row["attack"]}'
+    writer.write(step, split, {n: row[n] for n in names if n in row})
   writer.flush()
-  return top1
+  return rows
 
 
 def _summarized(
   run: Run,
   state: TrainState,
   path: epath.Path,
-  top1: dict[str, float],
+  rows: Sequence[evaluations.Row],
   seconds: float,
-) -> dict[str, Any]:
+) -> Summary:
   """The numbers of the run, from `_evaluate` and metrics.jsonl."""
   config, spikes = run.config, state.spikes
-  robust = {name: value for name, value in top1.items() if name != 'none'}
+  clean, *attacked_rows = (row['top1'] for row in rows)
+  robust = dict(zip(config.eval.attacks, attacked_rows, strict=True))
   rates = [
     row['images_per_sec']
     for row in metrics.read_metrics(path)
@@ -112,7 +129,9 @@ def _summarized(
     'seed': config.seed,
     'steps': run.steps.stop,
     'epochs': run.steps.stop / run.steps.per_epoch,
-    'top1': top1['none'],
+    'route': config.eval.route,
+    'use_ema': config.eval.use_ema,
+    'top1': clean,
     'robust_top1': min(robust.values(), default=None),
     'robust_top1_by_attack': robust,
     'robust_epsilon': config.eval.epsilon,
@@ -123,7 +142,7 @@ def _summarized(
   }
 
 
-def describe(summary: dict[str, Any], path: epath.Path) -> str:
+def describe(summary: Summary, path: epath.Path) -> str:
   """Puts the summary into one line."""
   robust = ', '.join(
     f'{name} {top1:.2f} %'

@@ -16,14 +16,24 @@ from etils import epath
 from conadv_jax import hosts
 from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError, check_no_credentials
-from conadv_jax.config import Config, changes, from_config_dict, to_dict
+from conadv_jax.config import (
+  Config,
+  changes,
+  flatten,
+  from_config_dict,
+  to_dict,
+)
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.experiment import Run
+from conadv_jax.run import provenance
 
 _PACKAGES = (
   'conadv_jax', 'jax', 'jaxlib', 'libtpu', 'flax', 'optax', 'orbax-checkpoint',
   'tensorflow', 'tensorflow-cpu', 'tensorflow-datasets', 'numpy',
 )  # fmt: skip
+
+# What `starts` in config.json keeps the changes of.
+_TRACED = ('config', 'git_commit', 'versions', 'devices')
 
 # Fields that a rerun may change: they do not alter the weights of any step, but
 # for rounding, as the number of devices does.
@@ -79,18 +89,34 @@ def prepare(workdir: str, run: Run, data: Mapping[str, Any]) -> epath.Path:
   return path
 
 
-def write_config(path: epath.Path, run: Run, data: Mapping[str, Any]) -> None:
+def write_config(
+  path: epath.Path, run: Run, data: Mapping[str, Any], step: int = 0
+) -> None:
   """Writes `config.json`: the resolved configuration and what it ran on.
+
+  Its `starts` keeps what earlier starts ran on, as changes.
 
   Args:
     path: the work directory.
     run: the run.
     data: what identifies the examples; JSON can hold it.
+    step: that this start begins after.
 
   Raises:
     StorageError: if that fails.
   """
-  hosts.on_writer('config.json', lambda: _write_config(path, run, data))
+  hosts.on_writer('config.json', lambda: _write_config(path, run, data, step))
+
+
+def not_applied(path: epath.Path, config: Config) -> list[str]:
+  """A line for each setting that is not as the run in `path` was trained."""
+
+  def compare() -> list[str]:
+    return _diff(
+      changes(from_config_dict(_read_run(path)['config']), config, ())
+    )
+
+  return hosts.on_writer('the comparison of settings', compare)
 
 
 def read_config(workdir: str) -> dict[str, Any]:
@@ -101,6 +127,16 @@ def read_config(workdir: str) -> dict[str, Any]:
     StorageError: if the storage fails, in spite of retries.
   """
   return _read_run(path_of(workdir))['config']
+
+
+def read_data(path: epath.Path) -> dict[str, Any]:
+  """What identifies the examples of the run in `path`; see `write_config`.
+
+  Raises:
+    ConfigError: as `read_config`.
+    StorageError: likewise.
+  """
+  return _read_run(path).get('data', {})
 
 
 def _read_run(workdir: epath.Path) -> dict[str, Any]:
@@ -137,19 +173,6 @@ def quarantine(path: epath.Path, config: Config) -> Quarantine:
   return Quarantine(
     path / f'quarantine{host}.jsonl', max_share=config.dataset.max_bad_share
   )
-
-
-def finished(path: epath.Path) -> dict[str, Any] | None:
-  """summary.json of a run that reached its end, or None."""
-
-  def read() -> dict[str, Any] | None:
-    file = path / 'summary.json'
-    if not file.exists():
-      return None
-    summary = json.loads(storage.read(file.read_text, file))
-    return summary if 'top1' in summary else None
-
-  return hosts.on_writer('summary.json', read)
 
 
 def write_json(path: epath.Path, content: Any) -> None:
@@ -189,14 +212,26 @@ def versions() -> dict[str, str]:
   return found
 
 
-def _write_config(path: epath.Path, run: Run, data: Mapping[str, Any]) -> None:
-  content = {
+def _write_config(
+  path: epath.Path, run: Run, data: Mapping[str, Any], step: int
+) -> None:
+  now = {
     'config': to_dict(run.config),
     'data': dict(data),
     'steps': vars(run.steps),
     'git_commit': git_commit(),
   } | _built_with()
-  write_json(path / 'config.json', content)
+  file = path / 'config.json'
+  before = _read_run(path) if file.exists() else now
+  starts = before.get('starts', [])
+  old, new = (flatten({k: x.get(k) for k in _TRACED}) for x in (before, now))
+  changed = {
+    name: [old.get(name), new.get(name)]
+    for name in sorted(old.keys() | new.keys())
+    if old.get(name) != new.get(name)
+  }
+  now['starts'] = [*starts, {'step': step, 'changed': changed}]
+  write_json(file, now)
 
 
 def _check_name(path: epath.Path) -> None:
@@ -261,17 +296,14 @@ def _check_same(
       f'epochs: {old:g} -> {new:g}: from this step on, the learning rate '
       'follows the longer schedule'
     )
-  old_data = content.get('data', {})
-  differences |= {
-    f'data.{name}': (old_data.get(name), value)
-    for name, value in data.items()
-    if old_data.get(name) != value
-  }
-  if differences:
+  lines = _diff(differences)
+  lines += provenance.changes(content.get('data', {}), data)
+  if lines:
     raise ConfigError(
-      f'workdir={str(path)!r}: holds a run of another configuration:\n  '
-      + '\n  '.join(_diff(differences))
-      + '\nuse another --workdir, or the configuration of that run'
+      f'workdir={str(path)!r}: holds a run of another configuration, or of '
+      'other examples:\n  '
+      + '\n  '.join(lines)
+      + '\nuse another --workdir, or the configuration and data of that run'
     )
   built = _built_with()
   rebuilt = {

@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 import sys
+import types
 from typing import Any
 
 import flax.linen as nn
@@ -19,8 +20,9 @@ from references import make
 from conadv_jax import cli, evaluate, experiment, models, train
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.checkpoints.checkpoint import Checkpoints
-from conadv_jax.config import from_config_dict
+from conadv_jax.config import Dataset, from_config_dict
 from conadv_jax.data import datasets
+from conadv_jax.data.images import decode
 from conadv_jax.export import export, model_card, usage
 from conadv_jax.method.state import Snapshot
 from conadv_jax.models import efficientnet, resnet, weights
@@ -202,7 +204,7 @@ def test_a_network_that_timm_lacks_keeps_our_names(
   card = {
     'model': model,
     'timm_name': model_card.timm_name(model),
-    'dataset': {'num_classes': 10},
+    'dataset': {'num_classes': 10, 'class_names': []},
     'input': model_card.input_of(run.config, run.spec),
     'config': {'bn_epsilon': 1e-3},
     'file': 'm.safetensors',
@@ -320,12 +322,11 @@ def test_the_card_says_what_the_network_is(directory, tmp_path):
   assert (card['model'], card['method'], card['step']) == (
     'thin', 'conadv', STEPS,
   )  # fmt: skip
-  assert card['evaluations'] == [
-    {'attack': 'none', 'epsilon': 0.0, 'attack_steps': 0,
-     'top1': found['top1']},
-    {'attack': 'fgsm', 'epsilon': 16.0, 'attack_steps': 1,
-     'top1': found['robust_top1']},
-  ]  # fmt: skip
+  names = ('attack', 'epsilon', 'attack_steps', 'top1')
+  assert [tuple(row[n] for n in names) for row in card['evaluations']] == [
+    ('none', 0.0, 0, found['top1']),
+    ('fgsm', 16.0, 1, found['robust_top1']),
+  ]
   for name in ('git_commit', 'versions', 'devices'):
     assert card[name] == origin[name]
   assert card['config']['optimizer'] == origin['config']['optimizer']
@@ -333,8 +334,8 @@ def test_the_card_says_what_the_network_is(directory, tmp_path):
   page = (tmp_path / 'm.md').read_text()
   for text in (
     '# thin, conadv, digits',
-    f'| fgsm | 16 | 1 | {found["robust_top1"]:.2f} |',
-    f'| none |  |  | {found["top1"]:.2f} |',
+    f'| digits, test: 360 | fgsm | 16 | 1 | {found["robust_top1"]:.2f} |',
+    f'| digits, test: 360 | none |  |  | {found["top1"]:.2f} |',
     'conadv (staleness 1)',
     'Apache-2.0',
     'arxiv.org/abs/2106.00221',
@@ -369,10 +370,38 @@ def test_a_later_evaluation_is_in_the_card(directory, tmp_path):
     (directory / 'summary.json').write_text(before)
   card = json.loads((tmp_path / 'm.json').read_text())
   assert card['top1'] == rows[0]['top1']
-  assert card['evaluations'][1] == {
-    'attack': 'pgd', 'epsilon': 16.0, 'attack_steps': 2,
-    'top1': rows[1]['top1'],
-  }  # fmt: skip
+  row = dict(rows[1], data=dict(rows[1]['data']))
+  del row['data']['data_dir']
+  assert card['evaluations'][1] == row
+  assert (row['epsilon'], row['attack_steps']) == (16.0, 2)
+
+
+@pytest.mark.parametrize('size', [(50, 41), (33, 120)])
+@pytest.mark.parametrize('interpolation', ['bicubic', 'bilinear'])
+@pytest.mark.parametrize('antialias', [True, False])
+def test_the_card_crops_as_the_run_does(antialias, interpolation, size):
+  """With antialiasing as Pillow, of which ours is a grey level off in places."""
+  settings = Dataset(
+    name='imagenet2012',
+    image_size_px=24,
+    eval_crop_ratio=0.8,
+    interpolation=interpolation,
+    antialias=antialias,
+  )
+  config = types.SimpleNamespace(dataset=settings)
+  spec = datasets.recorded(settings, {})
+  card = {'input': model_card.input_of(config, spec)}
+  code = f'import tensorflow as tf\n{usage.crop(card)}'
+  scope = {'np': np, 'Image': Image}
+  exec(code, scope)
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(0, 256, (*size, 3), np.uint8)
+  image = Image.fromarray(pixels).resize((size[1], size[0]), Image.BILINEAR)
+  ours = decode.center_crop(
+    np.asarray(image), 24, 0.8, interpolation, antialias
+  ).numpy()
+  error = np.abs(scope['crop'](image).astype(int) - ours)
+  assert error.max() <= antialias
 
 
 @pytest.mark.parametrize('routes', [1, 3])
@@ -446,8 +475,7 @@ def test_what_cannot_be_exported_says_why(kind, tmp_path):
 def timm_logits(usage, images, folder, monkeypatch):
   """Runs the card's own lines; returns the logits of images [N, H, W, 3].
 
-  These have their final size, so of timm's preprocessing only the last two
-  parts are applied to them: to [0, 1], and normalisation.
+  These are cropped already.
   """
   import torch
 
@@ -457,8 +485,7 @@ def timm_logits(usage, images, folder, monkeypatch):
   scope = {}
   exec(usage, scope)
   assert scope['logits'].shape == (1, 1000)
-  *_, to_tensor, normalize = scope['transform'].transforms
-  x = [normalize(to_tensor(Image.fromarray(image))) for image in images]
+  x = [scope['to_tensor'](image) for image in images]
   with torch.no_grad():
     return scope['model'](torch.stack(x)).numpy()
 

@@ -37,6 +37,7 @@ class Cached(Encoded):
     """
     self.num_examples = source.num_examples
     self.class_names = source.class_names
+    self.digest, self.content = source.digest, source.content
     self._source = source
     self._kind = kind
     self._decode = _decoder(source) if kind == 'decoded' else None

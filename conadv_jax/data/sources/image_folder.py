@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,12 @@ from conadv_jax.base.errors import ConfigError, printable
 from conadv_jax.config import Dataset
 from conadv_jax.data import slices
 from conadv_jax.data.sources import records
-from conadv_jax.data.sources.source import Encoded, data_root
+from conadv_jax.data.sources.source import Encoded, data_root, sha256_digits
 
 if TYPE_CHECKING:
   from conadv_jax.data.spec import DatasetSpec
 
+_SAMPLED = 100  # files that stand for the contents of all
 _SUFFIXES = ('.jpg', '.jpeg', '.png')  # In any case.
 
 
@@ -66,6 +67,15 @@ class Split:
     label = int(np.searchsorted(self.starts, place, side='right')) - 1
     name = self.file_names[label][place - self.starts[label]]
     return os.path.join(self.directory, self.class_names[label], name)
+
+  def listing(self, first: int, stop: int) -> Iterator[str]:
+    """Each class, and then its files, of the places first .. stop - 1."""
+    yield f'{os.path.basename(self.directory)}:'
+    for name, files, start in zip(
+      self.class_names, self.file_names, self.starts, strict=False
+    ):
+      yield f'{name}/'
+      yield from files[max(first - start, 0) : max(stop - start, 0)]
 
 
 class Folder:
@@ -230,6 +240,19 @@ class ImageFolder(Encoded):
       self._pool, self._num_threads, measure, range(len(paths))
     )
     return int(sizes.sum())
+
+  @functools.cached_property
+  def content(self) -> str:
+    some = np.linspace(0, self.num_examples - 1, _SAMPLED).astype(np.int64)
+    return sha256_digits(self.fetch(np.unique(some)))
+
+  @functools.cached_property
+  def digest(self) -> str:
+    return sha256_digits(
+      text
+      for split, first, stop in self._pieces
+      for text in split.listing(first, stop)
+    )
 
   def path(self, example_id: int) -> str:
     """The file of an example."""

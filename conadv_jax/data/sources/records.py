@@ -14,7 +14,7 @@ from etils import epath
 from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.data.slices import Piece
-from conadv_jax.data.sources.source import Encoded
+from conadv_jax.data.sources.source import Encoded, sha256_digits
 
 
 class ShardedRecords(Encoded):
@@ -75,6 +75,11 @@ class ShardedRecords(Encoded):
     of_files = np.array([size for size, _ in sizes], np.int64)
     share = self.lengths / np.maximum(self.file_lengths, 1)
     self.nbytes = int((of_files * np.where(self.file_lengths, share, 1)).sum())
+    names = map(os.path.basename, self.paths)
+    self.digest = sha256_digits(
+      (*names, self.file_lengths, self.firsts, self.lengths)
+    )
+    self.content = sha256_digits((of_files,))
     problems = [problem for _, problem in sizes if problem]
     if problems:
       raise ConfigError(

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -82,10 +83,16 @@ class Source(Protocol):
   Attributes:
     num_examples: N.
     class_names: in the order of the labels; () if the files do not name them.
+    digest: tells these examples from others, in their order: the first 12
+      digits of a SHA-256 of the arrays, or of the listing of the files.
+    content: likewise, tells files of the same names apart, by the bytes of some
+      or the sizes of all. It may change where a file is damaged.
   """
 
   num_examples: int
   class_names: tuple[str, ...]
+  digest: str
+  content: str
 
   def order(self, share: Share) -> tf.data.Dataset:
     """The examples of a host, one by one: a function of `share` alone.
@@ -131,13 +138,15 @@ class Encoded(abc.ABC):
 
   Attributes:
     num_examples: N.
-    class_names: as in `Source`.
+    class_names, digest, content: as in `Source`.
     nbytes: bytes of all examples, approximately.
     failure: the error that ended a stream; tf.data raises an OpError instead.
   """
 
   num_examples: int
   nbytes: int
+  digest: str
+  content: str
   class_names: tuple[str, ...] = ()
   failure: Exception | None = None
 
@@ -217,6 +226,18 @@ def data_root(data_dir: Any) -> epath.Path:
   default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
   path = storage.expand(data_dir or default)
   return path if storage.is_remote(path) else path.absolute()
+
+
+def sha256_digits(parts: Iterable[str | bytes | np.ndarray]) -> str:
+  """The first 12 digits of the SHA-256 of texts, bytes and arrays."""
+  sha = hashlib.sha256()
+  for part in parts:
+    if isinstance(part, np.ndarray):
+      sha.update(f'{part.dtype} {part.shape}'.encode())
+      sha.update(np.ascontiguousarray(part))
+    else:
+      sha.update(os.fsencode(part) + b'\0')
+  return sha.hexdigest()[:12]
 
 
 def hide_gpus() -> None:
