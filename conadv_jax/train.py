@@ -86,6 +86,7 @@ def train(
     signals = stop_request or stack.enter_context(StopRequest())
     guard = stack.enter_context(Guard(config.hang_timeout_seconds, signals))
     guard.nothing_to_save()
+    workdir.path_of(directory)  # Refused before the data is looked at.
     preflight.check_program(config)
     run = experiment.build(config)
     hosts.say(f'{describe(config)}\n{log.opening(run)}')

@@ -330,9 +330,7 @@ def test_a_nonfinite_run_exits_with_4(monkeypatch, capsys):
 
 
 def test_evaluate_prints_a_table_and_adds_it_to_the_summary(unbroken, capsys):
-  at_the_end = json.loads((unbroken / 'summary.json').read_text())[
-    'evaluations'
-  ]
+  before = json.loads((unbroken / 'summary.json').read_text())['evaluations']
   rows = evaluate.evaluate(
     ['prog', f'--workdir={unbroken}', '--config.eval.attack_steps=2']
   )
@@ -341,7 +339,7 @@ def test_evaluate_prints_a_table_and_adds_it_to_the_summary(unbroken, capsys):
   out = capsys.readouterr().out
   assert '360 examples' in out and f'{rows[2]["top1"]:.2f}' in out
   summary = json.loads((unbroken / 'summary.json').read_text())
-  known = [row for row in at_the_end if row['attack'] not in ('none', 'fgsm')]
+  known = [row for row in before if row['attack'] not in ('none', 'fgsm')]
   assert summary['evaluations'] == known + rows
   assert summary['top1'] == pytest.approx(rows[0]['top1'])
   # The adversarial route gives other numbers, and is kept beside the others.

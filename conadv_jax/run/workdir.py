@@ -49,10 +49,15 @@ def path_of(workdir: str) -> epath.Path:
   """The work directory that a user names; `~` is the home.
 
   Raises:
-    ConfigError: for a URL with what may be a credential.
+    ConfigError: for a URL with what may be a credential, a name that orbax
+      cannot read, or a file.
   """
   check_no_credentials('workdir', workdir)
-  return storage.expand(workdir)
+  path = storage.expand(workdir)
+  _check_name(path)
+  if not storage.is_remote(path) and path.is_file():
+    raise ConfigError(f'workdir={workdir!r}: is a file; name a directory')
+  return path
 
 
 def prepare(workdir: str, run: Run, data: Mapping[str, Any]) -> epath.Path:
@@ -72,7 +77,6 @@ def prepare(workdir: str, run: Run, data: Mapping[str, Any]) -> epath.Path:
     StorageError: if the storage fails, in spite of retries.
   """
   path = path_of(workdir)
-  _check_name(path)
 
   def make() -> None:
     try:

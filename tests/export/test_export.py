@@ -380,7 +380,7 @@ def test_a_later_evaluation_is_in_the_card(directory, tmp_path):
 @pytest.mark.parametrize('interpolation', ['bicubic', 'bilinear'])
 @pytest.mark.parametrize('antialias', [True, False])
 def test_the_card_crops_as_the_run_does(antialias, interpolation, size):
-  """With antialiasing as Pillow, of which ours is a grey level off in places."""
+  """With antialiasing as Pillow, of which ours is up to a grey level off."""
   settings = Dataset(
     name='imagenet2012',
     image_size_px=24,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from conadv_jax import experiment
+from conadv_jax import experiment, train
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import from_config_dict
 from conadv_jax.run import workdir
@@ -65,6 +65,18 @@ def test_a_name_that_orbax_takes_for_a_pattern_is_refused(name, tmp_path):
   assert not (tmp_path / name).exists()
 
 
+@pytest.mark.parametrize('command', [train.train, None])
+def test_a_file_is_refused_before_the_data_is_looked_at(command, tmp_path):
+  (tmp_path / 'run').write_text('')
+  values = digits.get_config()
+  values.dataset.name = 'image_folder'  # there is none
+  with pytest.raises(ConfigError, match='is a file; name a directory'):
+    if command:
+      command(from_config_dict(values), str(tmp_path / 'run'))
+    else:
+      parse_args(['prog', f'--workdir={tmp_path / "run"}'])
+
+
 def test_the_folder_that_a_run_is_started_in_counts_as_well(
   tmp_path, monkeypatch
 ):
@@ -113,6 +125,11 @@ def test_epochs_can_be_added_but_not_taken_away(run, capsys):
   assert 'follows the longer schedule' in capsys.readouterr().out
   with pytest.raises(ConfigError, match='epochs: '):
     workdir.prepare(str(run), build(epochs=epochs - 10), DATA)
+
+
+def test_what_an_older_run_did_not_record_is_not_compared(run):
+  known = DATA | {'class_names': ['a', 'b'], 'train_digest': '0' * 12}
+  assert workdir.prepare(str(run), build(), known) == run
 
 
 def test_other_versions_and_devices_are_said(run, capsys):
