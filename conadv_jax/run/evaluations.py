@@ -17,8 +17,11 @@ from conadv_jax.run.evaluator import Evaluator, eval_attack
 
 Row = dict[str, Any]
 
-# What a row says was found; all else in it says of what, and how.
-_RESULTS = ('top1', 'loss', 'bad_examples')
+# What was measured, and how; all else in a row is what `Evaluator` found.
+_SUBJECT = (
+  'step', 'route', 'use_ema', 'attack', 'epsilon', 'attack_steps', 'batch_size',
+  'data', 'git_commit',
+)  # fmt: skip
 
 
 def measured(
@@ -106,6 +109,11 @@ def store(
   )
 
 
+def results(row: Row) -> dict[str, float]:
+  """What `Evaluator` found."""
+  return {name: row[name] for name in row if name not in _SUBJECT}
+
+
 def of_weights(path: epath.Path, config: Config, step: int) -> list[Row]:
   """The rows of `step`, `eval.route` and `eval.use_ema`, the newest last.
 
@@ -125,7 +133,7 @@ def of_weights(path: epath.Path, config: Config, step: int) -> list[Row]:
 
 
 def _subject(row: Row) -> Row:
-  """What was measured, and how: all but the results and the place of files."""
-  kept = {name: row[name] for name in row if name not in _RESULTS}
+  """What was measured, and how, but for the place of the files."""
+  kept = {name: row.get(name) for name in _SUBJECT}
   data = {k: v for k, v in row.get('data', {}).items() if k != 'data_dir'}
   return {**kept, 'data': data}

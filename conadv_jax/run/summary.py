@@ -96,10 +96,10 @@ def _evaluate(
   )
   # All at the end: half of them would be there twice after a rerun.
   for row in rows:
-    clean = row['attack'] == 'none'
-    names = ('top1', 'loss', 'bad_examples') if clean else ('top1',)
-    split = 'test' if clean else f'test_{row["attack"]}'
-    writer.write(step, split, {n: row[n] for n in names if n in row})
+    if row['attack'] == 'none':
+      writer.write(step, 'test', evaluations.results(row))
+    else:
+      writer.write(step, f'test_{row["attack"]}', {'top1': row['top1']})
   writer.flush()
   return rows
 
