@@ -178,10 +178,12 @@ class Schedule(Group):
   name: str = choice(
     'polynomial', ('polynomial', 'cosine', 'exponential'), 'of the decay'
   )
-  warmup_epochs: float = number(5.0, '>= 0', 'linear from 0 to the peak')
+  warmup_epochs: float = number(
+    5.0, '>= 0', 'linear from 0 to the peak; less than epochs'
+  )
   power: float = number(2.0, '> 0', 'polynomial: of the remaining share')
   end_learning_rate: float = number(
-    0.0, '>= 0', 'polynomial, cosine: the last value'
+    0.0, '>= 0', 'polynomial, cosine: the last value, at most the peak'
   )
   decay_rate: float = number(
     0.97, 'in (0, 1]', 'exponential: factor of each decay'
