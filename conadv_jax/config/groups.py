@@ -92,7 +92,10 @@ class Dataset(Group):
     8, '>= 1', 'shards of a TFRecord data set that are shuffled together'
   )
   max_bad_share: float = number(
-    0.001, 'in [0, 1)', 'of unreadable examples; more stop the run'
+    0.001,
+    'in [0, 1)',
+    'of unreadable examples in a split; more stop the run, but not up to 3 of '
+    'them, unless it is 0',
   )
 
   def __post_init__(self):
