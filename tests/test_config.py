@@ -271,7 +271,10 @@ def test_value_out_of_range_is_named(name, value):
   {'bn_momentum': 0.0},
   {'optimizer.momentum': 0.0},
   {'loss.label_smoothing': 0.0},
-  {'schedule.warmup_epochs': 60.0},
+  {'schedule.warmup_epochs': 59.9},
+  {'schedule.end_learning_rate': 4.0},
+  {'schedule.name': 'exponential', 'schedule.decay_epochs': 54.9},
+  {'schedule.name': 'exponential', 'schedule.end_learning_rate': 5.0},
   {'seed': 2**31 - 1},
   {'checkpoint.every_steps': 0},
 ])  # fmt: skip
@@ -298,7 +301,28 @@ def test_values_at_the_edge_are_allowed(fields):
     ),
     (
       {'epochs': 4.0, 'schedule.warmup_epochs': 5.0},
-      ['schedule.warmup_epochs=5.0', 'epochs=4.0'],
+      ['schedule.warmup_epochs=5.0', 'must be less than epochs=4.0'],
+    ),
+    (
+      {'epochs': 5.0, 'schedule.warmup_epochs': 5.0},
+      ['schedule.warmup_epochs=5.0', 'must be less than epochs=5.0'],
+    ),
+    (
+      {'schedule.end_learning_rate': 4.1},
+      ['schedule.end_learning_rate=4.1', 'must not exceed the peak, 4.0'],
+    ),
+    (
+      {
+        'schedule.name': 'cosine',
+        'schedule.end_learning_rate': 3.0,
+        'optimizer.scaling': 'linear',
+        'batch_size': 128,
+      },
+      ['schedule.end_learning_rate=3.0', 'the peak, 2.0 at batch_size=128'],
+    ),
+    (
+      {'schedule.name': 'exponential', 'schedule.decay_epochs': 55.0},
+      ['schedule.decay_epochs=55.0', 'must be less than the 55.0 epochs'],
     ),
     (
       {'loss.view_weights': {'clean': 1.0}},
@@ -580,13 +604,15 @@ def test_max_steps_stops_early_and_leaves_the_schedule(max_steps, stop):
 
 def test_short_runs_have_at_least_one_step():
   # 10 examples at a batch of 96 are a tenth of a step.
-  steps = steps_of(10, batch_size=96, epochs=1.0, schedule__warmup_epochs=1.0)
+  steps = steps_of(10, batch_size=96, epochs=1.0, schedule__warmup_epochs=0.9)
   assert (steps.total, steps.stop, steps.warmup) == (1, 1, 0)
   assert steps.decay == 1
 
 
 def test_warmup_is_never_longer_than_the_run():
-  steps = steps_of(1000, batch_size=96, epochs=2.0, schedule__warmup_epochs=2.0)
+  steps = steps_of(
+    1000, batch_size=96, epochs=2.0, schedule__warmup_epochs=1.99
+  )
   assert steps.warmup == steps.total == 21
 
 

@@ -1,5 +1,6 @@
 """What the pages name exists: links, files, modules, tests, rooms, recipes."""
 
+import ast
 import functools
 import importlib.util
 import pathlib
@@ -101,6 +102,40 @@ def missing_recipes(content):
       yield name
 
 
+def wrong_commands(content):
+  """Commands `python scripts/x.py ...` whose flags are not those of the script.
+
+  That is, flags that it lacks, and flags that it needs.
+  """
+  command = r'python ((?:scripts|examples)/\w+\.py)((?:\\\n|[^`\n])*)'
+  for script, arguments in re.findall(command, content):
+    if not (ROOT / script).exists():
+      continue  # `missing_paths` says so
+    given = set(re.findall(r'(?<!\S)--\w+', arguments))
+    known, needed = flags(script)
+    wrong = (given - known if known else set()) | (needed - given)
+    if wrong:
+      yield f'{script}: {", ".join(sorted(wrong))}'
+
+
+def flags(script):
+  """(all flags of a script, those that it needs), by its source.
+
+  The first is empty if they are not written out.
+  """
+  known, needed = set(), set()
+  for call in ast.walk(ast.parse(text(script))):
+    name = getattr(getattr(call, 'func', None), 'attr', '')
+    if not isinstance(call, ast.Call) or name != 'add_argument':
+      continue
+    if not isinstance(call.args[0], ast.Constant):
+      return set(), needed
+    known.add(call.args[0].value)
+    if any(k.arg == 'required' and k.value.value for k in call.keywords):
+      needed.add(call.args[0].value)
+  return known, needed
+
+
 @pytest.mark.parametrize('page', PAGES)
 def test_everything_a_page_names_exists(page):
   content = text(page)
@@ -110,6 +145,7 @@ def test_everything_a_page_names_exists(page):
     *missing_modules(content),
     *missing_tests(content),
     *missing_recipes(content),
+    *wrong_commands(content),
   ]
   assert not missing
 
@@ -137,6 +173,16 @@ def test_broken_links_are_found(content, missing):
     (missing_tests, '`test_docs.py`: `gone`', 'test_docs.py: gone'),
     (missing_recipes, '--config=gone:seed=1', 'gone'),
     (missing_recipes, '--config=configs/gone.py', 'configs/gone.py'),
+    (
+      wrong_commands,
+      '`python scripts/make_fake_imagenet.py`',
+      'scripts/make_fake_imagenet.py: --data_dir',
+    ),
+    (
+      wrong_commands,
+      'python scripts/prepare_tfds.py --name=x \\\n  --gone=1',
+      'scripts/prepare_tfds.py: --gone',
+    ),
   ],
 )
 def test_what_is_missing_is_found(finder, content, missing):

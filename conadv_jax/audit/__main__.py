@@ -8,7 +8,7 @@
   --json=FILE          the report as JSON
   --output=DIR         JSON, Markdown, HTML and plots, named by what is audited,
                        and the compiled programs, so that a rerun compiles only
-                       what is new
+                       what is new; never replaces a report of something else
   --compare            adds the cost of staleness, views, accumulation and remat
   --sweep              finds the least accumulation that fits, for each slice of
                        --topology and batch of --batch_sizes=B[,B...]

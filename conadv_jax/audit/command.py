@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax
 from etils import epath
 
 from conadv_jax import cli
-from conadv_jax.audit import report, report_html, sweep, topology
+from conadv_jax.audit import files, report, sweep, topology
 from conadv_jax.audit.cache import Auditor
 from conadv_jax.audit.scaling import forecast
 from conadv_jax.audit.scaling.plot import plot
@@ -37,6 +36,9 @@ def audit(argv: Sequence[str]) -> dict[str, Any]:
   jax.config.update('jax_platforms', 'cpu')
   topology.prepare_process()
   output = storage.expand(options.output) if options.output else None
+  asked = files.asked(config, topologies, options)
+  if output:
+    files.check_free(output / _name(config, topologies, options), asked)
   auditor = Auditor(
     output / 'programs' if output else None, _programs(options, config)
   )
@@ -55,7 +57,11 @@ def audit(argv: Sequence[str]) -> dict[str, Any]:
     result = _audit(config, topologies[0], options, auditor, output)
     fits = result['fits']
   print('\n' + report.text(result))
-  _write(result, options.json, output)
+  result['asked'] = asked
+  if options.json:
+    files.write_json(storage.expand(options.json), result)
+  if output:
+    files.write_pages(output / _name(config, topologies, options), result)
   if not fits:
     raise OutOfMemoryError(report.verdict(result))
   return result
@@ -77,7 +83,8 @@ def _audit(
     if output:
       title = f'{config.model}, {config.method}, {where.generation.name}'
       output.mkdir(parents=True, exist_ok=True)
-      plot(study, title, output / f'{_name(result)}_scaling.png')
+      name = _name(config, [where], options)
+      plot(study, title, output / f'{name}_scaling.png')
   return result
 
 
@@ -99,43 +106,25 @@ def _batch_size(text: str) -> int:
   return int(text)
 
 
-def _write(
-  result: dict[str, Any], file: str | None, output: epath.Path | None
-) -> None:
-  content = json.dumps(result, indent=2) + '\n'
-  if file:
-    path = storage.expand(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
-    print(f'wrote {path}')
-  if output:
-    output.mkdir(parents=True, exist_ok=True)
-    pages = {
-      'json': content,
-      'md': report.markdown(result),
-      'html': report_html.html(result),
-    }
-    for kind, page in pages.items():
-      path = output / f'{_name(result)}.{kind}'
-      path.write_text(page)
-      print(f'wrote {path}')
-
-
-def _name(result: dict[str, Any]) -> str:
+def _name(
+  config: Config,
+  topologies: Sequence[topology.Topology],
+  options: argparse.Namespace,
+) -> str:
   """Names the files of a report, several of which can share a directory."""
-  if 'model' not in result:
+  if options.sweep:
     return 'sweep'
-  names = ('model', 'method', 'batch_size', 'alias')
-  parts = [str(result[name]) for name in names]
+  where = topologies[0].alias_label
+  parts = [config.model, config.method, str(config.batch_size), where]
   parts = [part.replace(':', '-').replace(' ', '') for part in parts]
-  if result['staleness_steps'] > 1:
-    parts.append(f'tau{result["staleness_steps"]}')
-  if result['microbatches'] > 1:
-    parts.append(f'microbatches{result["microbatches"]}')
-  for name in ('remat', 'xla_flags'):
-    if result[name] != 'none':
-      parts.append(result[name])
-  if result['shard_optimizer']:
+  if config.staleness_steps > 1:
+    parts.append(f'tau{config.staleness_steps}')
+  if config.microbatches > 1:
+    parts.append(f'microbatches{config.microbatches}')
+  for option in (config.remat, config.xla_flags):
+    if option != 'none':
+      parts.append(option)
+  if config.shard_optimizer:
     parts.append('sharded')
   return '_'.join(parts)
 

@@ -24,8 +24,7 @@ class Section:
     notes: sentences.
     columns: of the table; empty for names and values.
     rows: of the table, as printed.
-    bars: (name, value) pairs of a bar chart.
-    unit: of the bars.
+    bars: of a bar chart: name, length in any unit, and the value as printed.
     lines: shown as they are, such as instructions.
   """
 
@@ -33,8 +32,7 @@ class Section:
   notes: Sequence[str] = ()
   columns: Sequence[str] = ()
   rows: Sequence[Sequence[str]] = ()
-  bars: Sequence[tuple[str, float]] = ()
-  unit: str = ''
+  bars: Sequence[tuple[str, float, str]] = ()
   lines: Sequence[str] = ()
 
 
@@ -138,8 +136,7 @@ def _memory(report: Report) -> Iterator[Section]:
     notes,
     ('part', 'size', 'of the limit'),
     rows,
-    [(name, value / _GIB) for name, value in bars],
-    'GiB',
+    [(name, value, bytes_text(value)) for name, value in bars],
   )
 
 
@@ -194,7 +191,7 @@ def _scopes(report: Report) -> Iterator[Section]:
     for name, spent in scopes.items()
   ]
   shares = [
-    (name.replace('_', ' '), 100 * spent['share'])
+    (name.replace('_', ' '), spent['share'], _percent(spent['share']))
     for name, spent in scopes.items()
   ]
   yield Section(
@@ -203,7 +200,6 @@ def _scopes(report: Report) -> Iterator[Section]:
     ('sub-step', 'share', 'time', 'FLOPs', 'HBM traffic'),
     rows,
     shares,
-    '%',
   )
 
 
@@ -225,8 +221,10 @@ def _collectives(report: Report) -> Iterator[Section]:
   notes = [] if found else ['None: nothing is exchanged.']
   if 'verdict' in overlap:
     notes.append(f'Sum of gradients: {overlap["verdict"]}.')
+  totals = [c['count'] * c['bytes'] for c in found]
   sizes = [
-    (f'{c["count"]} {c["kind"]}', c['count'] * c['bytes'] / 1e6) for c in found
+    (f'{c["count"]} {c["kind"]}', total, bytes_text(total))
+    for c, total in zip(found, totals, strict=True)
   ]
   yield Section(
     'Collectives of a step',
@@ -234,7 +232,6 @@ def _collectives(report: Report) -> Iterator[Section]:
     ('kind', 'type', 'payload of a device', 'group', 'times'),
     rows,
     sizes,
-    'MB',
     overlap.get('evidence', ()),
   )
 
@@ -367,7 +364,7 @@ def value_text(key: str, value: Any) -> str:
   if 'bytes' in key:
     return bytes_text(value)
   if 'flops' in key:
-    return f'{value / 1e12:.4g} TFLOP'
+    return _flops(value)
   if 'seconds' in key:
     return _duration(value)
   return number(value)
@@ -397,7 +394,16 @@ def _duration(seconds: float) -> str:
     return f'{seconds / 60:.1f} min'
   if seconds >= 1:
     return f'{seconds:.2f} s'
-  return f'{1e3 * seconds:.3g} ms'
+  if seconds >= 1e-3 or not seconds:
+    return f'{1e3 * seconds:.3g} ms'
+  return f'{1e6 * seconds:.3g} µs'
+
+
+def _flops(value: float) -> str:
+  for unit, size in (('TFLOP', 1e12), ('GFLOP', 1e9), ('MFLOP', 1e6)):
+    if value >= size:
+      return f'{value / size:.4g} {unit}'
+  return f'{value:.0f} FLOP'
 
 
 def _percent(share: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from conadv_jax.audit.report import Report, Section, number, sections, title
+from conadv_jax.audit.report import Report, Section, sections, title
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; color: #222;
@@ -18,7 +18,7 @@ th:first-child, td:first-child, .facts td { text-align: left }
 .facts td { white-space: normal }
 .bars td { border: 0; padding: .1rem .7rem }
 .bars td:nth-child(2) { width: 28rem }
-.bars div { height: 1rem; background: #0072b2 }
+.bars div { height: 1rem }
 pre { background: #f5f5f5; padding: .7rem; overflow-x: auto; font-size: 12px }
 """
 
@@ -39,7 +39,7 @@ def _section(section: Section) -> str:
   parts = [f'<h2>{escape(section.title)}</h2>']
   parts += [f'<p>{escape(note)}</p>' for note in section.notes]
   if section.bars:
-    parts.append(_bars(section.bars, section.unit))
+    parts.append(_bars(section.bars))
   if section.rows:
     rows = [_row('td', map(escape, row)) for row in section.rows]
     if section.columns:
@@ -51,14 +51,22 @@ def _section(section: Section) -> str:
   return '\n'.join(parts)
 
 
-def _bars(bars: Sequence[tuple[str, float]], unit: str) -> str:
+def _bars(bars: Sequence[tuple[str, float, str]]) -> str:
   """One bar below the other; the longest has the whole width."""
-  longest = max(value for _, value in bars) or 1
+  longest = max(value for _, value, _ in bars) or 1
   rows = []
-  for name, value in bars:
-    bar = f'<div style="width: {100 * value / longest:.2f}%"></div>'
-    rows.append(_row('td', (escape(name), bar, f'{number(value)} {unit}')))
+  for place, (name, value, shown) in enumerate(bars):
+    style = f'width: {100 * value / longest:.2f}%; background: {_color(place)}'
+    bar = f'<div style="{style}"></div>'
+    rows.append(_row('td', (escape(name), bar, escape(shown))))
   return _table('bars', rows)
+
+
+def _color(place: int) -> str:
+  """A colour for each of up to 144 bars, neighbours far apart."""
+  # The golden angle spreads hues; those that come close differ in lightness.
+  hue, lightness = 200 + 137.5 * place, (40, 52, 64)[place % 3]
+  return f'hsl({hue % 360:g} 60% {lightness}%)'
 
 
 def _table(kind: str, rows: Sequence[str]) -> str:

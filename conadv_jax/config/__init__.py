@@ -147,9 +147,7 @@ class Config(Group):
     self._check_staleness()
     self._check_loss()
     self._check_batch()
-    warmup = self.schedule.warmup_epochs
-    fix = f'must not exceed epochs={self.epochs}'
-    check(warmup <= self.epochs, 'schedule.warmup_epochs', warmup, fix)
+    self._check_schedule()
     check_choice('eval.route', self.eval.route, self.routes)
     fix = 'there is no average to evaluate: set ema.decay > 0'
     check(
@@ -172,6 +170,32 @@ class Config(Group):
       f'must divide the {groups} batch-norm groups (batch_size='
       f'{self.batch_size}, bn_group_size={self.bn_group_size})',
     )
+
+  def _check_schedule(self):
+    """The rate has to fall after its warm-up, if it ever changes."""
+    schedule, optimizer = self.schedule, self.optimizer
+    warmup, end = schedule.warmup_epochs, schedule.end_learning_rate
+    fix = (
+      f'must be less than epochs={self.epochs}, or nothing is left for the '
+      'decay; to stop a run early, set max_steps'
+    )
+    check(warmup < self.epochs, 'schedule.warmup_epochs', warmup, fix)
+    left = self.epochs - warmup
+    if schedule.name == 'exponential':
+      fix = (
+        f'must be less than the {left} epochs after the warm-up, or the rate '
+        'never decays; to stop a run early, set max_steps'
+      )
+      ok = schedule.decay_epochs < left
+      check(ok, 'schedule.decay_epochs', schedule.decay_epochs, fix)
+    else:
+      peak = optimizer.peak_learning_rate(self.batch_size)
+      fix = (
+        f'must not exceed the peak, {peak} at batch_size={self.batch_size} '
+        f'(optimizer.learning_rate={optimizer.learning_rate}, '
+        f'optimizer.scaling={optimizer.scaling!r}): the rate would rise'
+      )
+      check(end <= peak, 'schedule.end_learning_rate', end, fix)
 
   def _check_staleness(self):
     tau = self.staleness_steps

@@ -92,7 +92,10 @@ class Dataset(Group):
     8, '>= 1', 'shards of a TFRecord data set that are shuffled together'
   )
   max_bad_share: float = number(
-    0.001, 'in [0, 1)', 'of unreadable examples; more stop the run'
+    0.001,
+    'in [0, 1)',
+    'of unreadable examples in a split; more stop the run, but not up to 3 of '
+    'them, unless it is 0',
   )
 
   def __post_init__(self):
@@ -178,10 +181,12 @@ class Schedule(Group):
   name: str = choice(
     'polynomial', ('polynomial', 'cosine', 'exponential'), 'of the decay'
   )
-  warmup_epochs: float = number(5.0, '>= 0', 'linear from 0 to the peak')
+  warmup_epochs: float = number(
+    5.0, '>= 0', 'linear from 0 to the peak; less than epochs'
+  )
   power: float = number(2.0, '> 0', 'polynomial: of the remaining share')
   end_learning_rate: float = number(
-    0.0, '>= 0', 'polynomial, cosine: the last value'
+    0.0, '>= 0', 'polynomial, cosine: the last value, at most the peak'
   )
   decay_rate: float = number(
     0.97, 'in (0, 1]', 'exponential: factor of each decay'

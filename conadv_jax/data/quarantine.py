@@ -11,13 +11,17 @@ from etils import epath
 from conadv_jax.base import storage
 from conadv_jax.base.errors import DataError
 
+# So many bad examples of a split are allowed whatever its size, if any are: one
+# bad file should not end the run on a set of a few hundred.
+FEWEST = 3
+
 
 class Quarantine:
   """The bad examples of a run, and when there are too many of them.
 
   Each is a line of a JSON Lines file: `split`, `id`, `place` (file and place in
-  it) and `reason`. A file of an earlier start is read first, so that the count
-  goes on where it stopped.
+  it) and `reason` (why it cannot be used). A file of an earlier start is read
+  first, so that the count goes on where it stopped.
 
   Attributes:
     path: of that file; None keeps the list in memory only.
@@ -28,7 +32,8 @@ class Quarantine:
 
     Args:
       path: JSON Lines file, appended to.
-      max_share: of the examples of a split that may be bad, in [0, 1).
+      max_share: of the examples of a split that may be bad, in [0, 1); FEWEST
+        may be bad in any case, but not all of them, unless it is 0.
     """
     self.path = None if path is None else epath.Path(path)
     self._max_share = max_share
@@ -54,7 +59,7 @@ class Quarantine:
     """Notes that an example of `split`, which has `of` of them, is bad.
 
     Raises:
-      DataError: if more than `max_share` of the split are now known to be bad.
+      DataError: if more of the split are now known to be bad than are allowed.
     """
     key = (split, int(example_id))
     row = {'split': split, 'id': key[1], 'place': place, 'reason': reason}
@@ -65,14 +70,21 @@ class Quarantine:
       self._write()
       count = self.count(split)
     print(f'bad example {key[1]} of {split}: {place}: {reason}', flush=True)
-    if count > self._max_share * of:
+    if count > self._allowed(of):
       where = f'; all are in {self.path}' if self.path else ''
       raise DataError(
         f'{count} of the {of} examples of {split!r} cannot be used, which is'
-        f' more than dataset.max_bad_share={self._max_share:g} allows; the last'
+        f' more than dataset.max_bad_share={self._max_share:g} allows'
+        f' ({int(self._allowed(of))}); the last'
         f' is {place}: {reason}{where}. Mend the files, or raise'
         ' dataset.max_bad_share'
       )
+
+  def _allowed(self, of: int) -> float:
+    """How many of a split of `of` examples may be bad."""
+    if not self._max_share:
+      return 0
+    return min(max(self._max_share * of, FEWEST), of - 1)
 
   def _write(self) -> None:
     if self.path is None:

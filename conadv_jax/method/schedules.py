@@ -13,7 +13,8 @@ def make_schedule(
   """Returns a linear warm-up from 0 to `peak`, then a decay of SCHEDULES.
 
   Update 0 runs at rate 0 if there is a warm-up of at least one step. Decays
-  count k, the updates since its end, of D = total - warm-up steps.
+  count k, the updates since its end, of D = total - warm-up steps; the paper's
+  code has D + 1.
 
   Raises:
     ConfigError: if there is no decay called `schedule.name`.

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from conadv_jax.base.errors import ConfigError, unknown
 from conadv_jax.models import efficientnet, resnet, stochastic, vit
@@ -31,7 +33,8 @@ class ApplyFn(Protocol):
     """Images [G, V, b, H, W, C] -> (logits [G, V, b, K], batch_stats).
 
     Args:
-      variables: `params`, and `batch_stats` if the network has any.
+      variables: `params`, and `batch_stats` if the network has any; arrays of
+        JAX or NumPy, such as `weights.from_state_dict` returns.
       x: normalised images.
       routes: row of the batch norms that each view uses, length V.
       train: normalise by the statistics of the batch; move the running ones.
@@ -204,7 +207,12 @@ def make_apply_fn(model: nn.Module) -> ApplyFn:
   without any are {}.
   """
 
+  def as_jax(leaf):
+    # An array of NumPy has no `at`, and no rows for a traced index.
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
+
   def apply_fn(variables, x, routes, train, key=None, examples=None):
+    variables = jax.tree.map(as_jax, variables)
     if not train:
       logits = model.apply(variables, x, routes, False)
       return logits, variables.get('batch_stats', {})

@@ -181,9 +181,19 @@ class Evaluator:
     return result if count == seen else result | {'bad_examples': seen - count}
 
   def first_examples(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [count, H, W, C] and labels, in the order of the split."""
-    batch = next(self._host_batches(count))
-    return batch['clean'], batch['label']
+    """The first images that can be decoded, and their labels.
+
+    Returns:
+      uint8 [n, H, W, C] and int32 [n], in the order of the split, where n is
+      `count`, or less if the split has no more.
+    """
+    images, labels = [], []
+    for batch in self._host_batches(count):
+      images += list(batch['clean'][batch['mask']])
+      labels += list(batch['label'][batch['mask']])
+      if len(images) >= count:
+        break
+    return np.stack(images[:count]), np.stack(labels[:count])
 
   def _batches(self) -> Iterable[Mapping[str, jax.Array]]:
     layout = (self._sharding, self._groups, self._group_size)

@@ -67,8 +67,8 @@ def adversarial_grid(
     path: file to write.
   """
   count = len(clean)
-  figure, axes = _subplots(3, count, (1.15 * count + 1, 4.6))
-  figure.suptitle(title)
+  figure, axes = _subplots(3, count, (_width(count), 4.6))
+  figure.suptitle(title, wrap=True)
   largest = max(float(np.abs(delta).max()), 1e-9)
   images = (
     clean / 255,
@@ -112,9 +112,9 @@ def images_by_row(
   """
   count = len(captions)
   figure, axes = _subplots(
-    len(rows), count, (1.15 * count + 1, 1.3 * len(rows) + 1.2)
+    len(rows), count, (_width(count), 1.3 * len(rows) + 1.2)
   )
-  figure.suptitle(title)
+  figure.suptitle(title, wrap=True)
   for row, (name, images) in enumerate(rows.items()):
     shown = np.clip(np.nan_to_num(images, posinf=0, neginf=0) / 255, 0, 1)
     for axis, image in zip(axes[row], shown, strict=True):
@@ -127,6 +127,11 @@ def images_by_row(
   _save(figure, path)
 
 
+def _width(images: int) -> float:
+  """Of a row of images in inches; the title needs some, too."""
+  return max(1.15 * images + 1, 8)
+
+
 def _subplots(rows: int, columns: int, size: tuple[float, float]):
   # matplotlib's pyplot keeps global state and may look for a display.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -137,11 +142,19 @@ def _subplots(rows: int, columns: int, size: tuple[float, float]):
   return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _line(axis, rows, name, label, color, **style) -> None:
-  points = [(r['step'], r[name]) for r in rows if r.get(name) is not None]
-  if points:
-    steps, values = zip(*points, strict=True)
-    axis.plot(steps, values, label=label, color=color, lw=1.3, **style)
+def _line(axis, rows, name, label, color, marker='') -> None:
+  """The curve of one key, with a gap where a number was not finite."""
+  points = [(r['step'], r[name]) for r in rows if name in r]
+  steps, values = np.array(points, float).reshape(-1, 2).T  # None is nan
+  there = np.isfinite(values)
+  if not there.any():
+    return
+  # A point without a neighbour has no line to be seen by.
+  padded = np.pad(there, 1)
+  alone = np.flatnonzero(there & ~padded[:-2] & ~padded[2:]).tolist()
+  marks = {'marker': 'o', 'markersize': 3, 'markevery': alone}
+  style = {'marker': marker} if marker else marks
+  axis.plot(steps, values, label=label, color=color, lw=1.3, **style)
 
 
 def _save(figure, path: epath.Path) -> None:

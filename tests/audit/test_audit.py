@@ -289,6 +289,78 @@ def test_a_comparison_is_with_the_baseline_and_has_every_option():
   }
 
 
+# ---- Files -----------------------------------------------------------------
+
+
+@pytest.fixture
+def command_in(monkeypatch, tmp_path):
+  """Runs the command with --output, without a compiler; returns the report."""
+  monkeypatch.setattr(topology, 'require_libtpu', lambda: None)
+  monkeypatch.setattr(topology, 'prepare_process', lambda: None)
+  monkeypatch.setattr(command, 'Auditor', lambda *_: audit_of())
+
+  def run(*args):
+    return command.audit(
+      [
+        'audit',
+        f'--config={ROOT}/configs/digits.py:batch_size=320',
+        f'--output={tmp_path}/out',
+        *args,
+      ]
+    )
+
+  return run
+
+
+SWEEP = ('--sweep', '--topology=v3:2x2', '--batch_sizes=320,640')
+
+
+@pytest.mark.parametrize(
+  'first, second, message',
+  [
+    (
+      SWEEP,
+      (*SWEEP, '--config.bn_group_size=16'),
+      'report of bn_group_size=64',
+    ),
+    (SWEEP, (*SWEEP[:2], '--batch_sizes=640'), 'report of batch_sizes=320'),
+    (SWEEP, (*SWEEP, '--topology=v5e:2x2'), 'report of topology=v3:2x2'),
+    (
+      ['--topology=v3:2x2'],
+      ['--topology=v3:2x2', '--config.dtype=bfloat16'],
+      "report of dtype='float32'",
+    ),
+  ],
+)
+def test_a_report_of_something_else_is_not_overwritten(
+  first, second, message, command_in, tmp_path
+):
+  command_in(*first)
+  files = {path: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
+  assert len(files) == 3
+  with pytest.raises(ConfigError, match=message) as info:
+    command_in(*second)
+  assert 'use another directory' in str(info.value)
+  assert all(path.read_bytes() == old for path, old in files.items())
+
+
+@pytest.mark.parametrize(
+  'more', [(), ['--batch_sizes=320,640,1280'], ['--topology=v3:2x2,v5e:2x2']]
+)
+def test_the_same_sweep_can_run_again_and_grow(more, command_in):
+  before = command_in(*SWEEP)['sweep']
+  after = command_in(*SWEEP, *more)['sweep']
+  assert all(row in after for row in before)
+  assert len(after) > len(before) if more else after == before
+
+
+def test_a_file_that_is_no_report_is_not_overwritten(command_in, tmp_path):
+  (tmp_path / 'out').mkdir()
+  (tmp_path / 'out/sweep.md').write_text('my notes')
+  with pytest.raises(ConfigError, match='sweep.md there, which does not say'):
+    command_in(*SWEEP)
+
+
 # ---- Committed results -----------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """The audit's report as text, Markdown and HTML."""
 
 import html.parser
+import re
 
 import pytest
 
@@ -244,14 +245,31 @@ def test_bars_are_as_long_as_their_values():
   content = {key: FULL[key] for key in ('hbm', 'hbm_limit_bytes')}
   tags = Page(report_html.html(content)).tags
   bars = [attributes['style'] for tag, attributes in tags if tag == 'div']
-  widths = [float(bar.removeprefix('width: ').rstrip('%')) for bar in bars]
+  widths = [float(re.match(r'width: ([\d.]+)%', bar)[1]) for bar in bars]
   expected = [100 * gib / 15.5 for gib in (1, 6, 7, 15.5)]
   assert widths == pytest.approx(expected, abs=0.01)
+
+
+def test_every_part_has_a_colour_of_its_own_and_a_unit_that_fits():
+  """As small as a network for digits is, next to the limit of a TPU."""
+  parts = {f'part {i}': 17 * 8**i for i in range(10)}
+  content = {'hbm': parts, 'hbm_limit_bytes': 15.5 * GIB}
+  page = Page(report_html.html(content))
+  styles = [a['style'] for tag, a in page.tags if tag == 'div']
+  colors = [style.partition('background: ')[2] for style in styles]
+  assert len(set(colors)) == len(colors) == 12 and all(colors)
+  shown = ' '.join(page.words)
+  assert '17 B' in shown and '8.50 KiB' in shown and '4.25 MiB' in shown
+  assert 'e-0' not in shown
 
 
 @pytest.mark.parametrize(
   ('key', 'value', 'shown'),
   (
+    ('flops_per_device', 6.2e12, '6.2 TFLOP'),
+    ('flops_per_device', 8.11e6, '8.11 MFLOP'),
+    ('step_seconds', 8.11e-9, '0.00811 µs'),
+    ('step_seconds', 0, '0 ms'),
     ('peak_hbm_bytes', 3 * 2**20, '3.00 MiB'),
     ('peak_hbm_bytes', 100, '100 B'),
     ('train_seconds', 2 * 3600, '2.00 h'),

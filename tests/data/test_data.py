@@ -223,6 +223,15 @@ def test_missing_data_set_says_how_to_make_it(tmp_path, no_network):
   assert time.monotonic() - start < 5
 
 
+@pytest.mark.parametrize('inside', ['digits', 'digits/1.0.0'])
+def test_the_data_sets_own_directory_is_not_the_data_dir(inside, data_dir):
+  with pytest.raises(ConfigError) as error:
+    load(MANUAL, 'train', data_dir / inside)
+  message = str(error.value)
+  assert message.startswith(f"dataset.data_dir='{data_dir}/{inside}': ")
+  assert message.endswith(f'the directory that holds digits/, use {data_dir}')
+
+
 def test_interrupted_preparation_is_reported(tmp_path):
   (tmp_path / 'digits' / 'incomplete.ABC_1.0.0').mkdir(parents=True)
   with pytest.raises(ConfigError, match='unfinished preparation') as e:

@@ -113,6 +113,27 @@ def test_half_precision_weights_take_the_type_of_the_network(dtype, tmp_path):
   assert {x.dtype for x in jax.tree.leaves(variables)} == {np.dtype('float32')}
 
 
+@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize('jitted', [False, True])
+def test_loaded_weights_can_be_applied_as_they_are(train, jitted):
+  """They are NumPy arrays, which lack what a traced index needs."""
+  shapes = networks.abstract_variables(MODEL)
+  variables = weights.from_state_dict(
+    state_dict_of(networks.random_variables(MODEL)), 'resnet18', shapes
+  )
+  apply_fn = models.make_apply_fn(MODEL)
+  x = networks.images(1, 2, 2, 32, 32, 3)
+
+  def call(variables):
+    return apply_fn(variables, x, (0, 2), train)
+
+  expected = jax.jit(call)(jax.tree.map(jnp.asarray, variables))
+  # As constants of a program, and one operation after the other.
+  actual = jax.jit(lambda: call(variables))() if jitted else call(variables)
+  for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+    assert networks.relative_error(a, e) < 1e-3
+
+
 # ---- What does not fit ------------------------------------------------------
 
 

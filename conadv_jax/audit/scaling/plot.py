@@ -70,7 +70,10 @@ def _plot_efficiency(axis, scalings: Sequence[Scaling]) -> None:
     none = [100 * row.efficiency for row in scaled.rows]
     perfect = [100 * row.overlapped_efficiency for row in scaled.rows]
     label = scaled.calibration.name
-    axis.plot(devices, none, color=color, ls=line, label=label, lw=1.3)
+    axis.plot(
+      devices, none, color=color, ls=line, label=label, lw=1.3, marker='o',
+      markersize=3,
+    )  # fmt: skip
     axis.fill_between(devices, none, perfect, color=color, alpha=0.15, lw=0)
   axis.set(ylabel='efficiency (%)', ylim=(0, 115))
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
+from conadv_jax.data.images import kinds
+
 # Checked before anything is decoded. ImageNet's largest image has about 20 MP.
 MAX_PIXELS = 64_000_000
 # The most that a JPEG header can hold; bounds the memory of thin PNGs too.
@@ -186,15 +188,10 @@ def _is_png(data: tf.Tensor) -> tf.Tensor:
 
 def _fail_unknown(header: tf.Tensor) -> tf.Tensor:
   """Fails; stands for a shape."""
-  # In hexadecimal: an error whose text is not UTF-8 cannot be raised in Python.
-  start = tf.io.decode_raw(tf.strings.substr(header, 0, 8), tf.uint8)
-  digits = tf.gather(
-    [f'{byte:02x}' for byte in range(256)], tf.cast(start, tf.int32)
-  )
-  failure = tf.debugging.Assert(
-    False,
-    ['neither JPEG nor PNG: starts with', tf.strings.reduce_join(digits)],
-  )
+  # In ASCII: an error whose text is not UTF-8 cannot be raised in Python.
+  kind = tf.numpy_function(kinds.name_of, [header], tf.string)
+  said = 'neither JPEG nor PNG, which alone are read, but this:'
+  failure = tf.debugging.Assert(False, [said, kind])
   with tf.control_dependencies(_ops(failure)):
     return tf.zeros([3], tf.int32)
 

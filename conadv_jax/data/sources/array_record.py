@@ -82,7 +82,7 @@ class ArrayRecords(records.ShardedRecords):
       ids: int64 [n], in [0, num_examples).
 
     Returns:
-      The n records; b'' for one whose checksum fails (see `describe`).
+      The n records; b'' for one whose checksum fails.
 
     Raises:
       StorageError: the storage failed, in spite of some attempts.

@@ -67,6 +67,9 @@ class Cached(Encoded):
   def describe(self, example_id: int) -> str:
     return self._source.describe(example_id)
 
+  def why_unreadable(self, example_id: int) -> str:
+    return self._source.why_unreadable(example_id)
+
   def _estimate(self) -> int:
     if self._decode is None:
       return self._source.nbytes
@@ -148,7 +151,8 @@ def _decoder(source: Encoded):
         tf.constant(record), tf.constant(example_id, tf.int64)
       )
     except tf.errors.OpError as error:
-      return _HEADER.pack(0, 0, 0) + reason_of(error).encode()
+      known = '' if record else source.why_unreadable(example_id)
+      return _HEADER.pack(0, 0, 0) + (known or reason_of(error)).encode()
     height, width, _ = pixels.shape
     return _HEADER.pack(height, width, int(label)) + pixels.numpy().tobytes()
 

@@ -312,10 +312,11 @@ class ImageFolder(Encoded):
       return tf.constant(self.labels)
 
   def describe(self, example_id: int) -> str:
-    """The file of an example, and why it could not be read if known."""
-    reason = self._reasons.get(int(example_id))
-    path = printable(self.path(int(example_id)))
-    return f'{path}: {reason}' if reason else path
+    """The file of an example."""
+    return printable(self.path(int(example_id)))
+
+  def why_unreadable(self, example_id: int) -> str:
+    return self._reasons.get(int(example_id), '')
 
 
 def _root(directory: str) -> str:

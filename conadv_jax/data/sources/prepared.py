@@ -24,6 +24,9 @@ if TYPE_CHECKING:
   from conadv_jax.data.spec import DatasetSpec
 
 
+_VERSION = re.compile(r'\d+\.\d+\.\d+')
+
+
 @dataclasses.dataclass(frozen=True)
 class Prepared:
   """A `Store` in a TFDS data directory.
@@ -80,14 +83,24 @@ class Prepared:
     """The directory of the newest prepared version."""
     parent = root / self.tfds_name
     names = [path.name for path in parent.iterdir()] if parent.exists() else []
-    versions = [name for name in names if re.fullmatch(r'\d+\.\d+\.\d+', name)]
+    versions = list(filter(_VERSION.fullmatch, names))
     if not versions:
+      self._check_not_inside(root)
       state = 'an unfinished preparation is' if names else 'nothing is'
       raise ConfigError(
         f'dataset.name={name!r}: not prepared, {state} in {parent};'
         f' {self._remedy(root)}'
       )
     return parent / max(versions, key=lambda v: [int(n) for n in v.split('.')])
+
+  def _check_not_inside(self, root: epath.Path) -> None:
+    """Raises ConfigError if `root` is the data set's own directory."""
+    for directory in (root, root.parent):
+      if directory.name == self.tfds_name and _has_version(directory):
+        raise ConfigError(
+          f'dataset.data_dir={str(root)!r}: is inside the data set; data_dir is'
+          f' the directory that holds {self.tfds_name}/, use {directory.parent}'
+        )
 
   def _remedy(self, root: epath.Path) -> str:
     command = self.command.format(data_dir=shlex.quote(str(root)))
@@ -163,6 +176,12 @@ class Prepared:
           f'dataset.name={spec.name!r}: {directory} has {what} {found}, need'
           f' {needed}; it is another data set, or was prepared in part'
         )
+
+
+def _has_version(directory: epath.Path) -> bool:
+  if not directory.exists():
+    return False
+  return any(_VERSION.fullmatch(path.name) for path in directory.iterdir())
 
 
 def _records(

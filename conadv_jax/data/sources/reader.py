@@ -174,11 +174,12 @@ class Reader:
       )
       return {name: value.numpy() for name, value in example.items()}
     except tf.errors.OpError as error:
+      known = '' if record else self._source.why_unreadable(example_id)
       self._quarantine.add(
         self._bad.split,
         example_id,
         self._source.describe(example_id),
-        reason_of(error) if record else 'cannot be read',
+        known or (reason_of(error) if record else 'cannot be read'),
         of=self._source.num_examples,
       )
       return None

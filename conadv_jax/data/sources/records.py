@@ -139,14 +139,15 @@ class ShardedRecords(Encoded):
     return features['image'], tf.cast(features['label'], tf.int32)
 
   def describe(self, example_id: int) -> str:
-    """File and place of a record, and why it could not be read if known."""
+    """File and place of a record."""
     (shard,), (place,) = self.locate(np.array([example_id]))
-    reason = self._reasons.get(int(example_id))
-    text = f'{self.paths[shard]}, record {place}'
-    return f'{text}: {reason}' if reason else text
+    return f'{self.paths[shard]}, record {place}'
+
+  def why_unreadable(self, example_id: int) -> str:
+    return self._reasons.get(int(example_id), '')
 
   def _unreadable(self, shard: int, place: int, reason: str) -> bytes:
-    """Keeps the reason for `describe`; the record is b''."""
+    """Keeps the reason for `why_unreadable`; the record is b''."""
     example_id = int(self.starts[shard] - self.firsts[shard]) + place
     self._reasons[example_id] = reason
     return b''

@@ -130,7 +130,7 @@ class Source(Protocol):
     """
 
   def describe(self, example_id: int) -> str:
-    """The file of an example, and why it could not be read if known."""
+    """The place of an example: its file, and where in it."""
 
 
 class Encoded(abc.ABC):
@@ -161,6 +161,11 @@ class Encoded(abc.ABC):
   @abc.abstractmethod
   def describe(self, example_id: int) -> str:
     """See `Source`."""
+
+  def why_unreadable(self, example_id: int) -> str:
+    """Why `fetch` gave b'' for an example; '' if that is not known."""
+    del example_id
+    return ''
 
   def order(self, share: Share) -> tf.data.Dataset:
     return sampled_order(self.num_examples, share)

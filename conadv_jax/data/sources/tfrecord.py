@@ -78,7 +78,7 @@ class TfRecords(records.ShardedRecords):
       ids: int64 [n], in [0, num_examples).
 
     Returns:
-      The n records; b'' for one whose checksum fails (see `describe`).
+      The n records; b'' for one whose checksum fails.
 
     Raises:
       ConfigError: a file is damaged so that records are lost.
@@ -115,7 +115,7 @@ class TfRecords(records.ShardedRecords):
 
     Returns:
       tf.data.Dataset of {'record': string, 'id': int64, 'epoch': int64}
-      scalars; the record is b'' if its checksum fails (see `describe`). An
+      scalars; the record is b'' if its checksum fails. An
       iterator raises an OpError, with the reason in `failure`, once a file
       turns out to be shorter or longer than recorded, or cut.
 
