@@ -23,6 +23,9 @@ over rounds, ratios medians of the ratios within a round.
   memory          ours as the compiler reports it, PyTorch's its allocator's
   compile         PyTorch's: until its first step is done
 
+PyTorch uses one thread of a CPU or all, whichever is faster; its optimizer is
+SGD with momentum, ours LARS unless --optimizer says otherwise.
+
 Writes FILE.json, FILE.csv, FILE.md and FILE.png after each batch size. Needs
 jax, flax, optax, ml_collections and etils, and no TensorFlow. PyTorch and JAX
 share the memory of a GPU: XLA_PYTHON_CLIENT_PREALLOCATE=false is set unless it
@@ -213,7 +216,9 @@ def peer(
     return Started(*module.start(kind, task, device, args.compile_peer))
 
   flops = analytic_flops(run)
-  return Contender(name, floor(config), flops, start, is_peer=True)
+  return Contender(
+    name, floor(config), flops, start, is_peer=True, release=module.release
+  )
 
 
 def matmul_flops_per_sec(dtype: str) -> float:
@@ -296,7 +301,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     help='METHOD or METHOD@TAU; default: all, and conadv@2',
   )
   parser.add_argument(
-    '--optimizer', default='lars', help="ours; PyTorch's is SGD with momentum"
+    '--optimizer', default='lars', help='ours: lars, sgd, ...'
   )
   parser.add_argument('--repeats', type=int, help='rounds')
   parser.add_argument(

@@ -30,9 +30,9 @@ def parse(*flags):
 
 def contender(name, floor, *seconds, is_peer=False):
   started = turns.Started(lambda count: None, 3.0, 2**20, 1e9)
-  return turns.Contender(
-    name, floor, 2e9, lambda: started, is_peer, started, list(seconds)
-  )
+  one = turns.Contender(name, floor, 2e9, lambda: started, is_peer)
+  one.started, one.seconds = started, list(seconds)
+  return one
 
 
 # ---- The floor --------------------------------------------------------------

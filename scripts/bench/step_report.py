@@ -83,7 +83,7 @@ def table(rows: list[dict[str, Any]]) -> str:
       share = row['share_of_peak'] and 100 * row['share_of_peak']
       spread = row['value'] and f'{cell(row["min"])}..{cell(row["max"])}'
       cells = [
-        row['variant'], row['note'] or cell(row['value']), spread or '',
+        row['variant'], cell(row['value']) or row['note'], spread or '',
         cell(row['images_per_sec'], 0), cell(row['ratio']), cell(row['floor']),
         cell(row['to_floor']), cell(row['to_peer']), cell(share, 1, ' %'),
         cell(mib, 0), cell(row['compile_seconds'], 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -23,12 +24,14 @@ class Started(NamedTuple):
     compile_seconds: of tracing and compiling.
     peak_bytes: of one device; None if unknown.
     xla_flops: as the compiler counts them; None if unknown.
+    note: of how it runs.
   """
 
   take: Callable[[int], None]
   compile_seconds: float
   peak_bytes: int | None
   xla_flops: float | None = None
+  note: str = ''
 
 
 @dataclasses.dataclass
@@ -41,9 +44,10 @@ class Contender:
     flops: of a step of one device.
     start: compiles it.
     is_peer: of another library.
+    release: gives back memory that nothing uses.
     started: what `start` made.
     seconds: of a step, in each round.
-    note: why there are no times.
+    note: how it runs, or why there are no times.
   """
 
   name: str
@@ -51,6 +55,7 @@ class Contender:
   flops: float
   start: Callable[[], Started]
   is_peer: bool = False
+  release: Callable[[], Any] = gc.collect
   started: Started | None = None
   seconds: list[float] = dataclasses.field(default_factory=list)
   note: str = ''
@@ -61,12 +66,14 @@ def noting_memory(contender: Contender) -> Iterator[None]:
   """Lets the others go on where `contender` does not fit in memory."""
   try:
     yield
+    return
   except RuntimeError as error:  # of JAX and of PyTorch
     if not OUT_OF_MEMORY.search(str(error)):
       raise
-    contender.note, contender.started = 'out of memory', None
-    contender.seconds.clear()
-    print(f'  {contender.name}: out of memory', flush=True)
+  contender.note, contender.started = 'out of memory', None
+  contender.seconds.clear()
+  contender.release()
+  print(f'  {contender.name}: out of memory', flush=True)
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
@@ -81,6 +88,7 @@ def measure(contenders: list[Contender], repeats: int, target: float) -> None:
   for i, one in enumerate(contenders, start=1):
     with noting_memory(one):
       one.started = one.start()
+      one.note = one.started.note
       one.started.take(2)
       step = seconds_of(lambda one=one: one.started.take(1))
       chunks[one.name] = max(1, min(MAX_CHUNK, round(target / step)))
