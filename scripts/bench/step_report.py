@@ -1,0 +1,144 @@
+"""Rows, table, plot and files of `scripts/bench_step.py`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from typing import Any
+
+from etils import epath
+
+from conadv_jax.base import storage
+from scripts.bench.turns import Contender
+
+COLUMNS = (
+  'variant', 'batch_size', 'value', 'min', 'max', 'images_per_sec', 'ratio_to',
+  'ratio', 'floor', 'to_floor', 'peer', 'to_peer', 'share_of_peak',
+  'flops', 'xla_flops', 'peak_bytes', 'compile_seconds', 'note',
+)  # fmt: skip
+HEADER = (
+  'ms | min..max | images/s | ratio | floor | to floor | to peer '
+  '| share of peak | memory, MiB | compile, s'
+)
+
+
+def median_ratio(one: Contender, other: Contender | None) -> float | None:
+  """The median of the ratios within a round."""
+  if other is None or not one.seconds or not other.seconds:
+    return None
+  pairs = zip(one.seconds, other.seconds, strict=True)
+  return statistics.median(a / b for a, b in pairs)
+
+
+def make_rows(
+  contenders: list[Contender], batch: int, devices: int, peak: float
+) -> list[dict[str, Any]]:
+  """One row for each contender at `batch` images per device."""
+  by_name, rows = {one.name: one for one in contenders}, []
+  peers = {one.floor: one for one in contenders if one.is_peer}
+  for one in contenders:
+    base = by_name.get('torch plain' if one.is_peer else 'baseline')
+    other = None if one.is_peer else peers.get(one.floor)
+    ratio = median_ratio(one, base)
+    time_s = statistics.median(one.seconds) if one.seconds else None
+    row = dict.fromkeys(('name', *COLUMNS))
+    row |= {
+      'name': f'{one.name} batch {batch}',
+      'unit': 'ms',
+      'variant': one.name,
+      'batch_size': batch,
+      'ratio_to': base and f'{base.name} batch {batch}',
+      'ratio': ratio,
+      'floor': one.floor,
+      'to_floor': ratio and ratio / one.floor,
+      'peer': other and other.name,
+      'to_peer': median_ratio(one, other),
+      'flops': one.flops,
+      'note': one.note,
+    }
+    if time_s and one.started:
+      row |= {
+        'value': 1e3 * time_s,
+        'min': 1e3 * min(one.seconds),
+        'max': 1e3 * max(one.seconds),
+        'images_per_sec': batch * devices / time_s,
+        'share_of_peak': one.flops / time_s / peak,
+        'peak_bytes': one.started.peak_bytes,
+        'compile_seconds': one.started.compile_seconds,
+        'xla_flops': one.started.xla_flops,
+      }
+    rows.append(row)
+  return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+  """Markdown, with a table for each batch size."""
+  lines = []
+  for batch in dict.fromkeys(row['batch_size'] for row in rows):
+    lines += [f'| {batch} per device | {HEADER} |', '|---' * 11 + '|']
+    for row in (r for r in rows if r['batch_size'] == batch):
+      mib = row['peak_bytes'] and row['peak_bytes'] / 2**20
+      share = row['share_of_peak'] and 100 * row['share_of_peak']
+      spread = row['value'] and f'{cell(row["min"])}..{cell(row["max"])}'
+      cells = [
+        row['variant'], cell(row['value']) or row['note'], spread or '',
+        cell(row['images_per_sec'], 0), cell(row['ratio']), cell(row['floor']),
+        cell(row['to_floor']), cell(row['to_peer']), cell(share, 1, ' %'),
+        cell(mib, 0), cell(row['compile_seconds'], 1),
+      ]  # fmt: skip
+      lines.append('| ' + ' | '.join(cells) + ' |')
+    lines.append('')
+  return '\n'.join(lines)
+
+
+def cell(value: float | None, digits: int = 2, unit: str = '') -> str:
+  return '' if value is None else f'{value:.{digits}f}{unit}'
+
+
+def plot(rows: list[dict[str, Any]], title: str, path: epath.Path) -> None:
+  """Step time against batch, a line for each variant."""
+  try:
+    from matplotlib.figure import Figure
+  except ImportError:
+    print(f'no {path.name}: matplotlib is not installed')
+    return
+  figure = Figure(figsize=(8, 5), layout='constrained')
+  axis = figure.subplots()
+  for name in dict.fromkeys(row['variant'] for row in rows):
+    found = [r for r in rows if r['variant'] == name and r['value']]
+    points = sorted((r['batch_size'], r['value']) for r in found)
+    if points:
+      style = '--s' if name.startswith('torch') else '-o'
+      axis.plot(*zip(*points, strict=True), style, label=name, markersize=4)
+  axis.set(xscale='log', yscale='log', title=title)
+  axis.set(xlabel='images per device', ylabel='ms per step')
+  ticks = sorted({row['batch_size'] for row in rows})
+  axis.set_xticks(ticks, [str(tick) for tick in ticks])
+  axis.tick_params(axis='x', which='minor', bottom=False)
+  axis.grid(alpha=0.3, which='both')
+  axis.legend(frameon=False, fontsize='small')
+  with path.open('wb') as file:
+    figure.savefig(file, format='png', dpi=120)
+
+
+def write(report: dict[str, Any], path: epath.Path) -> None:
+  """Writes all four files."""
+  rows, machine = report['rows'], report['machine']
+  settings = report['settings']
+  path.parent.mkdir(parents=True, exist_ok=True)
+  storage.write_text(path, json.dumps(report, indent=1) + '\n')
+  storage.write_text(path.with_suffix('.md'), table(rows))
+  text = io.StringIO()
+  writer = csv.DictWriter(
+    text, COLUMNS, extrasaction='ignore', lineterminator='\n'
+  )
+  writer.writeheader()
+  writer.writerows(rows)
+  storage.write_text(path.with_suffix('.csv'), text.getvalue())
+  title = (
+    f'{settings["model"]}, {settings["resolution"]} px, {settings["dtype"]}, '
+    f'{machine["devices"]} x {machine["device"]}'
+  )
+  plot(rows, title, path.with_suffix('.png'))
