@@ -37,13 +37,20 @@ class Cached(Encoded):
     """
     self.num_examples = source.num_examples
     self.class_names = source.class_names
-    self.digest, self.content = source.digest, source.content
     self._source = source
     self._kind = kind
     self._decode = _decoder(source) if kind == 'decoded' else None
     _check_memory(kind, self._estimate())
     self._records = self._read()
     self.nbytes = sum(map(len, self._records))
+
+  @property
+  def digest(self) -> str:
+    return self._source.digest
+
+  @property
+  def content(self) -> str:
+    return self._source.content
 
   def fetch(self, ids: np.ndarray) -> list[bytes]:
     return [self._records[i] for i in ids]
