@@ -186,11 +186,8 @@ def resolve(config: Dataset) -> DatasetSpec:
     eval_split=config.eval_split or spec.eval_split,
     image_shape=_image_shape(spec, config),
   )
-  if not spec.encoded and config.cache != 'none':
-    raise ConfigError(
-      f'dataset.cache={config.cache!r}: {spec.name!r} is in memory anyway;'
-      " set it to 'none'"
-    )
+  if not spec.encoded:
+    _check_not_encoded(spec, config)
   found = spec.store.resolve(spec, config.data_dir)
   for split, published in spec.splits.items():
     if found.splits[split] != published:
@@ -201,6 +198,22 @@ def resolve(config: Dataset) -> DatasetSpec:
   for part in ('train', 'eval'):
     found.pieces(part)  # Raises for a wrong slice.
   return found
+
+
+def _check_not_encoded(spec: DatasetSpec, config: Dataset) -> None:
+  """Refuses what only files of images of any size have."""
+  if config.cache != 'none':
+    raise ConfigError(
+      f'dataset.cache={config.cache!r}: {spec.name!r} is in memory anyway;'
+      " set it to 'none'"
+    )
+  for field in ('interpolation', 'antialias', 'eval_crop_ratio'):
+    value, default = getattr(config, field), getattr(Dataset, field)
+    if value != default:
+      raise ConfigError(
+        f'dataset.{field}={value!r}: images of {spec.name!r} are of one size,'
+        f' and not resized; leave it at {default!r}'
+      )
 
 
 def _image_shape(spec: DatasetSpec, config: Dataset) -> tuple[int, int, int]:

@@ -161,7 +161,7 @@ def test_training_sees_each_example_of_a_slice_once(fake_dirs, kind, cache):
     kind,
     train_split='train[3:17]',
     cache=cache,
-    shuffle_window_shards=1,
+    shuffle_window_shards=1 if (kind, cache) == ('tfrecord', 'none') else 8,
   )
   spec = datasets.resolve(config)
   assert spec.num_train == 14
