@@ -140,14 +140,13 @@ class Loss(Group):
     return tuple(self.view_weights[v] / total for v in views)
 
 
-# Value of `optimizer.eps` where it is left None, by optimizer: none for LARS
-# (MLPerf), the paper's for LAMB, TensorFlow EfficientNet's for RMSProp.
-OPTIMIZER_EPS = {'lars': 0.0, 'sgd': 0.0, 'lamb': 1e-6, 'rmsprop': 1e-3}
-
-
 # What shipped optimizers do not read; one of your own may read any field.
 _ONLY_LARS = {'name': ('sgd', 'lamb', 'rmsprop')}
 _ONLY_LAMB = {'name': ('lars', 'sgd', 'rmsprop')}
+
+# Value of `optimizer.eps` where it is left None, by optimizer: none for LARS
+# (MLPerf), the paper's for LAMB, TensorFlow EfficientNet's for RMSProp.
+OPTIMIZER_EPS = {'lars': 0.0, 'sgd': 0.0, 'lamb': 1e-6, 'rmsprop': 1e-3}
 
 
 @dataclasses.dataclass(frozen=True)
