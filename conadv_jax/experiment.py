@@ -18,6 +18,7 @@ import optax
 
 from conadv_jax import models
 from conadv_jax.base.errors import ConfigError
+from conadv_jax.base.fields import check
 from conadv_jax.config import Config, Steps
 from conadv_jax.data import datasets
 from conadv_jax.devices import sharded_optimizer, xla_flags
@@ -186,6 +187,18 @@ class Run:
     )
 
 
+def _check_network(config: Config) -> None:
+  """Refuses what a network without batch norm, say, has no use for."""
+  for field in ('bn_momentum', 'bn_epsilon', 'dtype'):
+    value, default = getattr(config, field), getattr(Config, field)
+    check(
+      value == default or models.takes(config.model, field),
+      field,
+      value,
+      f'model {config.model!r} has no such setting; leave it at {default!r}',
+    )
+
+
 def build(
   config: Config,
   devices: Sequence[jax.Device] | None = None,
@@ -199,8 +212,9 @@ def build(
     spec: of the data set; None looks at its files.
 
   Raises:
-    ConfigError: for an unknown data set or model, a batch that does not divide
-      over the devices, or a flip that the data set does not allow.
+    ConfigError: for an unknown data set or model, a setting that either has no
+      use for, a batch that does not divide over the devices, or a flip that the
+      data set does not allow.
   """
   spec = spec or datasets.resolve(config.dataset)
   if config.dataset.random_flip and not spec.allows_flip:
@@ -215,6 +229,7 @@ def build(
     config.batch_size, config.bn_group_size, devices, config.microbatches
   )
   sharded_optimizer.check_shards(config, mesh)
+  _check_network(config)
   options = {f'network.{k}': v for k, v in vars(config.network).items()}
   model = models.create(
     config.model,

@@ -38,16 +38,15 @@ SPEC = dataclasses.replace(
 def make_config(fields: dict[str, Any] | None = None) -> Config:
   """The defaults for two groups of three, with dotted `fields` changed."""
   values = default_config()
-  values.update_from_flattened_dict(
-    {
-      'batch_size': 6,
-      'bn_group_size': 3,
-      'optimizer.learning_rate': 0.3,
-      'optimizer.trust_coefficient': 0.2,
-      'schedule.warmup_epochs': 0.0,
-    }
-    | (fields or {})
-  )
+  fields = {
+    'batch_size': 6,
+    'bn_group_size': 3,
+    'optimizer.learning_rate': 0.3,
+    'schedule.warmup_epochs': 0.0,
+  } | (fields or {})
+  if fields.get('optimizer.name', 'lars') == 'lars':
+    fields = {'optimizer.trust_coefficient': 0.2} | fields
+  values.update_from_flattened_dict(fields)
   return from_config_dict(values)
 
 

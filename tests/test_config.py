@@ -408,7 +408,8 @@ def test_steps_are_sized_by_the_ball_unless_set():
 def test_the_optimizer_fills_its_eps(name, eps):
   assert load({'optimizer.name': name}).optimizer.eps == eps
   fields = {'optimizer.name': name, 'optimizer.eps': 0.5}
-  assert load(fields).optimizer.eps == 0.5
+  if name != 'sgd':  # which has none
+    assert load(fields).optimizer.eps == 0.5
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar
 
 import ml_collections
@@ -40,22 +40,21 @@ def setting(default: Any, doc: str, *, preset: bool = False, **rules) -> Any:
     doc: the meaning, with the unit.
     preset: whether a preset's value comes before `default`. A configuration
       has None there until it is resolved.
-    **rules: of `number` and `choice`.
+    **rules: of `number` and `choice`; and `unread`, {field of this group: its
+      values with which nothing reads the new one}.
   """
   metadata = {'doc': doc, 'preset': preset, **rules}
   return dataclasses.field(default=default, metadata=metadata)
 
 
-def number(default: Any, rule: str, doc: str, *, preset: bool = False) -> Any:
+def number(default: Any, rule: str, doc: str, **others) -> Any:
   """Makes a field whose value must be `rule`, a key of _RULES, and finite."""
-  return setting(default, doc, preset=preset, rule=rule)
+  return setting(default, doc, rule=rule, **others)
 
 
-def choice(
-  default: Any, choices: Collection[str], doc: str, *, preset: bool = False
-) -> Any:
+def choice(default: Any, choices: Collection[str], doc: str, **others) -> Any:
   """Makes a field whose value must be in `choices` when it is checked."""
-  return setting(default, doc, preset=preset, choices=choices)
+  return setting(default, doc, choices=choices, **others)
 
 
 def check(ok: bool, field: str, value: Any, fix: str) -> None:
@@ -147,6 +146,31 @@ def build(cls: type, values: Any, prefix: str = '') -> Any:
     else:
       made[name] = _typed(kind, values[name], prefix + name)
   return cls(**made)
+
+
+def unread(
+  cls: type, values: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, str, Any]]:
+  """Finds fields of `cls` and its groups that are set, and that nothing reads.
+
+  Args:
+    cls: the group.
+    values: nested; a field that is not there has its default.
+
+  Yields:
+    Field and default, then the field that keeps it from being read and its
+    value. Names are dotted.
+  """
+  known = {field.name: field for field in dataclasses.fields(cls)}
+  for name, field in known.items():
+    kind, value = kinds(cls)[name], values.get(name, field.default)
+    if dataclasses.is_dataclass(kind):
+      yield from unread(kind, value if isinstance(value, Mapping) else {})
+      continue
+    for other, idle in field.metadata.get('unread', {}).items():
+      chosen = values.get(other, known[other].default)
+      if chosen in idle and value != field.default:
+        yield cls.prefix + name, field.default, cls.prefix + other, chosen
 
 
 def parse(cls: type, name: str, text: str) -> Any:

@@ -144,6 +144,7 @@ class Config(Group):
 
   def __post_init__(self):
     super().__post_init__()
+    self._check_read()
     self._check_staleness()
     self._check_loss()
     self._check_batch()
@@ -153,6 +154,20 @@ class Config(Group):
     check(
       not self.eval.use_ema or self.ema.decay > 0, 'eval.use_ema', True, fix
     )
+
+  def _check_read(self):
+    """Refuses what is set and has no effect beside the rest of its group.
+
+    What only other methods or evaluations read may stay, such as `attack.*` of
+    a baseline: one recipe is for a grid of methods.
+    """
+    values = dataclasses.asdict(self)
+    for name, default, other, chosen in fields.unread(Config, values):
+      fix = f'not read with {other}={chosen!r}; leave it at {default!r}'
+      check(False, name, flatten(values)[name], f'{fix}, or change {other}')
+    eps = self.optimizer.eps
+    fix = "not read with optimizer.name='sgd'; leave it unset"
+    check(self.optimizer.name != 'sgd' or not eps, 'optimizer.eps', eps, fix)
 
   def _check_batch(self):
     if self.batch_size % self.bn_group_size:

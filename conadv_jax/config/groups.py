@@ -41,6 +41,9 @@ class Network(Group):
   )
 
 
+_NO_RANDAUGMENT = {'autoaugment': ('v0', 'reduced_imagenet')}
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset(Group):
   """Which examples, and how their images are prepared."""
@@ -78,9 +81,14 @@ class Dataset(Group):
   autoaugment: str = choice(
     'v0', ('v0', 'reduced_imagenet', 'randaugment'), 'policy of the view aa'
   )
-  randaugment_layers: int = number(2, '>= 1', 'N, operations per image')
+  randaugment_layers: int = number(
+    2, '>= 1', 'N, operations per image', unread=_NO_RANDAUGMENT
+  )
   randaugment_magnitude: float = number(
-    9.0, '>= 0', 'M, level of each operation; 10 = full strength'
+    9.0,
+    '>= 0',
+    'M, level of each operation; 10 = full strength',
+    unread=_NO_RANDAUGMENT,
   )
   aa_shares_crop: bool = setting(
     False, 'aa starts from the crop and flip of clean'
@@ -135,6 +143,10 @@ class Loss(Group):
     return tuple(self.view_weights[v] / total for v in views)
 
 
+# What shipped optimizers do not read; one of your own may read any field.
+_ONLY_LARS = {'name': ('sgd', 'lamb', 'rmsprop')}
+_ONLY_LAMB = {'name': ('lars', 'sgd', 'rmsprop')}
+
 # Value of `optimizer.eps` where it is left None, by optimizer: none for LARS
 # (MLPerf), the paper's for LAMB, TensorFlow EfficientNet's for RMSProp.
 OPTIMIZER_EPS = {'lars': 0.0, 'sgd': 0.0, 'lamb': 1e-6, 'rmsprop': 1e-3}
@@ -148,28 +160,49 @@ class Optimizer(Group):
 
   name: str = choice('lars', OPTIMIZER_EPS, 'see conadv_jax.method.optim')
   learning_rate: float = number(4.0, '> 0', 'peak, at base_batch_size')
-  base_batch_size: int = number(256, '>= 1', 'in examples')
+  base_batch_size: int = number(
+    256, '>= 1', 'in examples', unread={'scaling': ('none',)}
+  )
   scaling: str = choice(
     'none', ('none', 'linear', 'sqrt'), 'of the peak with the batch size'
   )
-  momentum: float = number(0.9, 'in [0, 1)', 'lars, sgd, rmsprop')
-  nesterov: bool = setting(False, 'lars, sgd, rmsprop')
+  momentum: float = number(
+    0.9, 'in [0, 1)', 'lars, sgd, rmsprop', unread={'name': ('lamb',)}
+  )
+  nesterov: bool = setting(
+    False, 'lars, sgd, rmsprop', unread={'name': ('lamb',), 'momentum': (0.0,)}
+  )
   weight_decay: float = number(1e-4, '>= 0', 'of kernels only')
   lars_denominator: str = choice(
     'norm_of_sum',
     ('norm_of_sum', 'sum_of_norms'),
     "|g + wd w| (optax), or |g| + wd |w| (the paper's code, MLPerf)",
+    unread=_ONLY_LARS,
   )
-  trust_coefficient: float = number(0.001, '> 0', 'lars: eta')
-  beta1: float = number(0.9, 'in [0, 1)', 'lamb: decay of the first moment')
-  beta2: float = number(0.999, 'in [0, 1)', 'lamb: decay of the second moment')
-  decay: float = number(0.9, 'in [0, 1)', 'rmsprop: decay of the mean square')
+  trust_coefficient: float = number(
+    0.001, '> 0', 'lars: eta', unread=_ONLY_LARS
+  )
+  beta1: float = number(
+    0.9, 'in [0, 1)', 'lamb: decay of the first moment', unread=_ONLY_LAMB
+  )
+  beta2: float = number(
+    0.999, 'in [0, 1)', 'lamb: decay of the second moment', unread=_ONLY_LAMB
+  )
+  decay: float = number(
+    0.9,
+    'in [0, 1)',
+    'rmsprop: decay of the mean square',
+    unread={'name': ('lars', 'sgd', 'lamb')},
+  )
   eps: float = number(None, '>= 0', "None = the optimizer's", preset=True)
 
   def peak_learning_rate(self, batch_size: int) -> float:
     """learning_rate * (batch_size / base_batch_size) ** {0, 1, 0.5}."""
     power = {'none': 0.0, 'linear': 1.0, 'sqrt': 0.5}[self.scaling]
     return self.learning_rate * (batch_size / self.base_batch_size) ** power
+
+
+_NOT_EXPONENTIAL = {'name': ('polynomial', 'cosine')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,14 +217,27 @@ class Schedule(Group):
   warmup_epochs: float = number(
     5.0, '>= 0', 'linear from 0 to the peak; less than epochs'
   )
-  power: float = number(2.0, '> 0', 'polynomial: of the remaining share')
+  power: float = number(
+    2.0,
+    '> 0',
+    'polynomial: of the remaining share',
+    unread={'name': ('cosine', 'exponential')},
+  )
   end_learning_rate: float = number(
-    0.0, '>= 0', 'polynomial, cosine: the last value, at most the peak'
+    0.0,
+    '>= 0',
+    'polynomial, cosine: the last value, at most the peak',
+    unread={'name': ('exponential',)},
   )
   decay_rate: float = number(
-    0.97, 'in (0, 1]', 'exponential: factor of each decay'
+    0.97,
+    'in (0, 1]',
+    'exponential: factor of each decay',
+    unread=_NOT_EXPONENTIAL,
   )
-  decay_epochs: float = number(2.4, '> 0', 'exponential: between decays')
+  decay_epochs: float = number(
+    2.4, '> 0', 'exponential: between decays', unread=_NOT_EXPONENTIAL
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +247,9 @@ class Ema(Group):
   prefix = 'ema.'
 
   decay: float = number(0.0, 'in [0, 1)', 'per step; 0 = off')
-  batch_stats: bool = setting(True, 'average batch-norm statistics too')
+  batch_stats: bool = setting(
+    True, 'average batch-norm statistics too', unread={'decay': (0.0,)}
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,10 +277,16 @@ class Spike(Group):
     0.0, '>= 0', 'standard deviations above the mean, such as 6; 0 = off'
   )
   window_steps: int = number(
-    128, '>= 2', 'applied steps that mean and deviation are taken over'
+    128,
+    '>= 2',
+    'applied steps that mean and deviation are taken over',
+    unread={'sigmas': (0.0,)},
   )
   max_in_a_row: int = number(
-    5, '>= 1', 'the next one is applied: the loss has moved'
+    5,
+    '>= 1',
+    'the next one is applied: the loss has moved',
+    unread={'sigmas': (0.0,)},
   )
 
 

@@ -73,18 +73,19 @@ def override(
 ) -> dict[str, Any]:
   """`values` with dotted fields set from texts, as `fields.parse` reads them.
 
+  One that chooses another optimizer, schedule or the like takes what only the
+  old one reads back to its default.
+
   Raises:
     ConfigError: for an unknown or renamed field, or a value of another type.
   """
   check_not_renamed(overrides)
   values = fields.plain(values)
   for name, text in overrides.items():
-    *groups, leaf = name.split('.')
-    value = fields.parse(Config, name, text)
-    node = values
-    for group in groups:
-      node = node.setdefault(group, {})
-    node[leaf] = value
+    _set(values, name, fields.parse(Config, name, text))
+  for name, default, other, _ in list(fields.unread(Config, values)):
+    if other in overrides and name not in overrides:
+      _set(values, name, default)
   return values
 
 
@@ -142,6 +143,13 @@ def set_imagenet(c: ml_collections.ConfigDict, image_size_px: int) -> None:
   c.eval.every_steps = max(1, round(4 * 1_281_167 / c.batch_size))
   c.checkpoint.every_steps = max(1, round(1_281_167 / c.batch_size))
   c.log_every_steps = min(50, c.checkpoint.every_steps)
+
+
+def _set(values: dict[str, Any], name: str, value: Any) -> None:
+  *groups, leaf = name.split('.')
+  for group in groups:
+    values = values.setdefault(group, {})
+  values[leaf] = value
 
 
 def _find(name: str) -> pathlib.Path:

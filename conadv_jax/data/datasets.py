@@ -212,29 +212,45 @@ def recorded(config: Dataset, data: Mapping[str, Any]) -> DatasetSpec:
 
   Args:
     config: names it.
-    data: what the run's config.json says of it: `num_classes` and `splits`.
+    data: what the run's config.json says of it: `num_classes` and `splits`. An
+      older run lacks them; then the files are looked at after all.
 
   Raises:
     ConfigError: an unknown name, or a size or `pool` that does not fit.
   """
-  known = {k: data[k] for k in ('num_classes', 'splits') if k in data}
+  if 'splits' not in data:
+    return resolve(config)
+  known = {name: data[name] for name in ('num_classes', 'splits')}
   return dataclasses.replace(_described(config), **known)
 
 
 def _described(config: Dataset) -> DatasetSpec:
   """The registered data set, with the splits and image shape of `config`."""
   spec = get_spec(config.name)
-  if not spec.encoded and config.cache != 'none':
-    raise ConfigError(
-      f'dataset.cache={config.cache!r}: {spec.name!r} is in memory anyway;'
-      " set it to 'none'"
-    )
+  if not spec.encoded:
+    _check_not_encoded(spec, config)
   return dataclasses.replace(
     spec,
     train_split=config.train_split or spec.train_split,
     eval_split=config.eval_split or spec.eval_split,
     image_shape=_image_shape(spec, config),
   )
+
+
+def _check_not_encoded(spec: DatasetSpec, config: Dataset) -> None:
+  """Refuses what only files of images of any size have."""
+  if config.cache != 'none':
+    raise ConfigError(
+      f'dataset.cache={config.cache!r}: {spec.name!r} is in memory anyway;'
+      " set it to 'none'"
+    )
+  for field in ('interpolation', 'antialias', 'eval_crop_ratio'):
+    value, default = getattr(config, field), getattr(Dataset, field)
+    if value != default:
+      raise ConfigError(
+        f'dataset.{field}={value!r}: images of {spec.name!r} are of one size,'
+        f' and not resized; leave it at {default!r}'
+      )
 
 
 def _image_shape(spec: DatasetSpec, config: Dataset) -> tuple[int, int, int]:

@@ -63,8 +63,9 @@ def parse(text: str, sizes: Mapping[str, int], field: str) -> tuple[Piece, ...]:
     limit = 100 if match[2] else size
     if abs(value) > limit:
       raise refuse(f'{part.strip()} is out of range')
-    value += limit * (value < 0)
-    return round(value * size / 100) if match[2] else value
+    # Rounded before it counts from the end, as TFDS does: halves show it.
+    count = round(value * size / 100) if match[2] else value
+    return count + size * (value < 0)
 
   pieces = []
   for part in text.split('+'):

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal, Protocol
 
+from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import Dataset
 from conadv_jax.data import slices
 from conadv_jax.data.sources.source import Source
@@ -101,9 +102,18 @@ class DatasetSpec:
     files. With `cache`, everything is read into memory.
 
     Raises:
-      ConfigError: as `Store.open`, or if memory does not suffice.
+      ConfigError: as `Store.open`, or if memory does not suffice, or for the
+        window of a source that is not read in windows.
     """
     source = self.store.open(self, self.pieces(part), config)
+    window = config.shuffle_window_shards
+    default = Dataset.shuffle_window_shards
+    in_windows = hasattr(source, 'window_shards') and config.cache == 'none'
+    if window != default and not in_windows:
+      raise ConfigError(
+        f'dataset.shuffle_window_shards={window}: only TFRecord files without'
+        f' dataset.cache are read in windows; leave it at {default}'
+      )
     if config.cache == 'none':
       return source
     from conadv_jax.data.sources.cache import Cached

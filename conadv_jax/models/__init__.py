@@ -166,6 +166,11 @@ def get(name: str) -> Entry:
   return MODELS[name]
 
 
+def takes(name: str, field: str) -> bool:
+  """Whether `create` gives the network called `name` this COMMON_FIELD."""
+  return field in inspect.signature(get(name).build).parameters
+
+
 def create(
   name: str, options: Mapping[str, Any] | None = None, **kwargs: Any
 ) -> nn.Module:
@@ -182,9 +187,8 @@ def create(
     ConfigError: for an unknown name, or an option that the network lacks.
   """
   entry = get(name)
-  fields = inspect.signature(entry.build).parameters
   for field in COMMON_FIELDS:
-    if field not in fields:
+    if not takes(name, field):
       kwargs.pop(field, None)
   for field, value in (options or {}).items():
     if value is None or value is False or value == 'none':

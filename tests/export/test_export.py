@@ -389,7 +389,8 @@ def test_the_card_crops_as_the_run_does(antialias, interpolation, size):
     antialias=antialias,
   )
   config = types.SimpleNamespace(dataset=settings)
-  spec = datasets.recorded(settings, {})
+  data = {'num_classes': 1000, 'splits': {}}
+  spec = datasets.recorded(settings, data)
   card = {'input': model_card.input_of(config, spec)}
   code = f'import tensorflow as tf\n{usage.crop(card)}'
   scope = {'np': np, 'Image': Image}

@@ -175,7 +175,16 @@ class Arrays:
     return splits
 
   def resolve(self, spec: DatasetSpec, data_dir: str) -> DatasetSpec:
-    del data_dir
+    """The spec as it is.
+
+    Raises:
+      ConfigError: for a directory, from which nothing would be read.
+    """
+    if data_dir:
+      raise ConfigError(
+        f'dataset.data_dir={data_dir!r}: {spec.name!r} is read from no files;'
+        " set it to '', or dataset.name to what is there"
+      )
     return spec
 
   def version(self, data_dir: str) -> str:
