@@ -274,7 +274,6 @@ def test_value_out_of_range_is_named(name, value):
   {'schedule.warmup_epochs': 59.9},
   {'schedule.end_learning_rate': 4.0},
   {'schedule.name': 'exponential', 'schedule.decay_epochs': 54.9},
-  {'schedule.name': 'exponential', 'schedule.end_learning_rate': 5.0},
   {'seed': 2**31 - 1},
   {'checkpoint.every_steps': 0},
 ])  # fmt: skip

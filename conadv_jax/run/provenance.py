@@ -25,7 +25,8 @@ def of_examples(spec: DatasetSpec, data_dir: str, **sources: Source) -> Data:
   Returns:
     `version` of the data set, `num_classes`, `class_names` in the order of the
     labels ([] where the files do not name them), and for each source its
-    `num_` of examples, `_digest` and `_content`, see `Source`.
+    `num_` of examples, `_digest` and `_content`, see `Source`. Of `train` also
+    how it is `shuffled`: a cache changes that of TFRecord files.
   """
   names = next(iter(sources.values())).class_names
   data = {
@@ -39,6 +40,9 @@ def of_examples(spec: DatasetSpec, data_dir: str, **sources: Source) -> Data:
       f'{part}_digest': source.digest,
       f'{part}_content': source.content,
     }
+  if 'train' in sources:
+    is_stream = hasattr(sources['train'], 'window_shards')
+    data['shuffled'] = 'in windows' if is_stream else 'as a whole'
   return data
 
 

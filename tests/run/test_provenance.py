@@ -16,12 +16,13 @@ from PIL import Image
 from conadv_jax import evaluate, experiment, models, train
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.checkpoints.checkpoint import Checkpoints
-from conadv_jax.config import from_config_dict
+from conadv_jax.config import Dataset, from_config_dict
 from conadv_jax.data import datasets
 from conadv_jax.debug import replay
 from conadv_jax.export import export
 from conadv_jax.run import preflight, provenance, summary, workdir
 from configs import digits
+from scripts import make_fake_imagenet
 
 SIZE = 8
 CLASSES = ('0', '10', '2')
@@ -175,6 +176,26 @@ def test_as_many_other_files_are_refused(run):
   image.rename(image.with_name('33.png'))
   with pytest.raises(ConfigError, match='data.train_digest: '):
     train.train(settings(folder, max_steps=3), str(directory))
+
+
+@pytest.mark.parametrize(
+  'file_format, changes', [('tfrecord', 1), ('array_record', 0)]
+)
+def test_a_cache_that_changes_the_order_is_other_data(
+  file_format, changes, tmp_path
+):
+  make_fake_imagenet.prepare(str(tmp_path), file_format, 12, 4, 2)
+  found = []
+  for cache in ('none', 'raw'):
+    config = Dataset(
+      'imagenet2012', str(tmp_path), image_size_px=8, cache=cache
+    )
+    spec = datasets.resolve(config)
+    source = spec.open('train', config)
+    found.append(provenance.of_examples(spec, str(tmp_path), train=source))
+  lines = provenance.changes(*found)
+  assert len(lines) == changes
+  assert all("shuffled: 'in windows' -> 'as a whole'" in line for line in lines)
 
 
 def test_hosts_compare_names_and_listings(trained, monkeypatch):
