@@ -1,6 +1,7 @@
 """Results say what they were measured on; a data set is more than counts."""
 
 import json
+import os
 import re
 import shutil
 
@@ -196,6 +197,21 @@ def test_a_cache_that_changes_the_order_is_other_data(
   lines = provenance.changes(*found)
   assert len(lines) == changes
   assert all("shuffled: 'in windows' -> 'as a whole'" in line for line in lines)
+
+
+def test_class_names_that_are_no_text_are_kept_escaped(tmp_path):
+  """In Latin-1, say: config.json, the card and messages are UTF-8."""
+  folder = make_folder(tmp_path / 'images', 1, ('a', 'b'))
+  for split in ('train', 'val'):
+    (folder / split / 'b').rename(folder / split / os.fsdecode(b'br\xfcke'))
+  config = settings(folder).dataset
+  spec = datasets.resolve(config)
+  source = spec.open('train', config)
+  data = provenance.of_examples(spec, str(folder), train=source)
+  assert data['class_names'] == ['a', r'br\xfcke']
+  (line,) = provenance.changes({'class_names': ['a', 'b']}, data)
+  for text in (json.dumps(data, ensure_ascii=False), line):
+    text.encode()
 
 
 def test_hosts_compare_names_and_listings(trained, monkeypatch):
