@@ -39,7 +39,7 @@ def _evaluate(
   path: epath.Path, config: Config, guard: Guard
 ) -> list[dict[str, Any]]:
   preflight.check_program(config)
-  trained = workdir.read_data(path)
+  trained = workdir.read_run(path).get('data', {})
   run = experiment.build(
     config, spec=datasets.recorded(config.dataset, trained)
   )
@@ -57,7 +57,8 @@ def _evaluate(
     f'{config.dataset.name}, {source.num_examples} examples, step {step}, '
     f'route {config.eval.route}'
   )
-  if any(trained.get(name) != value for name, value in data.items()):
+  measured_on = provenance.of_result(spec, data, data_dir)
+  if not provenance.is_own(trained, measured_on):
     hosts.say('these are not the examples that the run evaluates itself')
   hosts.say(
     f'{"attack":<10}{"epsilon":>11}{"steps":>7}{"top1 %":>9}{"loss":>9}'
@@ -68,7 +69,7 @@ def _evaluate(
     evaluator,
     weights_of(config, state),
     step,
-    provenance.of_result(spec, data, data_dir),
+    measured_on,
     before_batch=lambda: guard.enter('evaluate', step),
   ):
     rows.append(row)

@@ -17,6 +17,7 @@ import os
 import pathlib
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -25,9 +26,12 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 from conadv_jax import models
 from conadv_jax.base import storage
 from conadv_jax.models import layers
+from scripts.bench.machine import cpu_name
 
 PLATFORMS = {'xla': '', 'ours': 'cpu'}
 
@@ -171,11 +175,8 @@ def benchmark(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def machine() -> dict[str, Any]:
-  info = pathlib.Path('/proc/cpuinfo')
-  lines = info.read_text().splitlines() if info.exists() else []
-  names = [x.split(':')[1].strip() for x in lines if 'model name' in x]
   return {
-    'cpu': names[0] if names else platform.processor(),
+    'cpu': cpu_name(),
     'cores': os.cpu_count(),
     'python': platform.python_version(),
     'jax': jax.__version__,

@@ -33,8 +33,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 from conadv_jax.base import storage
 from conadv_jax.config import default_config, from_config_dict
+from scripts.bench.machine import cpu_name
 
 SIZE_PX = 224
 BATCH = 64
@@ -457,20 +460,12 @@ def host_cores(rows: list[dict]) -> list[dict]:
 
 
 def _make_images(folder: str) -> pathlib.Path:
-  sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
   from scripts import make_fake_imagenet
 
   print('making images ...', flush=True)
   root = pathlib.Path(folder) / 'images'
   make_fake_imagenet.write_folder(str(root), num_train=400, num_eval=10)
   return root
-
-
-def _cpu() -> str:
-  info = pathlib.Path('/proc/cpuinfo')
-  lines = info.read_text().splitlines() if info.exists() else []
-  names = [x.split(': ')[1] for x in lines if x.startswith('model name')]
-  return names[0] if names else platform.processor()
 
 
 def main() -> None:
@@ -503,7 +498,7 @@ def main() -> None:
       line += f', {row["ratio"]:.2f}x of ours'
     print(line)
   if args.output:
-    machine = f'{_cpu()}, {os.cpu_count()} cores, {platform.system()}'
+    machine = f'{cpu_name()}, {os.cpu_count()} cores, {platform.system()}'
     args.output.parent.mkdir(parents=True, exist_ok=True)
     content = {'machine': machine, 'rows': rows}
     args.output.write_text(json.dumps(content, indent=2) + '\n')

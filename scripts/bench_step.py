@@ -61,6 +61,7 @@ from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import Config, from_config_dict
 from conadv_jax.methods import METHODS
 from scripts.bench import step_report
+from scripts.bench.machine import cpu_name
 from scripts.bench.turns import Contender, Started, measure, seconds_of
 
 # Data sets of fixed sizes; all other sizes are crops of ImageNet.
@@ -238,13 +239,10 @@ def matmul_flops_per_sec(dtype: str) -> float:
 
 
 def machine(peak: float) -> dict[str, Any]:
-  info = pathlib.Path('/proc/cpuinfo')
-  lines = info.read_text().splitlines() if info.exists() else []
-  names = [x.split(':')[1].strip() for x in lines if 'model name' in x]
   found = {
     'device': jax.devices()[0].device_kind,
     'devices': len(jax.devices()),
-    'cpu': names[0] if names else platform.processor(),
+    'cpu': cpu_name(),
     'cores': os.cpu_count(),
     'matmul_flops_per_sec': peak,
     'tf32': 'allowed in both' if jax.devices()[0].platform == 'gpu' else 'none',

@@ -85,11 +85,12 @@ def _lost(path: epath.Path, question: Mapping[str, Any]) -> str:
   except (OSError, ValueError, KeyError, TypeError):
     return 'which does not say what it is a report of'
   changed = [
-    f'{name}={config.get(name)!r}'
-    for name in sorted(config.keys() | new['config'].keys())
-    if config.get(name) != new['config'].get(name)
+    f'{name}={old!r}'
+    for name, (old, _) in sorted(
+      fields.differences(config, new['config']).items()
+    )
     # Of a sweep, the batches are the list.
-    and not (name == 'batch_size' and 'sweep' in grown['flags'])
+    if not (name == 'batch_size' and 'sweep' in grown['flags'])
   ]
   changed += [
     f'{name}={item}'

@@ -234,6 +234,18 @@ def flatten(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   return flat
 
 
+def differences(
+  old: Mapping[str, Any], new: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+  """{dotted name: (old, new)} of nested values that differ; None is missing."""
+  before, after = flatten(old), flatten(new)
+  return {
+    name: (before.get(name), after.get(name))
+    for name in before | after
+    if before.get(name) != after.get(name)
+  }
+
+
 def _is_mapping(kind: Any) -> bool:
   return typing.get_origin(kind) is Mapping
 

@@ -397,12 +397,10 @@ def changes(
 
   A name in `free` that ends with a dot stands for its whole group.
   """
-  before, after = flatten(to_dict(old)), flatten(to_dict(new))
   groups = tuple(name for name in free if name.endswith('.'))
+  found = fields.differences(to_dict(old), to_dict(new))
   return {
-    name: (before.get(name), after.get(name))
-    for name in before | after
-    if before.get(name) != after.get(name)
-    and name not in free
-    and not name.startswith(groups)
+    name: pair
+    for name, pair in found.items()
+    if name not in free and not name.startswith(groups)
   }

@@ -21,7 +21,7 @@ class Quarantine:
 
   Each is a line of a JSON Lines file: `split`, `id`, `place` (file and place in
   it) and `reason` (why it cannot be used). A file of an earlier start is read
-  first, so that the count goes on where it stopped.
+  first, so that the count continues.
 
   Attributes:
     path: of that file; None keeps the list in memory only.

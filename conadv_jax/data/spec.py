@@ -108,7 +108,7 @@ class DatasetSpec:
     source = self.store.open(self, self.pieces(part), config)
     window = config.shuffle_window_shards
     default = Dataset.shuffle_window_shards
-    in_windows = hasattr(source, 'window_shards') and config.cache == 'none'
+    in_windows = source.in_windows and config.cache == 'none'
     if window != default and not in_windows:
       raise ConfigError(
         f'dataset.shuffle_window_shards={window}: only TFRecord files without'

@@ -67,15 +67,15 @@ def main(argv: Sequence[str]) -> Row:
   path, config = parse_args(rest)
   with Guard(config.hang_timeout_seconds) as guard:
     preflight.check_program(config)
-    trained = workdir.read_data(path)
+    origin = workdir.read_run(path)
     run = experiment.build(
-      config, spec=datasets.recorded(config.dataset, trained)
+      config, spec=datasets.recorded(config.dataset, origin.get('data', {}))
     )
     if not 1 <= step <= run.steps.stop:
       raise ConfigError(
         f'replay={step}: the run in {path} has steps 1 to {run.steps.stop}'
       )
-    return _Replay(path, run, step, guard).report()
+    return _Replay(path, origin, run, step, guard).report()
 
 
 def _parse_step(argv: Sequence[str]) -> tuple[int, list[str]]:
@@ -91,12 +91,14 @@ def _parse_step(argv: Sequence[str]) -> tuple[int, list[str]]:
 class _Replay:
   """One replay: brings the run to a step, and looks at it."""
 
-  def __init__(self, path: epath.Path, run: Run, step: int, guard: Guard):
+  def __init__(
+    self, path: epath.Path, origin: Row, run: Run, step: int, guard: Guard
+  ):
     self._path, self._run, self._step = path, run, step
     self._guard = guard
     guard.enter('data')
     self._source = run.spec.open('train', run.config.dataset)
-    self._check_run()
+    self._check_run(origin)
     self._known = hosts.on_writer('what is known of the step', self._read)
 
   def report(self) -> Row:
@@ -129,26 +131,24 @@ class _Replay:
 
   # ---- The run, up to the step ----------------------------------------------
 
-  def _check_run(self) -> None:
+  def _check_run(self, origin: Row) -> None:
     """Raises ConfigError for other data; tells of what may change last bits."""
-    file = self._path / 'config.json'
-    content = json.loads(storage.read(file.read_text, file))
     now = provenance.of_examples(
       self._run.spec, self._run.config.dataset.data_dir, train=self._source
     )
-    if lines := provenance.changes(content.get('data', {}), now):
+    if lines := provenance.changes(origin.get('data', {}), now):
       raise ConfigError(
         'the run was trained on other examples:\n  '
         + '\n  '.join(lines)
         + '\ngive its data with --config.dataset.data_dir=DIR'
       )
-    devices = content.get('devices', {}).get('count')
+    devices = origin.get('devices', {}).get('count')
     if devices != jax.device_count():
       hosts.say(
         f'the run has {devices} devices, this is on {jax.device_count()}: '
         'last bits may differ'
       )
-    if content.get('versions') != workdir.versions():
+    if origin.get('versions') != workdir.versions():
       hosts.say('versions are not those of the run: last bits may differ')
 
   def _read(self) -> Row:

@@ -28,7 +28,7 @@ from conadv_jax.export.model_card import Card
 from conadv_jax.method.pixels import normalize, wide_dtype
 from conadv_jax.method.state import Snapshot
 from conadv_jax.models.weights import to_state_dict
-from conadv_jax.run import workdir
+from conadv_jax.run import evaluations, workdir
 from conadv_jax.run.evaluator import weights_of
 from conadv_jax.run.reopen import parse_args, restore_newest
 
@@ -49,16 +49,18 @@ def export(argv: Sequence[str]) -> epath.Path:
   output, kind, rest = _parse(argv)
   directory, config = parse_args(rest)
   card_path = _prepare(output)
+  origin = workdir.read_run(directory)
   # The file must not depend on how many devices are here, nor on the images.
   run = experiment.build(
     config,
     jax.devices()[:1],
-    datasets.recorded(config.dataset, workdir.read_data(directory)),
+    datasets.recorded(config.dataset, origin.get('data', {})),
   )
   step, state = restore_newest(directory, run)
   weights = jax.device_get(weights_of(config, state))
 
-  card = model_card.make(run, directory, step, weights)
+  rows = evaluations.of_weights(directory, config, step)
+  card = model_card.make(run, origin, rows, step, weights)
   card |= {'format': kind, 'file': output.name}
   card['usage'] = FORMATS[kind].example(card)
   with _writing(output):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from etils import epath
 from flax import traverse_util
 
 from conadv_jax import models
@@ -15,7 +13,7 @@ from conadv_jax.config import Config
 from conadv_jax.data.datasets import DatasetSpec
 from conadv_jax.experiment import Run
 from conadv_jax.method.state import Snapshot
-from conadv_jax.run import evaluations
+from conadv_jax.run import evaluations, provenance
 
 Card = dict[str, Any]
 
@@ -33,19 +31,26 @@ CITATION = f"""\
 }}"""
 
 
-def make(run: Run, directory: epath.Path, step: int, weights: Snapshot) -> Card:
-  """Makes the card of `weights`, those of `step` of the run in `directory`.
+def make(
+  run: Run,
+  origin: Mapping[str, Any],
+  rows: Sequence[evaluations.Row],
+  step: int,
+  weights: Snapshot,
+) -> Card:
+  """Makes the card of `weights`.
 
-  `evaluations` lists only what was measured on these very weights, each row
-  with what it was measured on; `top1` is that of the run's own eval split, or
-  None.
+  Args:
+    run: as it is evaluated.
+    origin: what config.json says of the run; see `workdir.read_run`.
+    rows: what was measured on these very weights, the newest last. `top1` is
+      that of the run's own eval split, or None.
+    step: that the weights were trained to.
+    weights: one snapshot of the run.
   """
-  config = run.config
-  origin = json.loads((directory / 'config.json').read_text())
-  trained, data = origin['config'], origin['data']
-  del trained['dataset']['data_dir']  # a place on the machine that trained
-  rows = evaluations.of_weights(directory, config, step)
-  own = {'digest': data.get('eval_digest'), 'content': data.get('eval_content')}
+  config, data = run.config, origin.get('data', {})
+  dataset = dict(origin['config']['dataset'])
+  del dataset['data_dir']  # a place on the machine that trained
   return {
     'card': KIND,
     'model': config.model,
@@ -54,17 +59,7 @@ def make(run: Run, directory: epath.Path, step: int, weights: Snapshot) -> Card:
     'method': config.method,
     'views': [list(pair) for pair in config.views],
     'staleness_steps': config.staleness_steps,
-    'dataset': {
-      'name': run.spec.name,
-      'num_classes': run.spec.num_classes,
-      'class_names': data.get('class_names', []),
-      'num_train': run.spec.num_train,
-      'num_eval': run.spec.num_eval,
-      'version': data.get('version', ''),
-      'train_digest': data.get('train_digest'),
-      'eval_digest': own['digest'],
-      'eval_content': own['content'],
-    },
+    'dataset': _dataset(run.spec, data),
     'step': step,
     'steps_of_schedule': run.steps.total,
     'epochs': step / run.steps.per_epoch,
@@ -74,21 +69,36 @@ def make(run: Run, directory: epath.Path, step: int, weights: Snapshot) -> Card:
       (
         row['top1']
         for row in reversed(rows)
-        if row['attack'] == 'none' and own.items() <= row['data'].items()
+        if row['attack'] == 'none' and provenance.is_own(data, row['data'])
       ),
       None,
     ),
-    'evaluations': rows,
+    'evaluations': list(rows),
     'input': input_of(config, run.spec),
     'peak_learning_rate': config.optimizer.peak_learning_rate(
       config.batch_size
     ),
-    'config': trained,
+    'config': {**origin['config'], 'dataset': dataset},
     'git_commit': origin['git_commit'],
     'versions': origin['versions'],
     'devices': origin['devices'],
     'license': LICENSE,
     'citation': CITATION,
+  }
+
+
+def _dataset(spec: DatasetSpec, data: Mapping[str, Any]) -> dict[str, Any]:
+  """What the run was trained and evaluated on; `data` is of config.json."""
+  return {
+    'name': spec.name,
+    'num_classes': spec.num_classes,
+    'class_names': data.get('class_names', []),
+    'num_train': spec.num_train,
+    'num_eval': spec.num_eval,
+    'version': data.get('version', ''),
+    'train_digest': data.get('train_digest'),
+    'eval_digest': data.get('eval_digest'),
+    'eval_content': data.get('eval_content'),
   }
 
 
@@ -222,9 +232,9 @@ def _images(card: Mapping[str, Any], row: Mapping[str, Any]) -> str:
   text = f'{data["name"]}, {data["split"]}: {data["num_examples"]:,}'
   if bad := row.get('bad_examples'):
     text += f', {bad:g} of them unreadable'
-  found = f'{data["digest"]}/{data["content"]}'
-  if found != '{eval_digest}/{eval_content}'.format_map(card['dataset']):
-    text += f" (not the run's own; digest {found})"
+  if not provenance.is_own(card['dataset'], data):
+    digests = f'{data["digest"]}/{data["content"]}'
+    text += f" (not the run's own; digest {digests})"
   return text
 
 

@@ -32,7 +32,7 @@ def measured(
   data: Mapping[str, Any],
   before_batch: Callable[[], None],
 ) -> Iterator[Row]:
-  """Yields a row for clean images, and for each of `eval.attacks`.
+  """Makes a row for clean images, and for each of `eval.attacks`.
 
   Args:
     config: of the run; `eval` is how it is evaluated.
@@ -42,7 +42,7 @@ def measured(
     data: what identifies the examples, see `provenance.of_result`.
     before_batch: as in `Evaluator`.
 
-  Returns:
+  Yields:
     Rows with `step`, `route`, `use_ema`, `attack` ('none' for clean images),
     `epsilon` in grey levels of 255, `attack_steps`, `batch_size`, `data`,
     `git_commit`, and the results of `Evaluator`.

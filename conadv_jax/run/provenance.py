@@ -41,8 +41,8 @@ def of_examples(spec: DatasetSpec, data_dir: str, **sources: Source) -> Data:
       f'{part}_content': source.content,
     }
   if 'train' in sources:
-    is_stream = hasattr(sources['train'], 'window_shards')
-    data['shuffled'] = 'in windows' if is_stream else 'as a whole'
+    in_windows = sources['train'].in_windows
+    data['shuffled'] = 'in windows' if in_windows else 'as a whole'
   return data
 
 
@@ -57,6 +57,14 @@ def of_result(spec: DatasetSpec, data: Data, data_dir: str) -> Data:
     'content': data['eval_content'],
     'data_dir': data_dir,
   }
+
+
+def is_own(trained: Mapping[str, Any], result: Data) -> bool:
+  """Whether `result` is of the eval split that the run has, as it was then."""
+  return all(
+    trained.get(f'eval_{name}') == result[name]
+    for name in ('digest', 'content')
+  )
 
 
 def changes(trained: Mapping[str, Any], now: Data) -> list[str]:

@@ -14,15 +14,9 @@ import jax
 from etils import epath
 
 from conadv_jax import hosts
-from conadv_jax.base import storage
+from conadv_jax.base import fields, storage
 from conadv_jax.base.errors import ConfigError, check_no_credentials
-from conadv_jax.config import (
-  Config,
-  changes,
-  flatten,
-  from_config_dict,
-  to_dict,
-)
+from conadv_jax.config import Config, changes, from_config_dict, to_dict
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.experiment import Run
 from conadv_jax.run import provenance
@@ -117,7 +111,7 @@ def not_applied(path: epath.Path, config: Config) -> list[str]:
 
   def compare() -> list[str]:
     return _diff(
-      changes(from_config_dict(_read_run(path)['config']), config, ())
+      changes(from_config_dict(read_run(path)['config']), config, ())
     )
 
   return hosts.on_writer('the comparison of settings', compare)
@@ -130,27 +124,18 @@ def read_config(workdir: str) -> dict[str, Any]:
     ConfigError: if there is no run.
     StorageError: if the storage fails, in spite of retries.
   """
-  return _read_run(path_of(workdir))['config']
+  return read_run(path_of(workdir))['config']
 
 
-def read_data(path: epath.Path) -> dict[str, Any]:
-  """What identifies the examples of the run in `path`; see `write_config`.
-
-  Raises:
-    ConfigError: as `read_config`.
-    StorageError: likewise.
-  """
-  return _read_run(path).get('data', {})
-
-
-def _read_run(workdir: epath.Path) -> dict[str, Any]:
-  """Content of `config.json`.
+def read_run(workdir: epath.Path) -> dict[str, Any]:
+  """Content of `config.json`; see `write_config`.
 
   A field that it lacks, as it was written before there was that field, takes
   its default.
 
   Raises:
     ConfigError: if there is none, or it has fields that are gone or renamed.
+    StorageError: if the storage fails, in spite of retries.
   """
   path = workdir / 'config.json'
   if not path.exists():
@@ -226,14 +211,10 @@ def _write_config(
     'git_commit': git_commit(),
   } | _built_with()
   file = path / 'config.json'
-  before = _read_run(path) if file.exists() else now
+  before = read_run(path) if file.exists() else now
   starts = before.get('starts', [])
-  old, new = (flatten({k: x.get(k) for k in _TRACED}) for x in (before, now))
-  changed = {
-    name: [old.get(name), new.get(name)]
-    for name in sorted(old.keys() | new.keys())
-    if old.get(name) != new.get(name)
-  }
+  old, new = ({k: x.get(k) for k in _TRACED} for x in (before, now))
+  changed = fields.differences(old, new)
   now['starts'] = [*starts, {'step': step, 'changed': changed}]
   write_json(file, now)
 
@@ -291,7 +272,7 @@ def _comes_to_hold(path: epath.Path, text: str) -> bool:
 def _check_same(
   path: epath.Path, config: Config, data: Mapping[str, Any]
 ) -> None:
-  content = _read_run(path)
+  content = read_run(path)
   differences = changes(from_config_dict(content['config']), config, _FREE)
   old, new = differences.get('epochs', (0, 0))
   if new > old:

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 SMALL = {'resnet8': 1, 'resnet20': 3}  # blocks per stage
 WARM_UP_STEPS = 3
+_kept: list[torch.library.Library] = []
 
 
 class Task(NamedTuple):
@@ -126,7 +127,7 @@ def import_timm():
       library.define(
         f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor'
       )
-    globals()['_kept'] = library  # its end would take the definitions back
+    _kept.append(library)  # its end would take the definitions back
   import timm
 
   return timm

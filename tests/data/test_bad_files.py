@@ -1,4 +1,4 @@
-"""Files that are no images: how many are allowed, and what is said of them."""
+"""Files that are not images: how many a run allows, and what it reports."""
 
 import json
 import os

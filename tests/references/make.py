@@ -25,19 +25,9 @@ CLASSES = slice(0, 1000, 125)  # stored, of 1000
 
 def import_timm():
   """timm, also where torchvision lacks its compiled operations."""
-  import torch
+  from scripts.bench import torch_step
 
-  library = torch.library.Library('torchvision', 'FRAGMENT')
-  for name in ('nms', 'qnms'):
-    try:
-      library.define(
-        f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor'
-      )
-    except RuntimeError:  # it is there
-      continue
-  import timm
-
-  return timm
+  return torch_step.import_timm()
 
 
 def timm_name(name):

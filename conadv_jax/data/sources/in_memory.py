@@ -80,6 +80,10 @@ class InMemory:
   def content(self) -> str:
     return self.digest
 
+  @property
+  def in_windows(self) -> bool:
+    return False
+
   def order(self, share: Share) -> tf.data.Dataset:
     return sampled_order(self.num_examples, share)
 

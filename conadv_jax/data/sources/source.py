@@ -87,12 +87,15 @@ class Source(Protocol):
       digits of a SHA-256 of the arrays, or of the listing of the files.
     content: likewise, tells files of the same names apart, by the bytes of some
       or the sizes of all. It may change where a file is damaged.
+    in_windows: whether `order` shuffles in windows of some files, not as a
+      whole.
   """
 
   num_examples: int
   class_names: tuple[str, ...]
   digest: str
   content: str
+  in_windows: bool
 
   def order(self, share: Share) -> tf.data.Dataset:
     """The examples of a host, one by one: a function of `share` alone.
@@ -138,7 +141,7 @@ class Encoded(abc.ABC):
 
   Attributes:
     num_examples: N.
-    class_names, digest, content: as in `Source`.
+    class_names, digest, content, in_windows: as in `Source`.
     nbytes: bytes of all examples, approximately.
     failure: the error that ended a stream; tf.data raises an OpError instead.
   """
@@ -148,6 +151,7 @@ class Encoded(abc.ABC):
   digest: str
   content: str
   class_names: tuple[str, ...] = ()
+  in_windows: bool = False
   failure: Exception | None = None
 
   @abc.abstractmethod

@@ -36,6 +36,8 @@ class TfRecords(records.ShardedRecords):
       again are read ahead.
   """
 
+  in_windows = True
+
   def __init__(
     self,
     paths: Sequence[os.PathLike | str],
