@@ -21,7 +21,7 @@ from etils import epath
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from conadv_jax import cli, train
+from conadv_jax import commands, train
 from conadv_jax.config import from_config_dict
 from conadv_jax.run.workdir import finished
 from configs import digits
@@ -180,4 +180,4 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__)
+  commands.run(main, __doc__)

@@ -277,7 +277,7 @@ def test_wrong_settings_fail_before_anything_is_written(
 def exit_code(monkeypatch, main, *argv):
   monkeypatch.setattr(sys, 'argv', ['prog', *argv])
   with pytest.raises(SystemExit) as exit_:
-    cli.run(main, 'usage')
+    cli.run(main)
   return exit_.value.code
 
 

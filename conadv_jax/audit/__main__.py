@@ -18,13 +18,12 @@ Needs libtpu: pip install -e '.[tpu]'. Exits with 3 if the step does not fit,
 2 for a wrong setting.
 """
 
-from conadv_jax import cli
-from conadv_jax.audit.command import audit
+from conadv_jax import commands
 
 
 def console() -> None:
   """Runs the command `conadv-audit`."""
-  cli.run(audit, __doc__)
+  commands.run('conadv_jax.audit.command:audit', __doc__)
 
 
 if __name__ == '__main__':

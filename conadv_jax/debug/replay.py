@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from conadv_jax import cli, experiment, hosts
+from conadv_jax import cli, commands, experiment, hosts
 from conadv_jax.base import storage
 from conadv_jax.base.errors import CheckpointError, ConfigError
 from conadv_jax.checkpoints import checksum
@@ -403,4 +403,4 @@ def _short(value: float | str) -> str:
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__)
+  commands.run(main, __doc__)

@@ -15,13 +15,12 @@ load it.
                 weights: jax.export loads it on CPUs, GPUs and TPUs
 """
 
-from conadv_jax import cli
-from conadv_jax.export.export import export
+from conadv_jax import commands
 
 
 def console() -> None:
   """Runs the command `conadv-export`."""
-  cli.run(export, __doc__)
+  commands.run('conadv_jax.export.export:export', __doc__)
 
 
 if __name__ == '__main__':
