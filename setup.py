@@ -27,7 +27,6 @@ INSTALL_REQUIRES = [
   # Record files of prepared datasets: tfds asks for it on Linux only, and
   # there are no wheels for Windows.
   "array_record>=0.8; sys_platform != 'win32'",
-  'clu>=0.0.12',
   'etils[epath]>=1.7',
   'flax>=0.12',
   'google-crc32c>=1.5',

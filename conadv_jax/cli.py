@@ -30,11 +30,8 @@ def exit_code(error: Exception) -> int:
   return getattr(error, 'exit_code', 1)
 
 
-def run(main: Callable[[Sequence[str]], Any], usage: str) -> None:
+def run(main: Callable[[Sequence[str]], Any]) -> None:
   """Runs `main(argv)` and exits with its status, as `exit_code` has it."""
-  if {'-h', '--help'} & set(sys.argv[1:]):
-    print(usage)
-    sys.exit(0)
   # Names of files may have bytes that are no text.
   sys.stdout.reconfigure(errors='backslashreplace')
   try:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from conadv_jax.base import errors, storage
+from conadv_jax.base.usage import answered
 
 _AGAIN = {errors.PREEMPTED, errors.HANG, errors.HOST}
 _TRIALS = 5
@@ -113,9 +114,6 @@ def command(arguments: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-  if {'-h', '--help'} & set(argv):
-    print(__doc__)
-    return 0
   prefix = '--workdir='
   found = [a[len(prefix) :] for a in argv if a.startswith(prefix)]
   if not found:
@@ -126,7 +124,7 @@ def main(argv: Sequence[str]) -> int:
 
 def console() -> None:
   """Runs the command `conadv-supervise`."""
-  sys.exit(main(sys.argv))
+  sys.exit(0 if answered(__doc__) else main(sys.argv))
 
 
 if __name__ == '__main__':

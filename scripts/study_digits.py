@@ -22,6 +22,7 @@ from etils import epath
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from conadv_jax import cli, train
+from conadv_jax.base.usage import answered
 from conadv_jax.config import from_config_dict
 from conadv_jax.run.workdir import finished
 from configs import digits
@@ -180,4 +181,5 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__)
+  if not answered(__doc__):
+    cli.run(main)

@@ -279,7 +279,7 @@ def main() -> None:
     _shift_clock([float(text) for text in offsets.split(',')])
   command = sys.argv.pop(1)
   mains = {'train': train.main, 'evaluate': evaluate.evaluate}
-  cli.run(mains[command], '')
+  cli.run(mains[command])
 
 
 def _fail_at(feed, number: int) -> None:

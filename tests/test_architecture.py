@@ -26,11 +26,11 @@ ROOMS = {
   'experiment': '`Run`: everything static of a run, built once',
   'checkpoints': 'save, restore, manifest, checksums',
   'cli': 'command lines, and how a command ends',
-  'run': 'work directory, metrics, evaluator, plots, summary',
+  'run': 'the training loop; work directory, metrics, evaluator, summary',
   'debug': 'replay of a bad step',
   'supervise': 'start a run again (command)',
   'evaluate': 'clean and robust accuracy (command)',
-  'train': 'the training loop (command)',
+  'train': 'train one configuration (command)',
   'export': "a run's network for timm or serving (command)",
   'audit': 'the step, compiled for a TPU slice (command)',
 }

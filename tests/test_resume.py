@@ -17,11 +17,11 @@ import multihost
 import numpy as np
 import pytest
 
-from conadv_jax import experiment, models, train
+from conadv_jax import experiment, models
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import from_config_dict
 from conadv_jax.method.state import Snapshot
-from conadv_jax.run import feed, metrics
+from conadv_jax.run import feed, metrics, training
 from configs import digits
 
 pytestmark = pytest.mark.fault
@@ -271,9 +271,9 @@ def half(tmp_path_factory):
   )
   settings = from_config_dict(values)
   root = tmp_path_factory.mktemp('half')
-  train.train(dataclasses.replace(settings, max_steps=5), str(root / 'half'))
+  training.train(dataclasses.replace(settings, max_steps=5), str(root / 'half'))
   shutil.copytree(root / 'half', root / 'whole')
-  train.train(settings, str(root / 'whole'))
+  training.train(settings, str(root / 'whole'))
   return root, settings
 
 
@@ -295,7 +295,7 @@ def test_a_resume_that_forgets_something_does_not_equal_the_unbroken_run(
 ):
   root, settings = half
   shutil.copytree(root / 'half', tmp_path / 'run')
-  restored, batches = train._restored, feed.batches
+  restored, batches = training._restored, feed.batches
 
   def forgetful(*args):
     step, state = restored(*args)
@@ -305,7 +305,7 @@ def test_a_resume_that_forgets_something_does_not_equal_the_unbroken_run(
     )
     return step, jax.tree.map(jnp.copy, changed)  # a step donates its state
 
-  monkeypatch.setattr(train, '_restored', forgetful)
+  monkeypatch.setattr(training, '_restored', forgetful)
   if forgotten == 'perturbation':
 
     def without(settings, step_fn, state, batch):
@@ -316,14 +316,14 @@ def test_a_resume_that_forgets_something_does_not_equal_the_unbroken_run(
         )
       )
 
-    monkeypatch.setattr(train, 'pending_perturbation', without)
+    monkeypatch.setattr(training, 'pending_perturbation', without)
   if forgotten == 'data position':
 
     def shifted(run, source, quarantine, ids, start, count):
       return batches(run, source, quarantine, ids, start + 1, count)
 
     monkeypatch.setattr(feed, 'batches', shifted)
-  train.train(settings, str(tmp_path / 'run'))
+  training.train(settings, str(tmp_path / 'run'))
   got = losses_and_state(tmp_path / 'run', settings)
   expected = losses_and_state(root / 'whole', settings)
   assert (got == expected) == (forgotten == 'nothing')

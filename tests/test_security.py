@@ -307,7 +307,7 @@ def test_a_workdir_with_a_credential_is_refused_without_saying_it(url):
 
 def test_a_command_with_a_credential_ends_without_saying_it(capsys):
   with pytest.raises(SystemExit) as info:
-    cli.run(lambda argv: settings(**{'dataset.data_dir': SIGNED}), '')
+    cli.run(lambda argv: settings(**{'dataset.data_dir': SIGNED}))
   assert info.value.code == errors.USAGE
   said = capsys.readouterr()
   assert 'gs://bucket/x?...' in said.err

@@ -19,7 +19,7 @@ from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import from_config_dict
 from conadv_jax.data import sampler
 from conadv_jax.data.quarantine import Quarantine
-from conadv_jax.run import feed, metrics, summary
+from conadv_jax.run import feed, metrics, summary, training
 from conadv_jax.run.evaluator import Evaluator, weights_of
 from configs import digits
 
@@ -133,7 +133,9 @@ def test_the_pending_perturbation_is_made_again_after_a_restore(tau, tmp_path):
     return feed.batches(run, source, Quarantine(), ids, start, count)
 
   batches = list(fed(0, 6))
-  state = train.pending_perturbation(cfg, step_fn, run.init_state(), batches[0])
+  state = training.pending_perturbation(
+    cfg, step_fn, run.init_state(), batches[0]
+  )
   for t in range(5):
     state, _ = step_fn(state, batches[t], batches[t + 1])
   checkpoints = Checkpoints(tmp_path, keep=1)
@@ -143,7 +145,7 @@ def test_the_pending_perturbation_is_made_again_after_a_restore(tau, tmp_path):
   checkpoints.close()
   assert restored.perturbation is None
   batch = next(fed(5, 1))
-  restored = train.pending_perturbation(cfg, step_fn, restored, batch)
+  restored = training.pending_perturbation(cfg, step_fn, restored, batch)
   assert np.any(np.asarray(state.perturbation))
   for (name, a), (_, b) in zip(
     jax.tree_util.tree_leaves_with_path(restored),
@@ -185,15 +187,10 @@ def test_tensorboard_has_the_values_of_metrics_jsonl(unbroken):
   from tensorboard.backend.event_processing import event_accumulator
 
   events = event_accumulator.EventAccumulator(
-    str(unbroken), size_guidance={'tensors': 0}
+    str(unbroken), size_guidance={'scalars': 0}
   )
   events.Reload()
-  written = {
-    e.step: float(np.frombuffer(e.tensor_proto.tensor_content, np.float32)[0])
-    if e.tensor_proto.tensor_content
-    else e.tensor_proto.float_val[0]
-    for e in events.Tensors('train/loss')
-  }
+  written = {e.step: e.value for e in events.Scalars('train/loss')}
   expected = {
     row['step']: np.float32(row['loss'])
     for row in metrics.read_metrics(unbroken)
@@ -277,7 +274,7 @@ def test_wrong_settings_fail_before_anything_is_written(
 def exit_code(monkeypatch, main, *argv):
   monkeypatch.setattr(sys, 'argv', ['prog', *argv])
   with pytest.raises(SystemExit) as exit_:
-    cli.run(main, 'usage')
+    cli.run(main)
   return exit_.value.code
 
 

@@ -18,13 +18,16 @@ Needs libtpu: pip install -e '.[tpu]'. Exits with 3 if the step does not fit,
 2 for a wrong setting.
 """
 
-from conadv_jax import cli
-from conadv_jax.audit.command import audit
+from conadv_jax.base.usage import answered
 
 
 def console() -> None:
   """Runs the command `conadv-audit`."""
-  cli.run(audit, __doc__)
+  if not answered(__doc__):
+    from conadv_jax import cli
+    from conadv_jax.audit import command
+
+    cli.run(command.audit)
 
 
 if __name__ == '__main__':

@@ -12,3 +12,7 @@ import os
 # 1 is what JAX sets; with 2, errors are shown and warnings are not.
 if os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1') == '1':
   os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
+
+# Half of the time that importing TensorFlow takes is Keras, which nothing here
+# uses. With this, TensorFlow does not import it before it is asked for.
+os.environ.setdefault('TF_USE_LEGACY_KERAS', '1')

@@ -27,6 +27,7 @@ from etils import epath
 from conadv_jax import cli, experiment, hosts
 from conadv_jax.base import storage
 from conadv_jax.base.errors import CheckpointError, ConfigError
+from conadv_jax.base.usage import answered
 from conadv_jax.checkpoints import checksum
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.data import datasets
@@ -403,4 +404,5 @@ def _short(value: float | str) -> str:
 
 
 if __name__ == '__main__':
-  cli.run(main, __doc__)
+  if not answered(__doc__):
+    cli.run(main)

@@ -15,13 +15,16 @@ load it.
                 weights: jax.export loads it on CPUs, GPUs and TPUs
 """
 
-from conadv_jax import cli
-from conadv_jax.export.export import export
+from conadv_jax.base.usage import answered
 
 
 def console() -> None:
   """Runs the command `conadv-export`."""
-  cli.run(export, __doc__)
+  if not answered(__doc__):
+    from conadv_jax import cli
+    from conadv_jax.export import export
+
+    cli.run(export.export)
 
 
 if __name__ == '__main__':

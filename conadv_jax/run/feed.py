@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 
 from conadv_jax import hosts
-from conadv_jax.data import pipeline
 from conadv_jax.data.prefetch import Prefetcher
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.data.sources.source import Share, Source
@@ -29,6 +30,16 @@ class ExampleIds:
     return self._ids[batch]
 
 
+def prepare() -> None:
+  """Starts to import TensorFlow, while the step compiles, say."""
+
+  def load() -> None:
+    from conadv_jax.data import pipeline  # noqa: F401
+
+  # No daemon: an interpreter that ends amid such an import may crash.
+  threading.Thread(target=load).start()
+
+
 def batches(
   run: Run,
   source: Source,
@@ -38,6 +49,8 @@ def batches(
   count: int,
 ) -> Prefetcher:
   """Batches start, start + 1, ... on the devices, `count` of them."""
+  from conadv_jax.data import pipeline  # and with it TensorFlow
+
   config = run.config
   share = Share(
     seed=config.seed,

@@ -35,9 +35,6 @@ class MetricWriter:
   """
 
   def __init__(self, workdir: epath.Path, start_step: int):
-    # clu imports tensorflow, which the training step must not need.
-    from clu import metric_writers
-
     self._path = path = epath.Path(workdir) / 'metrics.jsonl'
     kept = [r for r in read_metrics(workdir) if r['step'] <= start_step]
     self.seconds_before = max((r.get('seconds', 0) for r in kept), default=0)
@@ -47,9 +44,8 @@ class MetricWriter:
     if not storage.is_remote(path):
       # Not buffered: what could not be written would be tried again at its end.
       self._file = storage.write(lambda: open(path, 'ab', buffering=0), path)
-    storage.write(lambda: _mark_start(path.parent, start_step + 1), workdir)
     self._tensorboard = storage.write(
-      lambda: metric_writers.SummaryWriter(str(workdir)), workdir
+      lambda: _Events(path.parent, start_step + 1), workdir
     )
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
@@ -66,7 +62,7 @@ class MetricWriter:
       if isinstance(value, int | float)
     }
     storage.write(
-      lambda: self._tensorboard.write_scalars(step, scalars), self._path.parent
+      lambda: self._tensorboard.write(step, scalars), self._path.parent
     )
 
   def flush(self) -> None:
@@ -109,20 +105,34 @@ class MetricWriter:
     self._pending, self._written = False, time.monotonic()
 
 
-def _mark_start(workdir: epath.Path, step: int) -> None:
-  """Tells TensorBoard to drop what earlier starts wrote from `step` on.
+class _Events:
+  """A file of TensorBoard events; it may raise what an earlier write met."""
 
-  The first start has to say so, too: TensorBoard passes over the first mark.
-  """
-  from tensorboard.compat.proto import event_pb2
-  from tensorboard.summary.writer import event_file_writer
+  def __init__(self, workdir: epath.Path, first_step: int):
+    """Tells TensorBoard to drop what earlier starts wrote from `first_step` on.
 
-  start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-  writer = event_file_writer.EventFileWriter(str(workdir))
-  writer.add_event(
-    event_pb2.Event(wall_time=time.time(), step=step, session_log=start)
-  )
-  writer.close()
+    The first start has to say so, too: TensorBoard passes over the first mark.
+    """
+    # It imports tensorflow, which the training step must not need.
+    from tensorboard.compat.proto import event_pb2, summary_pb2
+    from tensorboard.summary.writer import event_file_writer
+
+    self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+    self._writer = event_file_writer.EventFileWriter(str(workdir))
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._add(first_step, session_log=start)
+    self.close = self._writer.close
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    values = [
+      self._summary.Value(tag=tag, simple_value=value)
+      for tag, value in scalars.items()
+    ]
+    self._add(step, summary=self._summary(value=values))
+
+  def _add(self, step: int, **content: Any) -> None:
+    event = self._event(wall_time=time.time(), step=step, **content)
+    self._writer.add_event(event)
 
 
 class NoWriter:

@@ -779,7 +779,7 @@ def main(argv):
   checkpoints.close()
   print('saved', checkpoints.steps(), flush=True)
 
-cli.run(main, '')
+cli.run(main)
 """
 
 

@@ -419,7 +419,7 @@ def test_parameters_are_counted_as_the_papers_do(routes):
 def exit_code(monkeypatch, *argv):
   monkeypatch.setattr(sys, 'argv', ['prog', *map(str, argv)])
   with pytest.raises(SystemExit) as exit_:
-    cli.run(export.export, 'usage')
+    cli.run(export.export)
   return exit_.value.code
 
 

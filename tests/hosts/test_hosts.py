@@ -241,7 +241,7 @@ def main(argv):
   cli.start_hosts(argv)
   {body}
 
-cli.run(main, '')
+cli.run(main)
 """
 
 

@@ -203,7 +203,7 @@ def test_a_network_gets_only_those_common_fields_that_it_has():
 def test_the_table_has_a_line_for_every_network(monkeypatch):
   entries = {k: models.MODELS[k] for k in ('resnet8', 'resnet18')}
   monkeypatch.setattr(models, 'MODELS', entries)
-  header, *lines = __main__.table().splitlines()
+  header, *lines = __main__.lines()
   assert [line.split() for line in lines] == [
     ['resnet8', '32', '142,392', '-', '0.013', 'G', '-'],
     ['resnet18', '224', '11,689,512', '11,689,512', *'1.814 G 1.814 G'.split()],

@@ -477,7 +477,7 @@ def test_all_hosts_learn_that_the_directory_is_in_use(tmp_path):
     '  cli.start_hosts(argv)\n'
     f'  with RunLock({str(tmp_path)!r}):\n'
     '    print("taken", flush=True)\n'
-    'cli.run(main, "")\n'
+    'cli.run(main)\n'
   )
   with RunLock(tmp_path):
     with multihost.Hosts(tmp_path / 'a', 2, [str(program)]) as refused:

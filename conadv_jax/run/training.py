@@ -1,0 +1,275 @@
+"""The training loop: from a configuration to a finished work directory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+from etils import epath
+
+from conadv_jax import experiment, hosts
+from conadv_jax.base.errors import ConfigError
+from conadv_jax.checkpoints import checksum
+from conadv_jax.checkpoints.checkpoint import Checkpoints
+from conadv_jax.config import Config, describe
+from conadv_jax.data.quarantine import Quarantine
+from conadv_jax.data.sources.source import Source
+from conadv_jax.experiment import Run
+from conadv_jax.hosts.stop import Stopped, StopRequest
+from conadv_jax.method import optim
+from conadv_jax.method.staleness import (
+  make_attack_stats_fn,
+  pending_perturbation,
+)
+from conadv_jax.method.state import TrainState
+from conadv_jax.run import (
+  bad_steps,
+  feed,
+  log,
+  metrics,
+  preflight,
+  provenance,
+  summary,
+  workdir,
+)
+from conadv_jax.run.evaluator import Evaluator, weights_of
+from conadv_jax.run.guard import Guard
+from conadv_jax.run.hooks import Hook, every, is_due
+from conadv_jax.run.lock import RunLock
+
+
+def train(
+  config: Config, directory: str, stop_request: StopRequest | None = None
+) -> dict[str, Any]:
+  """Trains `config` in the work directory; returns the run's summary.
+
+  Args:
+    config: of the run.
+    directory: the work directory.
+    stop_request: of a caller that handles signals already.
+
+  Raises:
+    ConfigError: for a wrong setting, missing data, a directory of another run
+      or in use, or hosts that differ.
+    Preempted: when asked to stop; the state is saved.
+    NonFiniteError: after `max_nonfinite_steps` such steps in a row.
+    StorageError: if the state cannot be saved, or no checkpoint is good.
+    Exception: what the input raised, after the state was saved.
+  """
+  with contextlib.ExitStack() as stack:
+    signals = stop_request or stack.enter_context(StopRequest())
+    guard = stack.enter_context(Guard(config.hang_timeout_seconds, signals))
+    guard.nothing_to_save()
+    workdir.path_of(directory)  # Refused before the data is looked at.
+    preflight.check_program(config)
+    run = experiment.build(config)
+    hosts.say(f'{describe(config)}\n{log.opening(run)}')
+
+    guard.enter('data')
+    path, data, source, eval_source = _open(run, directory, guard, stack)
+    quarantine = workdir.quarantine(path, config)
+    evaluator = Evaluator(run, eval_source, quarantine)
+
+    guard.enter('restore')
+    keep, strict = config.checkpoint.keep, config.checkpoint.strict
+    checkpoints = Checkpoints(path, keep, strict=strict)
+    stack.callback(checkpoints.close)
+    if checkpoints.latest_step() == run.steps.stop:
+      if done := summary.finished(path, run.steps.stop):
+        _say_done(path, config, done)
+        return done
+    feed.prepare()
+    start, state = _restored(run, checkpoints)
+    workdir.write_config(path, run, data, start)
+    writer = metrics.make_writer(path, start)
+    stack.callback(writer.close)
+    stack.push(guard.verdict)  # first: the others would wait for a lost host
+
+    loop = _Loop(run, path, guard, checkpoints, writer, evaluator, quarantine)
+    state = loop.train(source, start, state)
+
+    guard.nothing_to_save('all steps are done and saved, the evaluation is not')
+    return summary.write_results(
+      run, path, data, state, evaluator, writer, guard, loop.progress
+    )
+
+
+def _open(
+  run: Run, directory: str, guard: Guard, stack: contextlib.ExitStack
+) -> tuple[epath.Path, provenance.Data, Source, Source]:
+  """The work directory, locked until `stack` ends, and its examples."""
+  dataset = run.config.dataset
+  source = run.spec.open('train', dataset)
+  eval_source = run.spec.open('eval', dataset)
+  data = provenance.of_examples(
+    run.spec, dataset.data_dir, train=source, eval=eval_source
+  )
+  preflight.check_input(run, data)
+  data['splits'] = dict(run.spec.splits)
+  path = workdir.prepare(directory, run, data)
+  lock = stack.enter_context(RunLock(path))
+  guard.before_leaving(lock.release)
+  return path, data, source, eval_source
+
+
+def _say_done(path: epath.Path, config: Config, done: dict[str, Any]) -> None:
+  hosts.say(f'nothing left to train\n{summary.describe(done, path)}')
+  if ignored := workdir.not_applied(path, config):
+    hosts.say(
+      'not applied, as the run is finished:\n  '
+      + '\n  '.join(ignored)
+      + '\nmeasure with other settings of eval by\n'
+      f'  python -m conadv_jax.evaluate --workdir={path} --config.eval...'
+    )
+
+
+@dataclasses.dataclass
+class _Loop:
+  """The steps of a run, and what is done between them."""
+
+  run: Run
+  path: epath.Path
+  guard: Guard
+  checkpoints: Checkpoints
+  writer: metrics.Writer
+  evaluator: Evaluator
+  quarantine: Quarantine
+
+  def train(self, source: Source, start: int, state: TrainState) -> TrainState:
+    """Trains from step `start` to the last one; returns its state, saved."""
+    run, guard, stop = self.run, self.guard, self.run.steps.stop
+    guard.enter('compile')
+    step_fn = _compile(run)
+    ids = feed.ExampleIds(start, keep=run.config.max_nonfinite_steps + 8)
+    self._batches = batches = feed.batches(
+      run, source, self.quarantine, ids, start, stop - start + 1
+    )
+    batch = next(batches)
+    hosts.say(f'first batch of the input: {batches.wait_seconds:.1f} s')
+    state = pending_perturbation(run.config, step_fn, state, batch)
+    steps_saved = self.checkpoints.steps
+    watch = bad_steps.NonFiniteWatch(run, self.path, ids, steps_saved)
+    self.progress = metrics.Progress(
+      start, stop, run.config.batch_size, batches.wait_seconds
+    )
+    hooks = self._hooks()
+    stopped = None
+    guard.start_steps(run.mesh, lambda: batches.failure is not None)
+    try:
+      if self._lacks_evaluation(start):
+        self._evaluate(start, state)
+      for step in range(start + 1, stop + 1):
+        if self.checkpoints.poll():
+          self._save(step - 1, state)
+        guard.enter('input', step)
+        next_batch = next(batches)
+        guard.enter('step', step)
+        state, values = step_fn(state, batch, next_batch)
+        batch = next_batch
+        watch.check(step, values)
+        for hook in hooks:
+          hook(step, state, batch, values)
+    except Stopped as reason:
+      stopped = reason
+    watch.finish()
+    step = int(jax.device_get(state.step))
+    self._save(step, state, wait=True)
+    if stopped:
+      saved = f'saved step {step} of {stop}'
+      raise guard.error_of(stopped, saved, batches.failure)
+    return state
+
+  # ---- Every n steps -------------------------------------------------------
+
+  def _hooks(self) -> list[Hook]:
+    """What is done between steps, in order; the end saves and evaluates."""
+    config, stop = self.run.config, self.run.steps.stop
+    stats = config.attack_stats_every_steps if config.staleness_steps else 0
+    saves, evaluations = config.checkpoint.every_steps, config.eval.every_steps
+    return [
+      every(config.log_every_steps, self._log, also_at=stop),
+      every(stats, self._paused(self._log_attack)),
+      every(saves, self._paused(self._save), before=stop),
+      every(evaluations, self._paused(self._evaluate), before=stop),
+    ]
+
+  def _paused(self, hook: Hook) -> Hook:
+    """`hook`, whose time does not count as training."""
+
+    def paused(step, state, *rest):
+      jax.block_until_ready(state)
+      with self.progress.paused():
+        hook(step, state, *rest)
+
+    return paused
+
+  def _log(self, step, state, _, values) -> None:
+    jax.block_until_ready(state)
+    row = log.readable(values, optim.kernel_names(state.params))
+    before = self.writer.seconds_before
+    row |= log.rates(
+      step, self.progress, self._batches, before, self.quarantine
+    )
+    self.writer.write(step, 'train', row)
+    hosts.say(log.line(self.run, step, row, self.progress))
+
+  def _log_attack(self, step, state, batch, _) -> None:
+    row = jax.device_get(self._attack_stats_fn(state, batch))
+    self.writer.write(step, 'attack', row)
+
+  @functools.cached_property
+  def _attack_stats_fn(self):
+    return jax.jit(make_attack_stats_fn(self.run.setup))
+
+  def _save(self, step, state, *_, wait: bool = False) -> None:
+    """Starts a save; with `wait`, returns when it is on disk."""
+    self.guard.enter('save', step)
+    self.writer.flush()
+    save = self.checkpoints.save_now if wait else self.checkpoints.save
+    config = self.run.config
+    facts = {'seed': config.seed, 'batch_size': config.batch_size}
+    for name in ('nonfinite_steps', 'nonfinite_streak'):
+      facts[name] = int(jax.device_get(getattr(state, name)))
+    save(step, state, facts)
+
+  def _evaluate(self, step, state, *_) -> None:
+    weights = weights_of(self.run.config, state)
+    row = self.evaluator(
+      weights, before_batch=lambda: self.guard.enter('evaluate', step)
+    )
+    self.writer.write(step, 'test', row)
+
+  def _lacks_evaluation(self, step: int) -> bool:
+    """Whether a signal has kept the evaluation at `step` from its end."""
+    due = step > 0 and is_due(step, self.run.config.eval.every_steps)
+    return due and not metrics.has_row(self.path, step, 'test')
+
+
+def _restored(run: Run, checkpoints: Checkpoints) -> tuple[int, TrainState]:
+  """Step and state of the newest good checkpoint, or 0 and a new state."""
+  restored = checkpoints.restore(run.abstract_state())
+  if restored is None:
+    state = run.init_state()
+    # Compiled now, not in the seconds that a preempted run has for its save.
+    checksum.checksums(state.replace(perturbation=None))
+    return 0, state
+  step, state, _ = restored
+  if step > run.steps.stop:
+    raise ConfigError(
+      f'max_steps={run.config.max_steps}: the run is already at step {step}; '
+      'use another --workdir, or more steps'
+    )
+  hosts.say(f'resumed at step {step}')
+  return step, state
+
+
+def _compile(run: Run):
+  start = time.monotonic()
+  hosts.say('compiling the training step ...', end=' ')
+  step_fn = run.compile_step()
+  hosts.say(f'{time.monotonic() - start:.1f} s')
+  return step_fn
