@@ -41,7 +41,6 @@ INSTALL_REQUIRES = [
   'orbax-checkpoint>=0.11.30',
   'pillow>=10.1',
   'safetensors>=0.5',
-  'scikit-learn>=1.5',
   'tensorboard>=2.18',
   f'tensorflow-cpu>=2.20; {HAS_TENSORFLOW_CPU}',
   f'tensorflow>=2.20; {NO_TENSORFLOW_CPU}',
@@ -59,6 +58,8 @@ EXTRAS_REQUIRE = {
     'pytest>=8.3',
     'pytest-xdist>=3.6',
     'ruff>=0.9',
+    # Digits of the example, and photographs for tests and benchmarks.
+    'scikit-learn>=1.5',
     'uv>=0.5',
   ],
 }
@@ -103,7 +104,7 @@ setuptools.setup(
     'conadv_jax.configs',
   ],
   package_dir={'conadv_jax.configs': 'configs'},
-  package_data={'conadv_jax': ['py.typed']},
+  package_data={'conadv_jax': ['py.typed', 'data/sources/digits.npz']},
   entry_points={
     'console_scripts': [
       f'conadv-{name} = conadv_jax.{module}:console'
