@@ -37,6 +37,7 @@ from conadv_jax.method.spikes import no_spikes
 from conadv_jax.method.staleness import StepFn
 from conadv_jax.method.state import Snapshot, Stream, TrainState, stream_key
 from conadv_jax.method.step import train_step
+from conadv_jax.models import summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +144,30 @@ class Run:
     kind = self.mesh.devices.flat[0].device_kind
     return xla_flags.compiler_options(self.config.xla_flags, kind)
 
+  def flops_per_device(self, *, again: bool = True) -> float:
+    """Counts FLOPs of convolutions and dense layers of a step, per device.
+
+    With F for a forward pass over the clean images, V trained views and an
+    attack of k steps,
+
+      V * (3 F - S) + k * 2 F
+
+    where S is the gradient of the pixels through the first layer, which
+    training does not need. `remat` adds a forward pass to each. A multiply-add
+    counts as two, on padding too, as in papers; XLA does not count padding.
+
+    Args:
+      again: whether to count what `remat` computes a second time.
+    """
+    config = self.config
+    layers = summary.multiply_adds(self.model, self.spec.image_shape)
+    forward, stem = 2 * sum(layers), 2 * layers[0]
+    once_more = forward if again and config.remat != 'none' else 0
+    attack = config.attack.steps if config.is_adversarial else 0
+    view = 3 * forward - stem + once_more
+    per_example = len(config.views) * view + attack * (2 * forward + once_more)
+    return config.batch_size / self.mesh.size * per_example
+
   def local_positions(self) -> np.ndarray:
     """Places in the global batch that this host feeds, flat."""
     positions = local_positions(
@@ -199,6 +224,12 @@ def _check_network(config: Config) -> None:
     )
 
 
+def _check_trace(config: Config, steps: Steps) -> None:
+  _, end = config.profile.span or (1, 1)
+  fix = f'the run has steps 1 to {steps.stop}'
+  check(end <= steps.stop + 1, 'profile.steps', config.profile.steps, fix)
+
+
 def build(
   config: Config,
   devices: Sequence[jax.Device] | None = None,
@@ -225,6 +256,7 @@ def build(
   if config.dtype == 'float64' and not jax.config.jax_enable_x64:
     raise ConfigError("dtype='float64': set JAX_ENABLE_X64=1")
   steps = Steps.of(config, spec.num_train)
+  _check_trace(config, steps)
   mesh = make_mesh(
     config.batch_size, config.bn_group_size, devices, config.microbatches
   )
@@ -242,11 +274,8 @@ def build(
     dtype=jnp.dtype(config.dtype),
     platform=mesh.devices.flat[0].platform,
   )
-  schedule = schedules.make_schedule(
-    config.schedule,
-    steps,
-    config.optimizer.peak_learning_rate(config.batch_size),
-  )
+  peak = config.optimizer.peak_learning_rate(config.batch_size)
+  schedule = schedules.make_schedule(config.schedule, steps, peak)
   optimizer = optim.make_optimizer(config.optimizer, schedule)
   apply_fn = models.make_apply_fn(model)
   return Run(

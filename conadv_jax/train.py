@@ -14,21 +14,26 @@ to resume. Ctrl-C or SIGTERM saves a checkpoint and exits with 42. Other codes:
 of storage, 8 a lost host.
 
   --supervise    starts the run again after 42, 6 and 8 (conadv_jax.supervise)
+  --profile      prints the time from here to the first step, by its parts
   --replay=STEP  repeats a step of the run in DIR, without --config, and shows
                  what was wrong in it (conadv_jax.debug.replay)
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from conadv_jax.base.usage import answered
+from conadv_jax.run.timeline import Timeline
 
 if TYPE_CHECKING:
   from conadv_jax.config import Config
+
+PROFILE = '--profile'
 
 
 def train(config: Config, directory: str) -> dict[str, Any]:
@@ -38,8 +43,8 @@ def train(config: Config, directory: str) -> dict[str, Any]:
   return training.train(config, directory)
 
 
-def main(argv: Sequence[str]) -> None:
-  """The command."""
+def main(argv: Sequence[str], timeline: Timeline | None = None) -> None:
+  """The command, which began with `timeline`."""
   if '--supervise' in argv:
     command = [sys.executable, '-m', 'conadv_jax.supervise', *argv[1:]]
     os.execv(sys.executable, command)
@@ -56,16 +61,20 @@ def main(argv: Sequence[str]) -> None:
 
   with StopRequest() as stop_request:
     stop_request.leave_at_once(NOTHING_TO_SAVE)
+    argv = [argument for argument in argv if argument != PROFILE]
     values, directory = cli.parse_config_file(cli.start_hosts(argv))
-    training.train(from_config_dict(values), directory, stop_request)
+    config = from_config_dict(values)
+    training.train(config, directory, stop_request, timeline)
 
 
 def console() -> None:
   """Runs the command `conadv-train`."""
   if not answered(__doc__):
+    timeline = Timeline(wanted=PROFILE in sys.argv)
+    command = functools.partial(main, timeline=timeline)
     from conadv_jax import cli
 
-    cli.run(main)
+    cli.run(command)
 
 
 if __name__ == '__main__':

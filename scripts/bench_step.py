@@ -55,7 +55,6 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from conadv_jax import experiment, models
-from conadv_jax.audit.compile import analytic_flops
 from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import Config, from_config_dict
@@ -151,7 +150,7 @@ def ours(args: argparse.Namespace, variant: str, batch: int) -> Contender:
     costs = step.cost_analysis() or {}
     return Started(take, seconds, peak_bytes(step), costs.get('flops'))
 
-  return Contender(variant, floor(run.config), analytic_flops(run), start)
+  return Contender(variant, floor(run.config), run.flops_per_device(), start)
 
 
 def peak_bytes(step: jax.stages.Compiled) -> int | None:
@@ -216,7 +215,7 @@ def peer(
   def start():
     return Started(*module.start(kind, task, device, args.compile_peer))
 
-  flops = analytic_flops(run)
+  flops = run.flops_per_device()
   return Contender(
     name, floor(config), flops, start, is_peer=True, release=module.release
   )

@@ -164,7 +164,7 @@ def test_harmless_forms_are_not(source):
 VARIABLES = {
   'CONADV_FAULTS', 'JAX_COORDINATOR_ADDRESS', 'TFDS_DATA_DIR',
   'TPU_LIBRARY_PATH', 'TPU_SKIP_MDS_QUERY', 'XLA_FLAGS', 'LIBTPU_INIT_ARGS',
-  'TF_CPP_MIN_LOG_LEVEL',
+  'TF_CPP_MIN_LOG_LEVEL', 'XDG_CACHE_HOME',
 }  # fmt: skip
 # Where a variable's name is a variable of Python, the names that it takes.
 LISTS = {'conadv_jax/run/preflight.py': preflight._ENVIRONMENT}

@@ -9,8 +9,10 @@ import dataclasses
 import shutil
 from typing import Any, NamedTuple
 
+import jax
 import observed
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from observed import (
   attack,
   bad_examples,
@@ -160,6 +162,8 @@ FIELDS = {
   'spike.sigmas': Case(6.0, program, BASELINE),
   'spike.window_steps': Case(8, program, BASELINE | SPIKE),
   'spike.max_in_a_row': Case(2, program, BASELINE | SPIKE),
+  'profile.steps': InRun('2:3'),
+  'compile_cache': InRun(''),
   'hang_timeout_seconds': InRun(600),
 }
 
@@ -233,11 +237,22 @@ def done_of(directory, limits):
     'attack_stats_every_steps': steps['attack'],
     'eval.every_steps': steps['test'],
     'checkpoint.every_steps': sorted(int(s) for s in saved if s.isdecimal()),
+    'profile.steps': (directory / 'profile').exists(),
+    'compile_cache': bool(jax.config.jax_compilation_cache_dir),
     'hang_timeout_seconds': limits,
   }
 
 
-def test_a_run_shows_its_settings(tmp_path):
+@pytest.fixture
+def cache():
+  """Brings JAX's cache of programs back."""
+  before = jax.config.jax_compilation_cache_dir
+  yield
+  jax.config.update('jax_compilation_cache_dir', before)
+  compilation_cache.reset_cache()
+
+
+def test_a_run_shows_its_settings(tmp_path, cache):
   changes = {n: c.value for n, c in FIELDS.items() if isinstance(c, InRun)}
   keep, strict = changes.pop('checkpoint.keep'), 'checkpoint.strict'
   del changes[strict]
@@ -247,6 +262,8 @@ def test_a_run_shows_its_settings(tmp_path):
     'attack_stats_every_steps': [],
     'eval.every_steps': [4],
     'checkpoint.every_steps': [4],
+    'profile.steps': False,
+    'compile_cache': True,
     'hang_timeout_seconds': [1800],
   }
   kept = {'checkpoint.keep': keep}
@@ -257,6 +274,8 @@ def test_a_run_shows_its_settings(tmp_path):
     'attack_stats_every_steps': [3],
     'eval.every_steps': [2, 4],
     'checkpoint.every_steps': [3, 4],  # of 1 to 4, two are kept
+    'profile.steps': True,
+    'compile_cache': False,
     'hang_timeout_seconds': [600],
   }
   assert changes.keys() == done.keys()

@@ -20,7 +20,6 @@ from conadv_jax.audit.topology import Topology
 from conadv_jax.config import flatten, to_dict
 from conadv_jax.data import prefetch
 from conadv_jax.experiment import Run
-from conadv_jax.models.summary import multiply_adds
 
 # What a compiler says when a program needs more memory than there is.
 _OUT_OF_MEMORY = re.compile(
@@ -122,7 +121,7 @@ def report(run: Run, topology: Topology, compiled: Compiled) -> dict[str, Any]:
     'host_cores': topology.generation.host_vcpus,
     'mesh': dict(run.mesh.shape),
     'hbm_limit_bytes': limit,
-    'flops_analytic': analytic_flops(run),
+    'flops_analytic': run.flops_per_device(),
     'lower_seconds': compiled.lower_seconds,
     'compile_seconds': compiled.compile_seconds,
     'versions': versions(),
@@ -165,7 +164,7 @@ def _measured(
   return {
     'flops_per_device': flops * total.flops / once.flops,
     'flops_of_products': total.flops,
-    'flops_ratio': total.flops / analytic_flops(run),
+    'flops_ratio': total.flops / run.flops_per_device(),
     'bytes_accessed_per_device': (
       accessed * total.accessed_bytes / once.accessed_bytes
     ),
@@ -277,34 +276,6 @@ def _bytes(tree: Any) -> int:
 def _required_bytes(error: str) -> int:
   match = _REQUIRED.search(error)
   return round(float(match[1]) * _UNITS[match[2]]) if match else 0
-
-
-# ---- FLOPs -------------------------------------------------------------------
-
-
-def analytic_flops(run: Run) -> float:
-  """Counts FLOPs of convolutions and dense layers of a step, per device.
-
-  With F for a forward pass over the clean images, V trained views and an attack
-  of k steps,
-
-    V * (3 F - S) + k * 2 F
-
-  where S is the gradient of the pixels through the first layer, which training
-  does not need. `remat` adds a forward pass to each. A multiply-add counts as
-  two, on padding too, as in papers; XLA does not count padding.
-  """
-  config = run.config
-  layers = [2 * n for n in multiply_adds(run.model, run.spec.image_shape)]
-  forward, stem = sum(layers), layers[0]
-  examples = config.batch_size / run.mesh.size
-  views = len(config.views)
-  again = forward if config.remat != 'none' else 0
-  attack = config.attack.steps if config.is_adversarial else 0
-  per_example = views * (3 * forward - stem + again) + attack * (
-    2 * forward + again
-  )
-  return examples * per_example
 
 
 def versions() -> dict[str, str]:

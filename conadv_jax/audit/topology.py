@@ -18,8 +18,8 @@ from collections.abc import Mapping
 import jax
 from jax.experimental import topologies
 
-from conadv_jax.audit.generations import BY_ANY_NAME, GENERATIONS, Generation
 from conadv_jax.base.errors import ConfigError, unknown
+from conadv_jax.devices.generations import BY_ANY_NAME, GENERATIONS, Generation
 
 # What libtpu needs in a process that compiles but runs nothing. With
 # TPU_SKIP_MDS_QUERY, `jax.distributed.initialize` no longer finds its cluster,

@@ -21,7 +21,7 @@ from typing import Any
 import ml_collections
 
 from conadv_jax.base import fields
-from conadv_jax.base.errors import ConfigError
+from conadv_jax.base.errors import ConfigError, check_no_credentials
 from conadv_jax.base.fields import (
   Group,
   check,
@@ -40,6 +40,7 @@ from conadv_jax.config.groups import (
   Loss,
   Network,
   Optimizer,
+  Profile,
   Schedule,
   Spike,
 )
@@ -138,12 +139,19 @@ class Config(Group):
     5, '>= 1', 'stop after so many non-finite steps in a row'
   )
   spike: Spike = Spike()
+  profile: Profile = Profile()
+  compile_cache: str = setting(
+    'auto',
+    "directory of compiled programs, which later starts load; '' = none; auto "
+    "= $JAX_COMPILATION_CACHE_DIR, or conadv_jax/ in the user's cache",
+  )
   hang_timeout_seconds: int = number(
     1800, '>= 0', 'a step, its input or a save that takes longer ends; 0 = off'
   )
 
   def __post_init__(self):
     super().__post_init__()
+    check_no_credentials('compile_cache', self.compile_cache)
     self._check_read()
     self._check_staleness()
     self._check_loss()

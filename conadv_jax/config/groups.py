@@ -118,6 +118,33 @@ def _every_view() -> dict[str, float]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Profile(Group):
+  """Traces of the devices and the host, for XProf and TensorBoard."""
+
+  prefix = 'profile.'
+
+  steps: str = setting(
+    '', "'10:15' traces steps 10 to 14 into the work directory; '' = none"
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    first, last = self.span or (1, 1)
+    fix = "must be 'FIRST:END' with 1 <= FIRST < END, such as '10:15'"
+    check(not self.steps or 1 <= first < last, 'profile.steps', self.steps, fix)
+
+  @property
+  def span(self) -> tuple[int, int] | None:
+    """(first step, step after the last), (0, 0) of a wrong text, or None."""
+    if not self.steps:
+      return None
+    parts = self.steps.split(':')
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+      return 0, 0
+    return int(parts[0]), int(parts[1])
+
+
+@dataclasses.dataclass(frozen=True)
 class Loss(Group):
   """Cross-entropy, averaged over the views."""
 

@@ -14,7 +14,6 @@ bad_steps/STEP.png to the work directory and changes nothing else there.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +39,7 @@ from conadv_jax.method.state import TrainState
 from conadv_jax.run import (
   bad_steps,
   feed,
+  log,
   metrics,
   plots,
   preflight,
@@ -49,12 +49,12 @@ from conadv_jax.run import (
 from conadv_jax.run.bad_steps import to_json
 from conadv_jax.run.guard import Guard
 from conadv_jax.run.reopen import parse_args
+from conadv_jax.run.timeline import Ticker
 
 Row = dict[str, Any]
 
 _EXAMPLES = 8  # of each view that are named
 _PARAMETERS = 8  # of each view whose gradients are named
-_PROGRESS_SECONDS = 10
 
 
 def main(argv: Sequence[str]) -> Row:
@@ -195,17 +195,15 @@ class _Replay:
     progress = metrics.Progress(
       start, stop, run.config.batch_size, batches.wait_seconds
     )
-    said = time.monotonic()
+    ticker = Ticker()
     for step in range(start + 1, stop):
       self._guard.enter('step', step)
       following = next(batches)
       state, values = step_fn(state, batch, following)
       batch = following
       jax.block_until_ready(values)
-      if time.monotonic() - said > _PROGRESS_SECONDS:
-        said = time.monotonic()
-        progress.report(step, batches.wait_seconds)
-        hosts.say(f'step {step}/{stop}  ETA {progress.eta()}')
+      if ticker.due():
+        hosts.say(log.short_line(step, progress))
     before = jax.tree.map(jnp.copy, state)  # the step donates its state
     following = next(batches)
     after, values = step_fn(state, batch, following)

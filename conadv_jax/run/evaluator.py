@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from conadv_jax import hosts
 from conadv_jax.config import Attack, Config
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.data.sources.source import Source
@@ -25,6 +26,7 @@ from conadv_jax.method.attack import perturb, sample_start
 from conadv_jax.method.pixels import normalize, wide_dtype
 from conadv_jax.method.state import Snapshot, Stream, TrainState, stream_key
 from conadv_jax.methods import ATTACKS
+from conadv_jax.run.timeline import Ticker
 
 Sums = dict[str, jax.Array]
 EvalFn = Callable[[Snapshot, Mapping[str, jax.Array], jax.Array], Sums]
@@ -163,11 +165,15 @@ class Evaluator:
       spec = None if attack == 'none' else eval_attack(self._run.config, attack)
       self._fns[attack, route] = make_eval_fn(self._run, spec, route)
     totals = collections.Counter()
+    ticker = Ticker()
     for index, batch in enumerate(self._batches()):
       before_batch()
       sums = self._fns[attack, route](weights, batch, jnp.int32(index))
       for name, value in jax.device_get(sums).items():
         totals[name] += float(value)
+      if ticker.due():
+        of = self._source.num_examples
+        hosts.say(f'evaluated {totals["examples"]:.0f} of {of} ({attack})')
     count = totals['count']
     seen = totals['examples']
     if seen != self._source.num_examples:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from concurrent import futures
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +40,19 @@ def prepare() -> None:
 
   # No daemon: an interpreter that ends amid such an import may crash.
   threading.Thread(target=load).start()
+
+
+def started(*args: Any) -> futures.Future[tuple[Prefetcher, Any]]:
+  """Makes `batches(*args)` in a thread, and their first one beside them."""
+  pool = futures.ThreadPoolExecutor(1)
+
+  def start() -> tuple[Prefetcher, Any]:
+    fed = batches(*args)
+    return fed, next(fed)
+
+  future = pool.submit(start)
+  pool.shutdown(wait=False)
+  return future
 
 
 def batches(

@@ -11,10 +11,11 @@ from conadv_jax.base import faults
 from conadv_jax.base.errors import HostError, Preempted
 from conadv_jax.hosts.stop import Agreement, Stopped, StopRequest
 from conadv_jax.hosts.watchdog import Watchdog
+from conadv_jax.run.timeline import Timeline
 
 NOTHING_TO_SAVE = 'no step was taken since the last checkpoint'
 # Phases that may take as long as they like.
-_UNLIMITED = ('data', 'compile', 'diagnosis')
+_UNLIMITED = ('build', 'data', 'compile', 'warm_up', 'diagnosis')
 # Phases before which all hosts may stop, with a state that can be saved.
 _STOPPABLE = ('input', 'evaluate')
 
@@ -26,19 +27,27 @@ class Guard:
   tells what a signal does: before its first step and after its last one it
   ends the process at once (`nothing_to_save`); in between, all hosts stop
   before the same step (`start_steps`).
+
+  Attributes:
+    timeline: of the phases that belong to no step.
   """
 
   def __init__(
-    self, hang_timeout_seconds: int, stop_request: StopRequest | None = None
+    self,
+    hang_timeout_seconds: int,
+    stop_request: StopRequest | None = None,
+    timeline: Timeline | None = None,
   ):
     """Makes a guard; entering its context starts the watchdog.
 
     Args:
       hang_timeout_seconds: of each phase; 0 is no limit.
       stop_request: of a command that handles signals.
+      timeline: of a command that has begun before; None begins now.
     """
     self._watchdog = Watchdog(hang_timeout_seconds)
     self._stop_request = stop_request
+    self.timeline = timeline or Timeline()
     self._agreement: Agreement | None = None
     self._input_failed: Callable[[], bool] = lambda: False
 
@@ -55,8 +64,8 @@ class Guard:
     Faults on purpose have the name 'train/PHASE'.
 
     Args:
-      phase: 'data', 'restore', 'compile', 'input', 'step', 'save', 'evaluate',
-        'last_evaluation', 'pictures', 'diagnosis'.
+      phase: 'build', 'data', 'restore', 'compile', 'warm_up', 'input', 'step',
+        'save', 'evaluate', 'last_evaluation', 'pictures', 'diagnosis'.
       step: of the run, if the phase belongs to one.
 
     Raises:
@@ -65,6 +74,8 @@ class Guard:
     """
     if self._agreement is not None and phase in _STOPPABLE:
       self._agreement.check(self._input_failed())
+    if step is None:
+      self.timeline.enter(phase)
     self._watchdog.phase(phase, step, limited=phase not in _UNLIMITED)
     faults.point(f'train/{phase}', step)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import time
@@ -19,7 +20,10 @@ from conadv_jax.base import storage
 _BUCKET_SECONDS = 60
 
 # Values that two runs of the same configuration do not share.
-TIMINGS = ('images_per_sec', 'input_wait_percent', 'seconds')
+TIMINGS = (
+  'images_per_sec', 'input_wait_percent', 'seconds', 'goodput_percent',
+  'mfu_percent',
+)  # fmt: skip
 
 
 class MetricWriter:
@@ -44,9 +48,7 @@ class MetricWriter:
     if not storage.is_remote(path):
       # Not buffered: what could not be written would be tried again at its end.
       self._file = storage.write(lambda: open(path, 'ab', buffering=0), path)
-    self._tensorboard = storage.write(
-      lambda: _Events(path.parent, start_step + 1), workdir
-    )
+    self._first_step = start_step + 1
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
     """Writes numbers and strings; TensorBoard gets the numbers.
@@ -61,9 +63,7 @@ class MetricWriter:
       for name, value in values.items()
       if isinstance(value, int | float)
     }
-    storage.write(
-      lambda: self._tensorboard.write(step, scalars), self._path.parent
-    )
+    storage.write(lambda: self._events.write(step, scalars), self._path.parent)
 
   def flush(self) -> None:
     """Puts all lines into the file, before a checkpoint that needs them."""
@@ -74,7 +74,13 @@ class MetricWriter:
     self.flush()
     if self._file is not None:
       self._file.close()
-    storage.write(self._tensorboard.close, self._path.parent)
+    if '_events' in vars(self):
+      storage.write(self._events.close, self._path.parent)
+
+  @functools.cached_property
+  def _events(self) -> _Events:
+    # Not before the first values: it takes the import of TensorFlow.
+    return _Events(self._path.parent, self._first_step)
 
   def _append(self, line: str) -> None:
     if self._file is not None:
@@ -193,7 +199,7 @@ class Progress:
     batch_size: int,
     waited_seconds: float = 0.0,
   ):
-    self._stop_step = stop_step
+    self.stop_step = stop_step
     self._batch_size = batch_size
     self._step = self._start_step = start_step
     self._waited = waited_seconds  # for input, before the first step
@@ -220,18 +226,21 @@ class Progress:
     yield
     self._since += time.monotonic() - start
 
-  @property
-  def images_per_sec(self) -> float:
-    """Over all reports; 0 before the first."""
-    images = (self._step - self._start_step) * self._batch_size
-    return images / self.seconds if self.seconds else 0.0
+  def eta(self, step: int | None = None) -> str:
+    """Time left, 'h:mm:ss', at the mean rate so far.
 
-  def eta(self) -> str:
-    """Time left, 'h:mm:ss', at the mean rate so far."""
-    if not self.images_per_sec:
+    Args:
+      step: that the run is at; None is that of the last report.
+    """
+    seconds = self.seconds
+    if step is None:
+      step = self._step
+    else:
+      seconds += time.monotonic() - self._since
+    if step == self._start_step:
       return '?'
-    images = (self._stop_step - self._step) * self._batch_size
-    return clock(images / self.images_per_sec)
+    per_step = seconds / (step - self._start_step)
+    return clock((self.stop_step - step) * per_step)
 
 
 def clock(seconds: float) -> str:

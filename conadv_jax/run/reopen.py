@@ -13,7 +13,7 @@ from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import Config, changes, from_config_dict
 from conadv_jax.experiment import Run
 from conadv_jax.method.state import TrainState
-from conadv_jax.run import workdir
+from conadv_jax.run import compile_cache, workdir
 
 
 def parse_args(
@@ -34,6 +34,7 @@ def parse_args(
   trained = from_config_dict(values)
   config = from_config_dict(cli.parse_overrides(argv, values))
   _check_overrides(trained, config)
+  compile_cache.use(config)
   return workdir.path_of(directory), config
 
 
@@ -54,7 +55,10 @@ def restore_newest(path: epath.Path, run: Run) -> tuple[int, TrainState]:
 
 
 def _check_overrides(trained: Config, config: Config) -> None:
-  places = ('dataset.data_dir', 'dataset.cache', 'dataset.max_bad_share')
+  places = (
+    'dataset.data_dir', 'dataset.cache', 'dataset.max_bad_share',
+    'compile_cache',
+  )  # fmt: skip
   free = ('eval.', *places)
   for name, (old, new) in changes(trained, config, free).items():
     raise ConfigError(

@@ -28,6 +28,7 @@ from conadv_jax.method.staleness import (
 from conadv_jax.method.state import TrainState
 from conadv_jax.run import (
   bad_steps,
+  compile_cache,
   feed,
   log,
   metrics,
@@ -40,10 +41,15 @@ from conadv_jax.run.evaluator import Evaluator, weights_of
 from conadv_jax.run.guard import Guard
 from conadv_jax.run.hooks import Hook, every, is_due
 from conadv_jax.run.lock import RunLock
+from conadv_jax.run.timeline import Ticker, Timeline
+from conadv_jax.run.tracing import Tracer
 
 
 def train(
-  config: Config, directory: str, stop_request: StopRequest | None = None
+  config: Config,
+  directory: str,
+  stop_request: StopRequest | None = None,
+  timeline: Timeline | None = None,
 ) -> dict[str, Any]:
   """Trains `config` in the work directory; returns the run's summary.
 
@@ -51,6 +57,7 @@ def train(
     config: of the run.
     directory: the work directory.
     stop_request: of a caller that handles signals already.
+    timeline: of a command that has begun before this call.
 
   Raises:
     ConfigError: for a wrong setting, missing data, a directory of another run
@@ -62,10 +69,13 @@ def train(
   """
   with contextlib.ExitStack() as stack:
     signals = stop_request or stack.enter_context(StopRequest())
-    guard = stack.enter_context(Guard(config.hang_timeout_seconds, signals))
+    guard = Guard(config.hang_timeout_seconds, signals, timeline)
+    stack.enter_context(guard)
     guard.nothing_to_save()
     workdir.path_of(directory)  # Refused before the data is looked at.
+    guard.enter('build')
     preflight.check_program(config)
+    compile_cache.use(config)
     run = experiment.build(config)
     hosts.say(f'{describe(config)}\n{log.opening(run)}')
 
@@ -75,21 +85,21 @@ def train(
     evaluator = Evaluator(run, eval_source, quarantine)
 
     guard.enter('restore')
-    keep, strict = config.checkpoint.keep, config.checkpoint.strict
-    checkpoints = Checkpoints(path, keep, strict=strict)
-    stack.callback(checkpoints.close)
+    checkpoints = _checkpoints(path, config, stack)
     if checkpoints.latest_step() == run.steps.stop:
       if done := summary.finished(path, run.steps.stop):
         _say_done(path, config, done)
         return done
     feed.prepare()
     start, state = _restored(run, checkpoints)
-    workdir.write_config(path, run, data, start)
+    began = workdir.write_config(path, run, data, start, guard.timeline.began)
     writer = metrics.make_writer(path, start)
     stack.callback(writer.close)
     stack.push(guard.verdict)  # first: the others would wait for a lost host
 
-    loop = _Loop(run, path, guard, checkpoints, writer, evaluator, quarantine)
+    loop = _Loop(
+      run, path, guard, checkpoints, writer, evaluator, quarantine, began
+    )
     state = loop.train(source, start, state)
 
     guard.nothing_to_save('all steps are done and saved, the evaluation is not')
@@ -116,6 +126,16 @@ def _open(
   return path, data, source, eval_source
 
 
+def _checkpoints(
+  path: epath.Path, config: Config, stack: contextlib.ExitStack
+) -> Checkpoints:
+  """Those of the run, closed at the end of `stack`."""
+  keep, strict = config.checkpoint.keep, config.checkpoint.strict
+  checkpoints = Checkpoints(path, keep, strict=strict)
+  stack.callback(checkpoints.close)
+  return checkpoints
+
+
 def _say_done(path: epath.Path, config: Config, done: dict[str, Any]) -> None:
   hosts.say(f'nothing left to train\n{summary.describe(done, path)}')
   if ignored := workdir.not_applied(path, config):
@@ -138,17 +158,21 @@ class _Loop:
   writer: metrics.Writer
   evaluator: Evaluator
   quarantine: Quarantine
+  began: float  # when the first start did, in seconds since the epoch
 
   def train(self, source: Source, start: int, state: TrainState) -> TrainState:
     """Trains from step `start` to the last one; returns its state, saved."""
     run, guard, stop = self.run, self.guard, self.run.steps.stop
-    guard.enter('compile')
-    step_fn = _compile(run)
+    tracer = Tracer(run.config, self.path, start)
     ids = feed.ExampleIds(start, keep=run.config.max_nonfinite_steps + 8)
-    self._batches = batches = feed.batches(
+    guard.enter('compile')
+    first = feed.started(
       run, source, self.quarantine, ids, start, stop - start + 1
     )
-    batch = next(batches)
+    step_fn = _compile(run)
+    guard.enter('warm_up')
+    self._batches, batch = first.result()
+    batches = self._batches
     hosts.say(f'first batch of the input: {batches.wait_seconds:.1f} s')
     state = pending_perturbation(run.config, step_fn, state, batch)
     steps_saved = self.checkpoints.steps
@@ -156,7 +180,8 @@ class _Loop:
     self.progress = metrics.Progress(
       start, stop, run.config.batch_size, batches.wait_seconds
     )
-    hooks = self._hooks()
+    self._ticker = Ticker()
+    hooks = self._hooks(start)
     stopped = None
     guard.start_steps(run.mesh, lambda: batches.failure is not None)
     try:
@@ -167,6 +192,7 @@ class _Loop:
           self._save(step - 1, state)
         guard.enter('input', step)
         next_batch = next(batches)
+        tracer.before(step, state)
         guard.enter('step', step)
         state, values = step_fn(state, batch, next_batch)
         batch = next_batch
@@ -175,6 +201,7 @@ class _Loop:
           hook(step, state, batch, values)
     except Stopped as reason:
       stopped = reason
+    tracer.close()
     watch.finish()
     step = int(jax.device_get(state.step))
     self._save(step, state, wait=True)
@@ -185,13 +212,16 @@ class _Loop:
 
   # ---- Every n steps -------------------------------------------------------
 
-  def _hooks(self) -> list[Hook]:
+  def _hooks(self, start: int) -> list[Hook]:
     """What is done between steps, in order; the end saves and evaluates."""
     config, stop = self.run.config, self.run.steps.stop
     stats = config.attack_stats_every_steps if config.staleness_steps else 0
     saves, evaluations = config.checkpoint.every_steps, config.eval.every_steps
+    shown = start + 1 if self.guard.timeline.wanted else None
     return [
+      every(0, self._say_timeline, also_at=shown),
       every(config.log_every_steps, self._log, also_at=stop),
+      every(1, self._say_sometimes),
       every(stats, self._paused(self._log_attack)),
       every(saves, self._paused(self._save), before=stop),
       every(evaluations, self._paused(self._evaluate), before=stop),
@@ -212,10 +242,26 @@ class _Loop:
     row = log.readable(values, optim.kernel_names(state.params))
     before = self.writer.seconds_before
     row |= log.rates(
-      step, self.progress, self._batches, before, self.quarantine
+      step, self.progress, self._batches, before, self.began, self.quarantine
     )
+    if self._mfu_percent:
+      row['mfu_percent'] = self._mfu_percent * row['images_per_sec']
     self.writer.write(step, 'train', row)
     hosts.say(log.line(self.run, step, row, self.progress))
+    self._ticker.heard()
+
+  def _say_timeline(self, _, state, *__) -> None:
+    jax.block_until_ready(state)
+    hosts.say(self.guard.timeline.table())
+
+  def _say_sometimes(self, step, *_) -> None:
+    """Tells that the run is alive, without a wait for this step."""
+    if self._ticker.due():
+      hosts.say(log.short_line(step, self.progress))
+
+  @functools.cached_property
+  def _mfu_percent(self) -> float | None:
+    return log.mfu_percent(self.run)
 
   def _log_attack(self, step, state, batch, _) -> None:
     row = jax.device_get(self._attack_stats_fn(state, batch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import importlib.metadata
 import json
 import subprocess
@@ -36,6 +37,7 @@ _FREE = (
   'max_nonfinite_steps', 'microbatches', 'remat', 'xla_flags', 'grad_buckets',
   'dataset.data_dir', 'dataset.cache',
   'dataset.max_bad_share', 'checkpoint.', 'eval.', 'hang_timeout_seconds',
+  'profile.', 'compile_cache',
 )  # fmt: skip
 
 
@@ -88,8 +90,12 @@ def prepare(workdir: str, run: Run, data: Mapping[str, Any]) -> epath.Path:
 
 
 def write_config(
-  path: epath.Path, run: Run, data: Mapping[str, Any], step: int = 0
-) -> None:
+  path: epath.Path,
+  run: Run,
+  data: Mapping[str, Any],
+  step: int = 0,
+  began: float | None = None,
+) -> float:
   """Writes `config.json`: the resolved configuration and what it ran on.
 
   Its `starts` keeps what earlier starts ran on, as changes.
@@ -99,11 +105,20 @@ def write_config(
     run: the run.
     data: what identifies the examples; JSON can hold it.
     step: that this start begins after.
+    began: when this start did, in seconds since the epoch; None is now.
+
+  Returns:
+    When the first start began, likewise.
 
   Raises:
     StorageError: if that fails.
   """
-  hosts.on_writer('config.json', lambda: _write_config(path, run, data, step))
+  at = dt.datetime.fromtimestamp(began or time.time(), dt.UTC)
+  start = {'step': step, 'time': at.isoformat(timespec='seconds')}
+  first = hosts.on_writer(
+    'config.json', lambda: _write_config(path, run, data, start)
+  )
+  return dt.datetime.fromisoformat(first).timestamp()
 
 
 def not_applied(path: epath.Path, config: Config) -> list[str]:
@@ -202,8 +217,9 @@ def versions() -> dict[str, str]:
 
 
 def _write_config(
-  path: epath.Path, run: Run, data: Mapping[str, Any], step: int
-) -> None:
+  path: epath.Path, run: Run, data: Mapping[str, Any], start: dict[str, Any]
+) -> str:
+  """Returns the time of the first of `starts`."""
   now = {
     'config': to_dict(run.config),
     'data': dict(data),
@@ -215,8 +231,10 @@ def _write_config(
   starts = before.get('starts', [])
   old, new = ({k: x.get(k) for k in _TRACED} for x in (before, now))
   changed = fields.differences(old, new)
-  now['starts'] = [*starts, {'step': step, 'changed': changed}]
+  now['starts'] = [*starts, start | {'changed': changed}]
   write_json(file, now)
+  # Starts of earlier versions have no time.
+  return now['starts'][0].get('time', start['time'])
 
 
 def _check_name(path: epath.Path) -> None:

@@ -57,10 +57,10 @@ def test_flops_of_a_step_by_hand(tiny_model):
   for method, flops in expected.items():
     if method == 'autoaugment':
       continue  # needs colour images
-    assert compile.analytic_flops(build(method=method)) == examples * flops
+    assert build(method=method).flops_per_device() == examples * flops
   pgd = build(method='conadv', **{'attack.preset': 'pgd'})
   assert pgd.config.attack.steps == 5
-  assert compile.analytic_flops(pgd) == examples * (2 * (3 * f - s) + 5 * 2 * f)
+  assert pgd.flops_per_device() == examples * (2 * (3 * f - s) + 5 * 2 * f)
 
 
 def test_remat_costs_a_forward_pass_of_every_view_and_attack():
@@ -69,7 +69,7 @@ def test_remat_costs_a_forward_pass_of_every_view_and_attack():
     experiment.build(dataclasses.replace(plain, remat=remat), jax.devices()[:1])
     for remat in ('none', 'blocks')
   ]
-  one, again = map(compile.analytic_flops, runs)
+  one, again = (run.flops_per_device() for run in runs)
   # conadv: 2 views of 3 F and an attack of 2 F; with 3 more F.
   assert 1.37 < again / one < 1.40
 
@@ -78,7 +78,7 @@ def test_remat_costs_a_forward_pass_of_every_view_and_attack():
 def test_xla_counts_what_we_count():
   run = build(method='conadv')
   compiled = compile.compile_step(run, compile.lower_step(run))
-  assert compiled.costs['flops'] > 0.8 * compile.analytic_flops(run)
+  assert compiled.costs['flops'] > 0.8 * run.flops_per_device()
 
 
 # ---- Memory ----------------------------------------------------------------

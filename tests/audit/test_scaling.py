@@ -7,7 +7,6 @@ import math
 import pytest
 
 from conadv_jax.audit import report
-from conadv_jax.audit.generations import GENERATIONS
 from conadv_jax.audit.scaling.anchor import MLPERF_65536, check_anchor
 from conadv_jax.audit.scaling.collective_time import (
   all_reduce,
@@ -28,6 +27,7 @@ from conadv_jax.audit.scaling.predict import (
 from conadv_jax.audit.scaling.study import as_json, make_study
 from conadv_jax.audit.topology import Topology, parse
 from conadv_jax.base.errors import ConfigError
+from conadv_jax.devices.generations import GENERATIONS
 
 # Round numbers to calculate with: a link of 1 GB/s, 1 us per hop, 5 GB/s per
 # host, 100 us between slices, 10 TFLOP/s and 1 TB/s.

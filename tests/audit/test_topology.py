@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from conadv_jax.audit.generations import GENERATIONS
 from conadv_jax.audit.topology import (
   AOT_ENVIRONMENT,
   Topology,
@@ -19,6 +18,7 @@ from conadv_jax.audit.topology import (
   parse,
 )
 from conadv_jax.base.errors import ConfigError
+from conadv_jax.devices.generations import GENERATIONS
 from conadv_jax.devices.mesh import batch_sharding, make_mesh, replicated
 
 # text, slices, name of a slice, alias, chips, devices, hosts. Chips, devices

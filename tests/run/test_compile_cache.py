@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 
+import jax
 import multihost
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from conadv_jax.run import metrics
+from conadv_jax.config import from_config_dict
+from conadv_jax.run import compile_cache, metrics
 
 
 @contextlib.contextmanager
@@ -40,6 +43,60 @@ def damage(data, how):
   flipped = bytearray(data)
   flipped[len(data) // 3] ^= 4
   return bytes(flipped)
+
+
+@pytest.fixture
+def jax_config():
+  """JAX without a cache; its own afterwards."""
+  names = (
+    'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs'
+  )  # fmt: skip
+  before = {name: getattr(jax.config, name) for name in names}
+  jax.config.update('jax_compilation_cache_dir', None)
+  yield jax.config
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+def use(**fields):
+  compile_cache.use(from_config_dict(fields))
+  jax.clear_caches()
+  jax.jit(lambda x: x * 3 + 1)(2.0)
+  return jax.config.jax_compilation_cache_dir
+
+
+def test_programs_are_kept_in_the_cache_of_the_user(
+  jax_config, tmp_path, monkeypatch
+):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  directory = tmp_path / 'cache/conadv_jax/programs'
+  assert use() == str(directory)
+  assert list(directory.glob('jit__lambda*-cache'))
+  assert directory.stat().st_mode & 0o77 == 0
+  monkeypatch.delenv('XDG_CACHE_HOME')
+  monkeypatch.setenv('HOME', str(tmp_path))
+  jax.config.update('jax_compilation_cache_dir', None)
+  assert use() == str(tmp_path / '.cache/conadv_jax/programs')
+
+
+def test_a_directory_of_ones_own_or_none(jax_config, tmp_path):
+  assert use(compile_cache=str(tmp_path / 'own')) == str(tmp_path / 'own')
+  assert list((tmp_path / 'own').glob('*-cache'))
+  assert use(compile_cache='') is None
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path / 'jax'))
+  assert use() == str(tmp_path / 'jax')  # as JAX_COMPILATION_CACHE_DIR
+
+
+def test_a_directory_that_cannot_be_written_is_a_warning(
+  jax_config, tmp_path, capsys
+):
+  (tmp_path / 'file').write_text('')
+  directory = str(tmp_path / 'file' / 'cache')
+  assert use(compile_cache=directory) is None
+  said = capsys.readouterr().out
+  assert f"warning: compile_cache='{directory}': " in said
+  assert 'Name a directory that can be written' in said
 
 
 @pytest.mark.fault

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from conadv_jax.audit.generations import GENERATIONS
 from conadv_jax.audit.scaling.predict import (
   Calibration,
   Prediction,
@@ -13,6 +12,7 @@ from conadv_jax.audit.scaling.predict import (
 )
 from conadv_jax.audit.topology import Topology
 from conadv_jax.base.errors import ConfigError
+from conadv_jax.devices.generations import GENERATIONS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from conadv_jax.audit.generations import Generation
 from conadv_jax.audit.scaling.collective_time import (
   CollectiveTime,
   all_reduce,
@@ -24,6 +23,7 @@ from conadv_jax.audit.scaling.collective_time import (
 )
 from conadv_jax.audit.topology import Topology, squarest_shape
 from conadv_jax.base.errors import ConfigError
+from conadv_jax.devices.generations import Generation
 
 DEVICE_COUNTS = tuple(2**k for k in range(3, 13))
 

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from conadv_jax.audit.generations import Generation
 from conadv_jax.audit.scaling.anchor import AnchorCheck, check_anchor
 from conadv_jax.audit.scaling.predict import (
   ROOFLINE,
@@ -16,6 +15,7 @@ from conadv_jax.audit.scaling.predict import (
   StepCost,
   scale,
 )
+from conadv_jax.devices.generations import Generation
 
 
 class Assumption(NamedTuple):

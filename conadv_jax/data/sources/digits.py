@@ -1,9 +1,9 @@
 """The data set `digits`: 1,797 handwritten digits of 8 x 8 pixels.
 
 They are the test set of the UCI data set 'Optical Recognition of Handwritten
-Digits' (Alpaydin and Kaynak, 1998, doi:10.24432/C50P49, CC BY 4.0), in the order of
-scikit-learn's `load_digits`, which a test compares with. They are in a file
-here, as importing scikit-learn takes seconds.
+Digits' (Alpaydin and Kaynak, 1998, doi:10.24432/C50P49, CC BY 4.0), in the
+order of scikit-learn's `load_digits`, which a test compares with. They are in a
+file here, as importing scikit-learn takes seconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TPU generations: peak rates, sizes and slices, each with its source."""
+"""Peak rates of devices; sizes and slices of TPUs, each with its source."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Generation:
 
   Attributes:
     name: as libtpu and we write it; the part of a topology before the colon.
+    device_kinds: JAX's names of its devices.
     accelerator_type: prefix of Cloud TPU's types, 'v5litepod' of v5e.
     counts_per_chip: of what a type's number counts: 2 TensorCores, or 1 chip.
     devices_per_chip: JAX devices on one chip.
@@ -46,6 +47,7 @@ class Generation:
   """
 
   name: str
+  device_kinds: tuple[str, ...]
   accelerator_type: str
   counts_per_chip: int
   devices_per_chip: int
@@ -114,7 +116,8 @@ GENERATIONS: Mapping[str, Generation] = {
   generation.name: generation
   for generation in (
     Generation(
-      name='v3', accelerator_type='v3', counts_per_chip=2, devices_per_chip=2,
+      name='v3', device_kinds=('TPU v3',),
+      accelerator_type='v3', counts_per_chip=2, devices_per_chip=2,
       chips_per_host=4, single_host_shapes=(), max_chips=1024,
       shapes_2d=(
         (2, 2), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 32),
@@ -132,7 +135,8 @@ GENERATIONS: Mapping[str, Generation] = {
       ),
     ),
     Generation(
-      name='v4', accelerator_type='v4', counts_per_chip=2, devices_per_chip=1,
+      name='v4', device_kinds=('TPU v4',),
+      accelerator_type='v4', counts_per_chip=2, devices_per_chip=1,
       chips_per_host=4, single_host_shapes=(), max_chips=4096, shapes_2d=(),
       peak_flops_per_sec=275e12,
       hbm_bytes_per_sec=1200e9,
@@ -147,7 +151,8 @@ GENERATIONS: Mapping[str, Generation] = {
       ),
     ),
     Generation(
-      name='v5e', accelerator_type='v5litepod', counts_per_chip=1,
+      name='v5e', device_kinds=('TPU v5 lite', 'TPU v5e'),
+      accelerator_type='v5litepod', counts_per_chip=1,
       devices_per_chip=1, chips_per_host=4, single_host_shapes=((1, 1), (2, 4)),
       max_chips=256, shapes_2d=_SHAPES_V5E,
       peak_flops_per_sec=197e12,
@@ -160,7 +165,8 @@ GENERATIONS: Mapping[str, Generation] = {
       sources=_sources(host_vcpus='machine type ct5lp-hightpu-4t'),
     ),
     Generation(
-      name='v5p', accelerator_type='v5p', counts_per_chip=2, devices_per_chip=1,
+      name='v5p', device_kinds=('TPU v5', 'TPU v5p'),
+      accelerator_type='v5p', counts_per_chip=2, devices_per_chip=1,
       chips_per_host=4, single_host_shapes=(), max_chips=6144, shapes_2d=(),
       peak_flops_per_sec=459e12,
       hbm_bytes_per_sec=2765e9,
@@ -172,7 +178,8 @@ GENERATIONS: Mapping[str, Generation] = {
       sources=_sources(),
     ),
     Generation(
-      name='v6e', accelerator_type='v6e', counts_per_chip=1, devices_per_chip=1,
+      name='v6e', device_kinds=('TPU v6 lite', 'TPU v6e'),
+      accelerator_type='v6e', counts_per_chip=1, devices_per_chip=1,
       chips_per_host=4, single_host_shapes=((1, 1), (2, 4)), max_chips=256,
       shapes_2d=_SHAPES_V5E,
       peak_flops_per_sec=918e12,
@@ -185,7 +192,8 @@ GENERATIONS: Mapping[str, Generation] = {
       sources=_sources(),
     ),
     Generation(
-      name='tpu7x', accelerator_type='tpu7x', counts_per_chip=2,
+      name='tpu7x', device_kinds=('TPU7x',),
+      accelerator_type='tpu7x', counts_per_chip=2,
       devices_per_chip=2, chips_per_host=4, single_host_shapes=(),
       max_chips=9216, shapes_2d=(),
       peak_flops_per_sec=2307e12 / 2,
@@ -203,3 +211,17 @@ GENERATIONS: Mapping[str, Generation] = {
 BY_ANY_NAME: Mapping[str, Generation] = GENERATIONS | {
   generation.accelerator_type: generation for generation in GENERATIONS.values()
 }
+
+# Of GPUs: bfloat16 on tensor cores without sparsity, from NVIDIA's data sheets.
+_GPU_FLOPS_PER_SEC = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}
+
+
+def peak_flops_per_sec(device_kind: str) -> float | None:
+  """Peak of one device in bfloat16; None of a CPU and what is not known."""
+  for generation in GENERATIONS.values():
+    if device_kind in generation.device_kinds:
+      return generation.peak_flops_per_sec
+  for name, peak in _GPU_FLOPS_PER_SEC.items():
+    if name in device_kind:
+      return peak
+  return None
