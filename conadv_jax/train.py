@@ -55,15 +55,15 @@ def main(argv: Sequence[str], timeline: Timeline | None = None) -> None:
     return
   from conadv_jax import cli
   from conadv_jax.config import from_config_dict
-  from conadv_jax.hosts.stop import StopRequest
-  from conadv_jax.run import training
-  from conadv_jax.run.guard import NOTHING_TO_SAVE
+  from conadv_jax.hosts.stop import NOTHING_TO_SAVE, StopRequest
 
   with StopRequest() as stop_request:
     stop_request.leave_at_once(NOTHING_TO_SAVE)
     argv = [argument for argument in argv if argument != PROFILE]
     values, directory = cli.parse_config_file(cli.start_hosts(argv))
     config = from_config_dict(values)
+    from conadv_jax.run import training  # after what may be a wrong setting
+
     training.train(config, directory, stop_request, timeline)
 
 

@@ -15,7 +15,6 @@ import pathlib
 import sys
 import time
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -47,8 +46,6 @@ def main(argv: list[str]) -> None:
   args = parser.parse_args(argv[1:])
 
   runs = pathlib.Path(args.runs)
-  cache = str(runs.absolute() / 'compile_cache')
-  jax.config.update('jax_compilation_cache_dir', cache)
   jobs = [
     (method, int(batch_size), int(seed))
     for seed in args.seeds.split(',')

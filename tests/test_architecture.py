@@ -282,21 +282,61 @@ def test_a_new_module_is_told_where_to_go():
   assert "add 'brand_new' to ORDER" in message
 
 
-def test_the_step_loads_neither_tensorflow_nor_plotting():
+def loaded_by(code, *arguments, **variables):
+  """(exit status, error text, packages that are loaded in the end)."""
   code = (
-    'import json, sys; import conadv_jax.experiment; '
-    'print(json.dumps(sorted({m.split(".")[0] for m in sys.modules})))'
+    'import atexit, json, sys\n'
+    'names = lambda: sorted({m.split(".")[0] for m in sys.modules})\n'
+    'atexit.register(lambda: print("\\n" + json.dumps(names())))\n' + code
   )
   process = subprocess.run(
-    [sys.executable, '-c', code],
-    env=os.environ | {'PYTHONPATH': str(PACKAGE.parent)},
+    [sys.executable, '-c', code, *arguments],
+    env=os.environ | {'PYTHONPATH': str(PACKAGE.parent)} | variables,
     capture_output=True,
     text=True,
     timeout=120,
     check=False,
   )
-  assert process.returncode == 0, process.stderr
   loaded = set(json.loads(process.stdout.splitlines()[-1]))
+  return process.returncode, process.stderr, loaded
+
+
+def test_the_step_loads_neither_tensorflow_nor_plotting():
+  status, error, loaded = loaded_by('import conadv_jax.experiment')
+  assert status == 0, error
   assert {'jax', 'flax', 'optax', 'conadv_jax'} <= loaded
-  heavy = {'tensorflow', 'tensorflow_datasets', 'clu', 'matplotlib'}
-  assert not loaded & heavy
+  assert not loaded & {'tensorflow', 'tensorflow_datasets', 'matplotlib'}
+
+
+@pytest.mark.parametrize('flag', ['--help', '--version'])
+@pytest.mark.parametrize(
+  'command',
+  ['train', 'evaluate', 'export.__main__', 'audit.__main__', 'supervise'],
+)
+def test_help_and_version_come_before_the_imports(command, flag):
+  code = f'from conadv_jax.{command} import console; console()'
+  status, error, loaded = loaded_by(code, flag)
+  assert status == 0, error
+  assert not loaded & {'jax', 'numpy', 'flax', 'tensorflow', 'ml_collections'}
+
+
+@pytest.mark.parametrize(
+  'command, arguments, message',
+  [
+    ('train', ['--config=digits', '--workdir=x', '--config.foo=1'], "'foo'"),
+    (
+      'train',
+      ['--config=digits', '--workdir=x', '--config.seed=-1'],
+      'seed=-1',
+    ),
+    ('train', ['--workdir=/none/such', '--replay=3'], 'no run'),
+    ('evaluate', ['--workdir=/none/such'], 'no run'),
+  ],
+)
+def test_what_cannot_start_says_so_before_it_looks_for_devices(
+  command, arguments, message
+):
+  code = f'from conadv_jax.{command} import console; console()'
+  status, error, loaded = loaded_by(code, *arguments, JAX_PLATFORMS='no_such')
+  assert (status, message in error) == (2, True), error
+  assert not loaded & {'tensorflow', 'tensorflow_datasets', 'matplotlib'}

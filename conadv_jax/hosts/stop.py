@@ -20,6 +20,8 @@ from conadv_jax.hosts import leaving
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Above all signals: it wins where both come at once.
 _INPUT_FAILED = 127
+# Why a signal may end a command at once, for its user.
+NOTHING_TO_SAVE = 'no step was taken since the last checkpoint'
 
 
 class Stopped(Exception):

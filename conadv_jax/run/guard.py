@@ -9,11 +9,15 @@ import jax
 from conadv_jax import cli, hosts
 from conadv_jax.base import faults
 from conadv_jax.base.errors import HostError, Preempted
-from conadv_jax.hosts.stop import Agreement, Stopped, StopRequest
+from conadv_jax.hosts.stop import (
+  NOTHING_TO_SAVE,
+  Agreement,
+  Stopped,
+  StopRequest,
+)
 from conadv_jax.hosts.watchdog import Watchdog
 from conadv_jax.run.timeline import Timeline
 
-NOTHING_TO_SAVE = 'no step was taken since the last checkpoint'
 # Phases that may take as long as they like.
 _UNLIMITED = ('build', 'data', 'compile', 'warm_up', 'diagnosis')
 # Phases before which all hosts may stop, with a state that can be saved.

@@ -96,7 +96,6 @@ def train(
     writer = metrics.make_writer(path, start)
     stack.callback(writer.close)
     stack.push(guard.verdict)  # first: the others would wait for a lost host
-
     loop = _Loop(
       run, path, guard, checkpoints, writer, evaluator, quarantine, began
     )
