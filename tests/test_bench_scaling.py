@@ -169,7 +169,10 @@ def test_the_axis_of_devices_takes_them_and_a_snapshot_costs_its_bytes():
     (['--staleness', '1', '0'], 'must be ascending'),
     (['--batch_sizes', '0', '2'], 'from 1'),
     (['--repeats=0'], 'must be at least 1'),
-    (['--microbatches', '2', '3'], 'each must divide the largest'),
+    (
+      ['--batch_size=24', '--microbatches', '4', '6'],
+      'each must divide the largest',
+    ),
     (['--devices', '1', '16'], '--batch_size 8'),
     (['--optimizer=adam'], 'optimizer.name'),
   ),
@@ -202,7 +205,8 @@ def test_it_runs_on_more_devices_and_resumes(tmp_path, capsys):
   assert [row['x'] for row in report['rows']] == [1, 2]
   for row in report['rows']:
     assert row['unit'] == 'ms' and row['value'] > 0 and row['floor'] == 1
-    assert row['peak_bytes'] > row['state_bytes'] > 0
+    # Temporaries are counted, those of a CPU too.
+    assert row['peak_bytes'] > 1.2 * row['state_bytes'] > 0
   assert {fit['quantity'] for fit in report['fits']} == {'ms', 'peak_bytes'}
   capsys.readouterr()
   bench_scaling.main([*flags, f'--output={output}', '--resume'])
