@@ -35,32 +35,34 @@ is in the environment. TF32 is allowed in both.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
-import json
 import os
 import pathlib
-import platform
 import sys
 import time
-from importlib import metadata
 from typing import Any
 
 # Before JAX starts: else it takes most of the memory of a GPU at once.
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
 
 import jax
-import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from conadv_jax import experiment, models
 from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError
-from conadv_jax.config import Config, from_config_dict
+from conadv_jax.config import Config
 from conadv_jax.methods import METHODS
-from scripts.bench import step_report
-from scripts.bench.machine import cpu_name
+from scripts.bench import files, step_report
+from scripts.bench.machine import machine
+from scripts.bench.our_step import (
+  configure,
+  contender,
+  floor,
+  random_batch,
+  variant,
+)
 from scripts.bench.turns import Contender, Started, measure, seconds_of
 
 # Data sets of fixed sizes; all other sizes are crops of ImageNet.
@@ -90,77 +92,22 @@ QUICK = {
 }
 
 
-def floor(config: Config) -> float:
-  """Arithmetic of a step of `config` over that of one clean view.
-
-  A forward pass and the two halves of a backward pass cost F each: 3 F for each
-  view that is trained on, and 2 F, with no gradient of weights, for each
-  gradient of the attack.
-  """
-  attacks = config.attack.steps if config.is_adversarial else 0
-  return (3 * len(config.views) + 2 * attacks) / 3
-
-
 def make_config(args: argparse.Namespace, variant: str, batch: int) -> Config:
   """The configuration of METHOD or METHOD@TAU with `batch` on each device."""
-  method, _, staleness = variant.partition('@')
-  dataset = DATASETS.get(args.resolution, 'imagenet2012')
   crop = 0 if args.resolution in DATASETS else args.resolution
-  return from_config_dict(
-    {
-      'model': args.model,
-      'method': method,
-      'staleness_steps': int(staleness) if staleness else None,
-      'batch_size': batch * len(jax.devices()),
-      'bn_group_size': batch,
-      'dtype': args.dtype,
-      'dataset': {'name': dataset, 'image_size_px': crop},
-      'optimizer': {'name': args.optimizer, 'learning_rate': 1e-3},
-    }
-  )
-
-
-def random_batch(run: experiment.Run) -> dict[str, np.ndarray]:
-  """Random images and labels of a whole batch."""
-  size, rng = run.config.batch_size, np.random.default_rng(0)
-  shape = (size, *run.spec.image_shape)
-  views = run.config.fed_views
-  batch = {view: rng.integers(0, 256, shape, np.uint8) for view in views}
-  return batch | {
-    'label': rng.integers(0, run.spec.num_classes, size, np.int32)
+  dataset = {
+    'name': DATASETS.get(args.resolution, 'imagenet2012'),
+    'image_size_px': crop,
   }
+  devices = len(jax.devices())
+  return configure(
+    args, variant, dataset, batch_size=batch * devices, bn_group_size=batch
+  )
 
 
 def ours(args: argparse.Namespace, variant: str, batch: int) -> Contender:
   """The step that `train` runs."""
-  run = experiment.build(make_config(args, variant, batch))
-
-  def start():
-    begin = time.perf_counter()
-    step = run.compile_step()
-    seconds = time.perf_counter() - begin
-    images, state = run.put_batch(random_batch(run)), run.init_state()
-
-    def take(count):
-      nonlocal state
-      for _ in range(count):
-        state, _ = step(state, images, images)
-      jax.block_until_ready(state)
-
-    costs = step.cost_analysis() or {}
-    return Started(take, seconds, peak_bytes(step), costs.get('flops'))
-
-  return Contender(variant, floor(run.config), run.flops_per_device(), start)
-
-
-def peak_bytes(step: jax.stages.Compiled) -> int | None:
-  """Memory of one device at the peak of a step, arguments included."""
-  memory = step.memory_analysis()
-  if memory is None:
-    return None
-  apart = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + apart
-  return getattr(memory, 'peak_memory_in_bytes', 0) or total
+  return contender(variant, experiment.build(make_config(args, variant, batch)))
 
 
 def find_peer(args: argparse.Namespace) -> Any:
@@ -237,43 +184,7 @@ def matmul_flops_per_sec(dtype: str) -> float:
   return 2 * side**3 * count / best
 
 
-def machine(peak: float) -> dict[str, Any]:
-  found = {
-    'device': jax.devices()[0].device_kind,
-    'devices': len(jax.devices()),
-    'cpu': cpu_name(),
-    'cores': os.cpu_count(),
-    'matmul_flops_per_sec': peak,
-    'tf32': 'allowed in both' if jax.devices()[0].platform == 'gpu' else 'none',
-    'python': platform.python_version(),
-  }
-  for name in ('jax', 'flax', 'torch', 'timm'):
-    with contextlib.suppress(metadata.PackageNotFoundError):
-      found[name] = metadata.version(name)
-  return found
-
-
-def kept_rows(args: argparse.Namespace, settings: dict) -> list[dict]:
-  """Rows of an earlier run with the same settings, if they are asked for."""
-  if not args.resume or not args.output.exists():
-    return []
-  old = json.loads(args.output.read_text())
-  if old['settings'] != settings:
-    raise ConfigError(f'{args.output}: --resume: made with other settings')
-  return old['rows']
-
-
 # ---- Command ----------------------------------------------------------------
-
-
-def variant(text: str) -> str:
-  """METHOD or METHOD@TAU of the command line."""
-  method, _, staleness = text.partition('@')
-  if method not in METHODS or (staleness and not staleness.isdigit()):
-    raise argparse.ArgumentTypeError(
-      f'{text!r}: METHOD or METHOD@TAU, of {", ".join(METHODS)}'
-    )
-  return text
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -339,15 +250,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
   args = parse(argv)
-  settings = {
-    name: value
-    for name, value in vars(args).items()
-    if name not in ('batch_sizes', 'output', 'quick', 'resume')
-  }
-  rows = kept_rows(args, settings)
+  settings = files.settings(args, ['batch_sizes'])
+  rows = files.kept_rows(args, settings)
   kept = {row['batch_size'] for row in rows}
   module, peak = find_peer(args), matmul_flops_per_sec(args.dtype)
-  report = {'machine': machine(peak), 'settings': settings, 'rows': rows}
+  on_gpu = jax.devices()[0].platform == 'gpu'
+  tf32 = 'allowed in both' if on_gpu else 'none'
+  report = {
+    'machine': machine() | {'matmul_flops_per_sec': peak, 'tf32': tf32},
+    'settings': settings,
+    'rows': rows,
+  }
   print(f'matmul in {args.dtype}: {peak / 1e12:.2f} TFLOP/s')
   todo = [size for size in args.batch_sizes if size not in kept]
   begin = time.perf_counter()

@@ -14,7 +14,7 @@ from etils import epath
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.methods import METHODS
 from scripts import bench_step
-from scripts.bench import step_report, turns
+from scripts.bench import files, step_report, turns
 
 ROOT = pathlib.Path(__file__).parents[1]
 # All of a GPU machine that has JAX and nothing else of ours, and no PyTorch.
@@ -173,11 +173,11 @@ def test_resume_keeps_rows_of_the_same_settings_only(tmp_path):
   path = tmp_path / 'x.json'
   path.write_text(json.dumps({'settings': {'a': 1}, 'rows': [{'b': 2}]}))
   args = parse('--resume', f'--output={path}')
-  assert bench_step.kept_rows(args, {'a': 1}) == [{'b': 2}]
+  assert files.kept_rows(args, {'a': 1}) == [{'b': 2}]
   with pytest.raises(ConfigError, match='other settings'):
-    bench_step.kept_rows(args, {'a': 2})
+    files.kept_rows(args, {'a': 2})
   args.resume = False
-  assert bench_step.kept_rows(args, {'a': 2}) == []
+  assert files.kept_rows(args, {'a': 2}) == []
 
 
 def test_it_runs_where_there_is_jax_and_little_else(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from test_architecture import ROOMS
 
 import conadv_jax
+from scripts import update_tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted(
@@ -187,6 +188,20 @@ def test_broken_links_are_found(content, missing):
 )
 def test_what_is_missing_is_found(finder, content, missing):
   assert list(finder(content)) == [missing]
+
+
+def test_the_tables_of_the_pages_are_those_of_the_results():
+  assert len(update_tables.PAGES) == 2
+  for path in update_tables.PAGES:
+    page = path.read_text(encoding='utf-8')
+    new = update_tables.updated(page)
+    assert new == page, 'run python scripts/update_tables.py'
+
+
+def test_a_table_that_is_out_of_date_is_made_again():
+  page = text('docs/performance.md')
+  old = page.replace('| baseline | 5.40 |', '| baseline | 5.41 |')
+  assert old != page and update_tables.updated(old) == page
 
 
 def test_readme_lists_the_rooms_in_order():

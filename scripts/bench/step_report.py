@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import statistics
 from typing import Any
 
 from etils import epath
 
 from conadv_jax.base import storage
+from scripts.bench import files
+from scripts.bench.files import cell
 from scripts.bench.turns import Contender
 
 COLUMNS = (
@@ -93,18 +92,11 @@ def table(rows: list[dict[str, Any]]) -> str:
   return '\n'.join(lines)
 
 
-def cell(value: float | None, digits: int = 2, unit: str = '') -> str:
-  return '' if value is None else f'{value:.{digits}f}{unit}'
-
-
 def plot(rows: list[dict[str, Any]], title: str, path: epath.Path) -> None:
   """Step time against batch, a line for each variant."""
-  try:
-    from matplotlib.figure import Figure
-  except ImportError:
-    print(f'no {path.name}: matplotlib is not installed')
+  figure = files.new_figure(path, (8, 5))
+  if figure is None:
     return
-  figure = Figure(figsize=(8, 5), layout='constrained')
   axis = figure.subplots()
   for name in dict.fromkeys(row['variant'] for row in rows):
     found = [r for r in rows if r['variant'] == name and r['value']]
@@ -119,26 +111,11 @@ def plot(rows: list[dict[str, Any]], title: str, path: epath.Path) -> None:
   axis.tick_params(axis='x', which='minor', bottom=False)
   axis.grid(alpha=0.3, which='both')
   axis.legend(frameon=False, fontsize='small')
-  with path.open('wb') as file:
-    figure.savefig(file, format='png', dpi=120)
+  files.save_figure(figure, path)
 
 
 def write(report: dict[str, Any], path: epath.Path) -> None:
   """Writes all four files."""
-  rows, machine = report['rows'], report['machine']
-  settings = report['settings']
-  path.parent.mkdir(parents=True, exist_ok=True)
-  storage.write_text(path, json.dumps(report, indent=1) + '\n')
-  storage.write_text(path.with_suffix('.md'), table(rows))
-  text = io.StringIO()
-  writer = csv.DictWriter(
-    text, COLUMNS, extrasaction='ignore', lineterminator='\n'
-  )
-  writer.writeheader()
-  writer.writerows(rows)
-  storage.write_text(path.with_suffix('.csv'), text.getvalue())
-  title = (
-    f'{settings["model"]}, {settings["resolution"]} px, {settings["dtype"]}, '
-    f'{machine["devices"]} x {machine["device"]}'
-  )
-  plot(rows, title, path.with_suffix('.png'))
+  files.write(report, COLUMNS, path)
+  storage.write_text(path.with_suffix('.md'), table(report['rows']))
+  plot(report['rows'], files.title(report), path.with_suffix('.png'))

@@ -364,12 +364,6 @@ def test_a_file_that_is_no_report_is_not_overwritten(command_in, tmp_path):
 # ---- Committed results -----------------------------------------------------
 
 
-def test_the_tables_of_the_guide_are_those_of_the_committed_audits():
-  script = ROOT / 'scripts' / 'update_tpu_tables.py'
-  done = subprocess.run([sys.executable, script, '--check'], check=False)
-  assert done.returncode == 0, f'run python {script}'
-
-
 @pytest.mark.parametrize(
   'path',
   sorted((ROOT / 'results' / 'audit').glob('*_v*.json')),

@@ -1,9 +1,9 @@
-"""Writes the tables of docs/tpu.md from the audits in results/audit.
+"""Writes the tables of docs/tpu.md and docs/performance.md from results/.
 
-  python scripts/update_tpu_tables.py [--check]
+  python scripts/update_tables.py [--check]
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`; NAME is one of TABLES
-below. --check changes nothing and exits with 1 if the page is out of date.
+below. --check changes nothing and exits with 1 if a page is out of date.
 """
 
 import argparse
@@ -11,10 +11,16 @@ import json
 import pathlib
 import re
 import sys
+from collections.abc import Iterator
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from scripts.bench import files, scaling_report, step_report
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGE = ROOT / 'docs' / 'tpu.md'
-AUDITS = ROOT / 'results' / 'audit'
+PAGES = [ROOT / 'docs' / name for name in ('tpu.md', 'performance.md')]
+RESULTS = ROOT / 'results'
+AUDITS = RESULTS / 'audit'
 GIB = 2**30
 
 
@@ -24,12 +30,17 @@ def main() -> int:
   )
   parser.add_argument('--check', action='store_true')
   args = parser.parse_args()
-  page = PAGE.read_text()
-  new = updated(page)
-  if args.check:
-    return int(new != page)
-  PAGE.write_text(new)
-  return 0
+  old = 0
+  for path in PAGES:
+    page = path.read_text()
+    if (new := updated(page)) == page:
+      continue
+    old += 1
+    if args.check:
+      print(f'{path} is out of date')
+    else:
+      path.write_text(new)
+  return int(bool(old) and args.check)
 
 
 def updated(page: str) -> str:
@@ -136,7 +147,51 @@ def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
   return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
 
 
-TABLES = {'slices': slices, 'steps': steps}
+# ---- Benchmarks -------------------------------------------------------------
+
+
+def step_times() -> str:
+  """All tables of `bench_step.py`."""
+  return ''.join(
+    f'{head}\n\n{step_report.table(report["rows"])}\n'
+    for head, report in _reports('bench_step')
+  )
+
+
+def scaling() -> str:
+  """The lines of `bench_scaling.py`, and its plots."""
+  found = ''
+  for head, report in _reports('bench_scaling'):
+    tolerance = report['settings']['tolerance']
+    fits = scaling_report.make_fits(report['rows'], tolerance)
+    held = dict.fromkeys(f'{r["axis"]}: {r["held"]}' for r in report['rows'])
+    found += (
+      f'{head} Held along each axis: {"; ".join(held)}.\n\n'
+      f'{scaling_report.fit_table(fits, tolerance)}\n'
+    )
+  return found or 'No run of `scripts/bench_scaling.py` is kept here yet.\n'
+
+
+def _reports(name: str) -> Iterator[tuple[str, dict]]:
+  """(what was measured on what, report) of every file of a benchmark."""
+  for path in sorted(RESULTS.glob(f'{name}_*.json')):
+    report = json.loads(path.read_text())
+    machine = report['machine']
+    stem = f'../results/{path.stem}'
+    head = (
+      f'**{files.title(report)}** ({machine["cpu"]}, {machine["cores"]} cores, '
+      f'jax {machine["jax"]}): [JSON]({stem}.json), [CSV]({stem}.csv), '
+      f'[all rows]({stem}.md), [plot]({stem}.png).'
+    )
+    yield head, report
+
+
+TABLES = {
+  'slices': slices,
+  'steps': steps,
+  'step_times': step_times,
+  'scaling': scaling,
+}
 
 if __name__ == '__main__':
   sys.exit(main())
