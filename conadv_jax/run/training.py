@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import time
 from typing import Any
 
@@ -179,6 +180,9 @@ class _Loop:
     self.progress = metrics.Progress(
       start, stop, run.config.batch_size, batches.wait_seconds
     )
+    if not gc.isenabled():  # as the command has it
+      gc.freeze()
+      gc.enable()
     self._ticker = Ticker()
     hooks = self._hooks(start)
     stopped = None
