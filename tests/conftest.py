@@ -20,12 +20,16 @@ import pytest  # noqa: E402
 # Before anything asks JAX for its devices: their number is fixed from then on.
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
-# Tests compile many programs that another one has compiled. Other processes,
-# which may be killed while they write, do not share this cache.
-_CACHE = pathlib.Path(__file__).resolve().parents[1] / '.pytest_cache/jax'
-jax.config.update('jax_compilation_cache_dir', str(_CACHE))
+# Tests compile many programs that another one has compiled. The processes that
+# they start, which may be killed while they write, have a cache of their own.
+_CACHES = pathlib.Path(__file__).resolve().parents[1] / '.pytest_cache'
+jax.config.update('jax_compilation_cache_dir', str(_CACHES / 'jax'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+os.environ |= {
+  'JAX_COMPILATION_CACHE_DIR': str(_CACHES / 'started'),
+  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+}
 
 # `configs` and `helpers` are imported by name, wherever pytest is started.
 _TESTS = pathlib.Path(__file__).resolve().parent
