@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import multiprocessing
@@ -213,6 +214,7 @@ def _server() -> multiprocessing.context.ForkServerContext:
 
 def _run(arguments: list[str], log: str, environment: dict[str, str]) -> None:
   """In the process that was forked: does what `python ARGUMENTS` does."""
+  gc.freeze()  # what the server has loaded is no garbage
   import jax
 
   from conadv_jax.base import faults

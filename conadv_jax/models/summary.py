@@ -28,17 +28,20 @@ class Size(NamedTuple):
 
 def size(model: nn.Module, side_px: int) -> Size:
   """The size of `model`, for a square image of 3 channels."""
-  image = (side_px, side_px, 3)
-  leaves = jax.tree.leaves(_init_shapes(model, image)['params'])
-  return Size(
-    sum(leaf.size for leaf in leaves), sum(multiply_adds(model, image))
-  )
+  params, counts = _traced(model, (side_px, side_px, 3))
+  leaves = jax.tree.leaves(params)
+  return Size(sum(leaf.size for leaf in leaves), sum(counts))
 
 
 def multiply_adds(
   model: nn.Module, image_shape: tuple[int, int, int]
 ) -> list[int]:
   """Of each convolution and dense layer of `model`, in order; see `Size`."""
+  return _traced(model, image_shape)[1]
+
+
+def _traced(model: nn.Module, image_shape: tuple[int, int, int]):
+  """(shapes of the parameters, `multiply_adds`) of `model`."""
   counts = []
 
   def count(call, args, kwargs, context):
@@ -48,12 +51,8 @@ def multiply_adds(
       counts.append(y.size * math.prod(kernel.shape[:-1]))
     return y
 
-  with nn.intercept_methods(count):
-    _init_shapes(model, image_shape)
-  return counts
-
-
-def _init_shapes(model: nn.Module, image_shape: tuple[int, int, int]):
   x = jax.ShapeDtypeStruct((1, 1, 1, *image_shape), jnp.float32)
   init = functools.partial(model.init, routes=(0,), train=False)
-  return jax.eval_shape(init, jax.random.key(0), x)
+  with nn.intercept_methods(count):
+    shapes = jax.eval_shape(init, jax.random.key(0), x)
+  return shapes['params'], counts

@@ -16,7 +16,7 @@ import helpers
 import jax
 import pytest
 
-from conadv_jax import experiment, models
+from conadv_jax import cli, experiment, models
 from conadv_jax.audit import cache, command, compile, sweep, topology
 from conadv_jax.audit.compile import Compiled
 from conadv_jax.audit.scaling import forecast
@@ -452,11 +452,23 @@ def run_audit(*args):
     (('--topology=v3:2x2', '--sweep', '--batch_sizes=many'), "'many'"),
   ),
 )
-def test_wrong_settings_exit_with_2_and_name_the_field(args, words):
-  done = run_audit('--config=configs/digits.py', *args)
+def test_wrong_settings_exit_with_2_and_name_the_field(
+  args, words, monkeypatch, capsys
+):
+  monkeypatch.setattr(topology, 'prepare_process', lambda: None)
+  config = f'--config={ROOT}/configs/digits.py'
+  monkeypatch.setattr(sys, 'argv', ['audit', config, *args])
+  with pytest.raises(SystemExit) as end:
+    cli.run(command.audit)
+  assert end.value.code == 2
+  said = capsys.readouterr().err
+  assert words in said and 'Traceback' not in said
+
+
+def test_the_command_ends_in_the_same_way():
+  done = run_audit('--config=configs/digits.py', '--topology=v3:3x3')
   assert done.returncode == 2, done.stderr
-  assert words in done.stderr
-  assert 'Traceback' not in done.stderr
+  assert 'v3:3x3' in done.stderr and 'Traceback' not in done.stderr
 
 
 def test_a_sweep_without_libtpu_ends_at_once(monkeypatch, tmp_path):

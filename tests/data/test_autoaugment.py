@@ -180,14 +180,18 @@ def test_autoaugment_does_what_was_drawn(policy, images):
     np.testing.assert_array_equal(ours, expected)
 
 
-@pytest.mark.parametrize('magnitude', [4, 9.5, 17])
-def test_randaugment_does_what_was_drawn(magnitude, images):
+@pytest.mark.parametrize(
+  ('images', 'layers', 'magnitude'),
+  [(3, 3, 17), (1, 2, 9.5), (3, 1, 4)],
+  indirect=['images'],
+)
+def test_randaugment_does_what_was_drawn(layers, magnitude, images):
   image = images[0]
   limits = autoaugment.RANDAUGMENT_LIMITS
 
   def both(seed):
-    drawn = autoaugment.rand_draw(seed, 3)
-    return drawn, autoaugment.rand_augment(image, seed, 3, magnitude)
+    drawn = autoaugment.rand_draw(seed, layers)
+    return drawn, autoaugment.rand_augment(image, seed, layers, magnitude)
 
   for drawn, ours in over_seeds(both, 60):
     expected = image
@@ -250,9 +254,10 @@ def test_centers_of_cutouts_are_uniform(policy):
     assert_chi_square(grid, np.full_like(grid, DRAWS / 100))
 
 
-def test_same_seed_gives_the_same_bytes_in_any_number_of_threads(images):
-  image = images[0]
+def test_same_seed_gives_the_same_bytes_in_any_number_of_threads():
+  image = colour_images()[0]
 
+  @tf.function(input_signature=[tf.TensorSpec([2], tf.int64)])
   def both(seed):
     return (
       autoaugment.augment('v0', image, seed),
@@ -268,33 +273,34 @@ def test_same_seed_gives_the_same_bytes_in_any_number_of_threads(images):
     assert len({pair[which].tobytes() for pair in alone}) > 13
 
 
-def test_the_static_shape_is_kept():
-  def shape_of(function, shape):
-    concrete = tf.function(function).get_concrete_function(
-      tf.TensorSpec(shape, tf.uint8), tf.TensorSpec([2], tf.int64)
-    )
-    return concrete.output_shapes.as_list()
+@functools.cache
+def traced(policy, shape):
+  """The graph of `policy` for images of `shape`."""
 
-  for shape in ([224, 224, 3], [None, None, 3], [28, 28, 1], [None, None, 1]):
-    v0 = functools.partial(autoaugment.augment, 'v0')
-    assert shape_of(v0, shape) == shape
-    assert shape_of(
-      lambda i, s: autoaugment.rand_augment(i, s, 2, 9), shape
-    ) == (shape)
+  def function(image, seed):
+    if policy == 'randaugment':
+      return autoaugment.rand_augment(image, seed, 2, 9)
+    return autoaugment.augment(policy, image, seed)
+
+  return tf.function(function).get_concrete_function(
+    tf.TensorSpec(shape, tf.uint8), tf.TensorSpec([2], tf.int64)
+  )
 
 
-def test_the_graph_stays_small():
+@pytest.mark.parametrize('shape', [(224, 224, 3), (None, None, 1)])
+@pytest.mark.parametrize('policy', ['v0', 'randaugment'])
+def test_the_static_shape_is_kept(policy, shape):
+  assert traced(policy, shape).output_shapes.as_list() == list(shape)
+
+
+@pytest.mark.parametrize(
+  ('policy', 'limit'), [('v0', 1000), ('randaugment', 1600)]
+)
+def test_the_graph_stays_small(policy, limit):
   # The TPU code's 25 nested conditionals of two operations each have > 10,000.
-  def nodes(function):
-    concrete = tf.function(function).get_concrete_function(
-      tf.TensorSpec([224, 224, 3], tf.uint8), tf.TensorSpec([2], tf.int64)
-    )
-    definition = concrete.graph.as_graph_def()
-    inner = sum(len(f.node_def) for f in definition.library.function)
-    return len(definition.node) + inner
-
-  assert nodes(functools.partial(autoaugment.augment, 'v0')) < 1000
-  assert nodes(lambda i, s: autoaugment.rand_augment(i, s, 2, 9)) < 1600
+  definition = traced(policy, (224, 224, 3)).graph.as_graph_def()
+  inner = sum(len(f.node_def) for f in definition.library.function)
+  assert len(definition.node) + inner < limit
 
 
 @pytest.fixture(scope='module', params=[3, 1], ids=['RGB', 'L'])

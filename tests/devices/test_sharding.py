@@ -100,10 +100,10 @@ def trajectory(devices, group_size, **fields):
   return history, donated
 
 
-# (2, 2), (8, 2): groups within a device, mesh 2x1 and 8x1.
+# (8, 2): groups within a device, mesh 8x1; two devices are below.
 # (8, 8): two groups over four devices each, mesh 2x4.
 @pytest.mark.usefixtures('tiny_model', 'x64')
-@pytest.mark.parametrize(('devices', 'group_size'), ((2, 2), (8, 2), (8, 8)))
+@pytest.mark.parametrize(('devices', 'group_size'), ((8, 2), (8, 8)))
 def test_a_run_does_not_depend_on_the_devices(devices, group_size):
   expected, _ = trajectory(1, group_size)
   actual, _ = trajectory(devices, group_size)
@@ -121,12 +121,12 @@ def assert_same_run(actual, expected):
     helpers.assert_close(metrics, e_metrics, TOLERANCE)
 
 
-# 1 device: 8 groups of 2, or 4 of 4, in turn. (2, 2): two groups of a device
-# at a time. (8, 4): four groups, two at a time, each over four devices.
+# 1 device: 8 groups of 2 in turn. (2, 2): two groups of a device at a time.
+# (8, 4): four groups, two at a time, each over four devices.
 @pytest.mark.usefixtures('tiny_model', 'x64')
 @pytest.mark.parametrize(
   ('devices', 'group_size', 'microbatches'),
-  ((1, 2, 8), (1, 4, 2), (2, 2, 2), (8, 4, 2)),
+  ((1, 2, 8), (2, 2, 2), (8, 4, 2)),
 )
 def test_microbatches_do_not_change_a_run(devices, group_size, microbatches):
   expected, _ = trajectory(1, group_size)
@@ -255,6 +255,7 @@ def test_a_sharded_optimizer_does_not_change_a_run(
   # The kernels of the tiny network are large then, and need padding.
   monkeypatch.setattr(sharded_optimizer, 'SHARD_MULTIPLE', 16)
   fields = {'optimizer.name': name, 'optimizer.learning_rate': 0.01}
+  fields = {} if name == 'lars' else fields  # that of the other tests
   expected, _ = trajectory(1, group_size, **fields)
   actual, donated = trajectory(8, group_size, shard_optimizer=True, **fields)
   assert donated
