@@ -10,9 +10,8 @@ PNGs give their high byte, where PIL saturates nearly all of them to white.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import tensorflow as tf
 
 from conadv_jax.data.images import kinds
@@ -21,8 +20,6 @@ from conadv_jax.data.images import kinds
 MAX_PIXELS = 64_000_000
 # The most that a JPEG header can hold; bounds the memory of thin PNGs too.
 MAX_SIDE_PX = 65_535
-
-INTERPOLATIONS = ('bilinear', 'bicubic')
 
 _SIZE_ERROR = (
   f'only images of 1 to {MAX_SIDE_PX} pixels a side and at most {MAX_PIXELS} in'
@@ -42,15 +39,9 @@ _CHROMA_MARGIN_PX = 2
 # Others are up to eight grey levels from PIL's.
 _DCT = 'INTEGER_ACCURATE'
 
-# Output pixels that share one dense product; 8 to 16 are about equally fast.
-_GROUP = 16
-# Weights are multiples of 2**-15. Then a sum of weights times bytes is exact in
-# float32, and the result is the same in whatever order a machine adds it up.
-_WEIGHT_UNIT = 2.0**-15
-# Windows beyond this are resized in this many bands or more, one by one, to
-# bound the memory.
-_MAX_PIXELS_AT_ONCE = 2**20
-_FEWEST_BANDS = 32
+# Each with the name of its kernel in TensorFlow's op.
+_KERNELS = {'bilinear': 'triangle', 'bicubic': 'keyscubic'}
+INTERPOLATIONS = tuple(_KERNELS)
 
 
 def random_resized_crops(
@@ -295,8 +286,8 @@ def resize(
   thousand numbers of a photo differ from PIL's, by one grey level. (From
   version 13, PIL goes along y first if that is shrunk far more than x.)
   `tf.image.resize` does not clip between the axes, and is then many levels away
-  next to clipped overshoot; it takes twice the time, too. Without `antialias`,
-  this is `tf.image.resize`, rounded: the fastest, but not PIL's at all.
+  next to clipped overshoot. Without `antialias`, this is `tf.image.resize`,
+  rounded: the fastest, but not PIL's at all.
 
   Args:
     image: uint8 [h, w, 3].
@@ -315,116 +306,39 @@ def resize(
     raise ValueError(
       f'interpolation={interpolation!r}: choose from {INTERPOLATIONS}'
     )
+  if not antialias:
+    pixels = tf.image.resize(image, [size_px, size_px], interpolation)
+    return tf.ensure_shape(_to_bytes(pixels), [size_px, size_px, 3])
+  kernel = _KERNELS[interpolation]
   height, width = tf.unstack(tf.shape(image)[:2])
-  if antialias:
-    pixels = tf.cond(
-      height * width <= _MAX_PIXELS_AT_ONCE,
-      # Floats are transposed faster than bytes.
-      lambda: _resize(
-        tf.cast(image, tf.float32), size_px, interpolation, _GROUP, _at_once
-      ),
-      lambda: _resize(
-        image,
-        size_px,
-        interpolation,
-        max(size_px // _FEWEST_BANDS, 1),
-        _by_band,
-      ),
-    )
-  else:
-    pixels = _to_bytes(
-      tf.image.resize(image, [size_px, size_px], interpolation)
-    )
-  return tf.ensure_shape(tf.cast(pixels, tf.uint8), [size_px, size_px, 3])
+  # [h, (w, c)] -> [(w, c), h] -> [x, (c, h)] -> [h, (x, c)] -> [y, (x, c)]
+  by_column = tf.transpose(tf.reshape(image, [height, width * 3]))
+  x = _resize_rows(tf.reshape(by_column, [width, 3 * height]), size_px, kernel)
+  by_row = tf.transpose(tf.reshape(x, [size_px * 3, height]))
+  return tf.reshape(
+    _resize_rows(by_row, size_px, kernel), [size_px, size_px, 3]
+  )
+
+
+def _resize_rows(rows: tf.Tensor, size_px: int, kernel: str) -> tf.Tensor:
+  """Resamples uint8 [n, m] along its first axis, to uint8 [size_px, m].
+
+  The rows are the channels of a single column, so that the op adds up vectors
+  of m numbers. Columns of three channels it adds up number by number.
+  """
+  count = tf.cast(tf.shape(rows)[0], tf.float32)
+  values = tf.raw_ops.ScaleAndTranslate(
+    images=rows[None, :, None],
+    size=[size_px, 1],
+    scale=tf.stack([size_px / count, 1.0]),
+    translation=[0.0, 0.0],
+    kernel_type=kernel,
+    antialias=True,
+  )
+  return _to_bytes(values[0, :, 0])
 
 
 def _to_bytes(values: tf.Tensor) -> tf.Tensor:
-  """Clips to [0, 255] and rounds half up, in one pass; float32 still."""
-  return tf.quantization.fake_quant_with_min_max_args(values, 0.0, 255.0)
-
-
-def _resize(
-  image: tf.Tensor,
-  size_px: int,
-  interpolation: str,
-  group: int,
-  product: Callable[..., tf.Tensor],
-) -> tf.Tensor:
-  """`resize` to integers held in float32, by one of the products below."""
-  height, width = tf.unstack(tf.shape(image)[:2])
-
-  def along_first_axis(x, length):
-    taps, weights = _bands(length, size_px, interpolation, group)
-    y = tf.reshape(product(x, taps, weights), [-1, tf.shape(x)[1]])
-    return _to_bytes(y[:size_px])
-
-  # [h, (w, c)] -> [(w, c), h] -> [x, (c, h)] -> [h, (x, c)] -> [y, (x, c)]
-  by_column = tf.transpose(tf.reshape(image, [height, width * 3]))
-  x = along_first_axis(tf.reshape(by_column, [width, 3 * height]), width)
-  by_row = tf.transpose(tf.reshape(x, [size_px * 3, height]))
-  return tf.reshape(along_first_axis(by_row, height), [size_px, size_px, 3])
-
-
-def _bands(
-  length: tf.Tensor, size_px: int, interpolation: str, group: int
-) -> tuple[tf.Tensor, tf.Tensor]:
-  """The resampling matrix of one axis, as dense blocks along its diagonal.
-
-  Args:
-    length: int32 scalar, pixels before.
-    size_px: pixels after.
-    interpolation: one of `INTERPOLATIONS`.
-    group: output pixels in a block, R.
-
-  Returns:
-    taps: int32 [G, B], the input pixels that each block reads.
-    weights: float32 [G, R, B], multiples of _WEIGHT_UNIT that add up to 1 along
-      B. Rows of the last block beyond `size_px` repeat its last pixel.
-  """
-  scale = tf.cast(length, tf.float32) / size_px
-  stretch = tf.maximum(scale, 1.0)
-  radius = stretch * (2.0 if interpolation == 'bicubic' else 1.0)
-  blocks = -(-size_px // group)
-  outputs = np.minimum(np.arange(blocks * group), size_px - 1)
-  centers = (outputs.reshape(blocks, group, 1) + np.float32(0.5)) * scale - 0.5
-
-  reach = tf.math.ceil((group - 1) * scale + 2.0 * radius)
-  band = tf.minimum(tf.cast(reach, tf.int32) + 1, length)
-  first = tf.cast(tf.floor(centers[:, 0] - radius), tf.int32) + 1
-  taps = tf.clip_by_value(first, 0, length - band) + tf.range(band)
-
-  distance = tf.abs(tf.cast(taps, tf.float32)[:, None] - centers) / stretch
-  # Rounding the running sum, not each weight, keeps the total at 1.
-  running = tf.cumsum(_KERNELS[interpolation](distance), -1)
-  running = tf.round(running / (running[..., -1:] * _WEIGHT_UNIT))
-  before = tf.pad(running[..., :-1], [[0, 0], [0, 0], [1, 0]])
-  return taps, (running - before) * _WEIGHT_UNIT
-
-
-def _keys(distance: tf.Tensor) -> tf.Tensor:
-  d = tf.minimum(distance, 2.0)
-  near = (1.5 * d - 2.5) * d * d + 1.0
-  far = ((2.5 - 0.5 * d) * d - 4.0) * d + 2.0
-  return tf.where(d < 1.0, near, far)
-
-
-def _triangle(distance: tf.Tensor) -> tf.Tensor:
-  return tf.nn.relu(1.0 - distance)
-
-
-_KERNELS = {'bicubic': _keys, 'bilinear': _triangle}
-
-
-def _at_once(x: tf.Tensor, taps: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-  """weights [G, R, B] times the rows x[taps] [G, B, M]: float32 [G, R, M]."""
-  return tf.matmul(weights, tf.cast(tf.gather(x, taps), tf.float32))
-
-
-def _by_band(x: tf.Tensor, taps: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-  """The same, in 1 / G of the memory."""
-  return tf.map_fn(
-    lambda band: _at_once(x, *band),
-    (taps, weights),
-    fn_output_signature=tf.float32,
-    parallel_iterations=1,
-  )
+  """Clips to [0, 255] and rounds half up: float32 to uint8."""
+  clipped = tf.quantization.fake_quant_with_min_max_args(values, 0.0, 255.0)
+  return tf.cast(clipped, tf.uint8)
