@@ -137,10 +137,13 @@ def test_bad_files_are_dropped_by_ignore_errors(function, all_functions):
   assert len(list(dataset)) == 3
 
 
-@pytest.mark.parametrize('progressive', [False, True])
-def test_every_cut_of_a_jpeg_is_found_whatever_the_window(progressive, crop_of):
-  data = odd_images.encode(odd_images.photo(), progressive=progressive)
-  assert data.count(b'\xff\xd9') == 1
+@pytest.mark.parametrize(
+  'name', ['JPEG', 'progressive JPEG', 'WebP', 'lossless WebP', 'RGBA WebP']
+)
+def test_every_cut_is_found_whatever_the_window(name, crop_of):
+  jpeg = odd_images.encode(odd_images.photo())
+  data = (odd_images.good() | {'JPEG': jpeg})[name]
+  assert 'JPEG' not in name or data.count(b'\xff\xd9') == 1
   for length in (*range(0, len(data), 97), *range(len(data) - 20, len(data))):
     for top in (0, 40, 86):
       with pytest.raises(tf.errors.InvalidArgumentError):
@@ -325,10 +328,14 @@ def mutants(count):
     odd_images.encode(photo.quantize(40), 'PNG'),
     odd_images.png16(odd_images.noise(60, 80, 4, np.uint16)),
   ]
+  webps = [
+    odd_images.good()[name]
+    for name in ('WebP', 'RGBA WebP', 'lossless WebP', 'animated WebP')
+  ]
   for number in range(count):
-    seeds = (jpegs, pngs)[number % 2]
+    seeds = (jpegs, pngs, webps)[number % 3]
     data = bytearray(seeds[rng.integers(len(seeds))])
-    kind = number // 2 % 5
+    kind = number // 3 % 5
     if kind == 0:
       for at in rng.integers(len(data), size=rng.integers(1, 9)):
         data[at] ^= 1 << rng.integers(8)

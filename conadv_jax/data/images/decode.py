@@ -1,8 +1,9 @@
 """Encoded or decoded images to square uint8 crops, inside a tf.data graph.
 
-An *image* below is either a string scalar, the bytes of a JPEG or PNG file, or
-a uint8 [H, W, 3] tensor, what `decode` made of such bytes. Both give the same
-crops, bit for bit. Of a JPEG, only the window that is needed is decoded.
+An *image* below is either a string scalar, the bytes of a JPEG, PNG or WebP
+file, or a uint8 [H, W, 3] tensor, what `decode` made of such bytes. Both give
+the same crops, bit for bit. Of a JPEG, only the window that is needed is
+decoded.
 
 The pixels are those of PIL's `convert('RGB')`, with one exception: 16-bit grey
 PNGs give their high byte, where PIL saturates nearly all of them to white.
@@ -10,11 +11,11 @@ PNGs give their high byte, where PIL saturates nearly all of them to white.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from conadv_jax.data.images import kinds
+from conadv_jax.data.images import kinds, webp
 
 # Checked before anything is decoded. ImageNet's largest image has about 20 MP.
 MAX_PIXELS = 64_000_000
@@ -29,8 +30,8 @@ _SIZE_ERROR = (
 _JPEG_MAGIC = b'\xff\xd8\xff'
 _JPEG_END = b'\xff\xd9'
 _PNG_MAGIC = b'\x89PNG\r\n\x1a\n'
-# Height and width are in the first 24 bytes of a PNG.
-_HEADER_BYTES = 24
+# Height and width of a PNG are in the first 24, too.
+_HEADER_BYTES = webp.HEADER_BYTES
 # A start of image, then the marker that says: CMYK, inverted.
 _START_WITH_ADOBE = b'\xff\xd8\xff\xee\x00\x0eAdobe\x00\x64' + b'\0' * 5
 # libjpeg interpolates chroma from one more sample, two pixels wide, on either
@@ -114,17 +115,17 @@ def center_crop(
 
 
 def decode(data: tf.Tensor) -> tf.Tensor:
-  """The whole image, uint8 [H, W, 3], of the bytes of a JPEG or PNG file.
+  """The whole image, uint8 [H, W, 3], of the bytes of a JPEG, PNG or WebP file.
 
   Grey images get three equal channels, CMYK and YCCK become RGB, alpha is
-  dropped.
+  dropped. Of an animated file, this is the first frame.
 
   Args:
     data: string scalar.
 
   Raises:
-    tf.errors.InvalidArgumentError: in the graph, if the bytes are neither JPEG
-      nor PNG, if the header claims more than `MAX_PIXELS` or a side beyond
+    tf.errors.InvalidArgumentError: in the graph, if the bytes are neither JPEG,
+      PNG nor WebP, if the header claims more than `MAX_PIXELS` or a side beyond
       `MAX_SIDE_PX` (nothing is decoded then), or if the file is truncated or
       otherwise not decodable. A JPEG whose truncated or damaged data still end
       in the end-of-image marker decodes, as it does in PIL.
@@ -144,13 +145,16 @@ def _inspect(image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     image = tf.ensure_shape(image, [None, None, 3])
     return image, tf.shape(image)[:2]
   header = tf.strings.substr(image, 0, _HEADER_BYTES)
-  is_jpeg = tf.strings.substr(header, 0, len(_JPEG_MAGIC)) == _JPEG_MAGIC
   shape = tf.switch_case(
-    tf.where(is_jpeg, 0, tf.where(_is_png(header), 1, 2)),
+    tf.where(_is_jpeg(header), 0, tf.where(_is_png(header), 1, 2)),
     [
       lambda: tf.image.extract_jpeg_shape(image),
       lambda: _png_shape(header),
-      lambda: _fail_unknown(header),
+      lambda: tf.cond(
+        _is_webp(header),
+        lambda: _webp_shape(header),
+        lambda: _fail_unknown(header),
+      ),
     ],
   )
   image = tf.cond(
@@ -173,15 +177,31 @@ def _ops(assertion: tf.Operation | None) -> list[tf.Operation]:
   return [] if assertion is None else [assertion]
 
 
+def _in_python(
+  function: Callable[[bytes], object], data: tf.Tensor, dtype: tf.DType
+) -> tf.Tensor:
+  # Of a vector, elements are bytes; a scalar is an array where TF is eager.
+  return tf.numpy_function(lambda x: function(x[0]), [data[None]], dtype)
+
+
+def _is_jpeg(data: tf.Tensor) -> tf.Tensor:
+  return tf.strings.substr(data, 0, len(_JPEG_MAGIC)) == _JPEG_MAGIC
+
+
 def _is_png(data: tf.Tensor) -> tf.Tensor:
   return tf.strings.substr(data, 0, len(_PNG_MAGIC)) == _PNG_MAGIC
+
+
+def _is_webp(header: tf.Tensor) -> tf.Tensor:
+  riff, name = (tf.strings.substr(header + b'\0' * 12, at, 4) for at in (0, 8))
+  return (riff == b'RIFF') & (name == b'WEBP')
 
 
 def _fail_unknown(header: tf.Tensor) -> tf.Tensor:
   """Fails; stands for a shape."""
   # In ASCII: an error whose text is not UTF-8 cannot be raised in Python.
-  kind = tf.numpy_function(kinds.name_of, [header], tf.string)
-  said = 'neither JPEG nor PNG, which alone are read, but this:'
+  kind = _in_python(kinds.name_of, header, tf.string)
+  said = 'neither JPEG, PNG nor WebP, which alone are read, but this:'
   failure = tf.debugging.Assert(False, [said, kind])
   with tf.control_dependencies(_ops(failure)):
     return tf.zeros([3], tf.int32)
@@ -194,6 +214,21 @@ def _png_shape(header: tf.Tensor) -> tf.Tensor:
     tf.io.decode_raw(sides, tf.int32, little_endian=False), 2
   )
   return tf.stack([height, width, 3])
+
+
+def _webp_shape(header: tf.Tensor) -> tf.Tensor:
+  """int32 [3]: as `webp.shape_of`."""
+  return tf.ensure_shape(_in_python(webp.shape_of, header, tf.int32), [3])
+
+
+def _decode_webp(data: tf.Tensor) -> tf.Tensor:
+  """uint8 [H, W, 3]; fails if there is nothing to decode."""
+  pixels = _in_python(webp.pixels_of, data, tf.uint8)
+  decoded = tf.debugging.Assert(
+    tf.size(pixels) > 0, ['Invalid WebP data: cut or damaged']
+  )
+  with tf.control_dependencies(_ops(decoded)):
+    return tf.ensure_shape(pixels, [None, None, 3])
 
 
 def _with_adobe_marker(data: tf.Tensor) -> tf.Tensor:
@@ -259,13 +294,18 @@ def _decode_window(data: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
     pixels = tf.io.decode_jpeg(data, channels=3, dct_method=_DCT)
     return _slice(pixels, window)
 
-  def png():
-    return _slice(tf.io.decode_png(data, channels=3), window)
+  def other():
+    pixels = tf.cond(
+      _is_png(data),
+      lambda: tf.io.decode_png(data, channels=3),
+      lambda: _decode_webp(data),
+    )
+    return _slice(pixels, window)
 
   # The fused op is content with half a file if the window lies within it.
   is_complete = tf.strings.substr(data, -2, 2) == _JPEG_END
-  branch = tf.where(_is_png(data), 2, tf.where(is_complete, 0, 1))
-  pixels = tf.switch_case(branch, [fused, whole_jpeg, png])
+  branch = tf.where(_is_jpeg(data), tf.where(is_complete, 0, 1), 2)
+  pixels = tf.switch_case(branch, [fused, whole_jpeg, other])
   return tf.ensure_shape(pixels, [None, None, 3])
 
 
