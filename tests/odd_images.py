@@ -65,6 +65,20 @@ def good() -> dict[str, bytes]:
     '1-bit PNG': encode(rgb.convert('1'), 'PNG'),
     '16-bit RGB PNG': png16(noise(9, 7, 3, np.uint16)),
     '16-bit RGBA PNG': png16(noise(9, 7, 4, np.uint16)),
+    'WebP': encode(rgb, 'WEBP'),
+    'WebP, bytes after its end': encode(rgb, 'WEBP') + b'\xff\xd9',
+    'lossless WebP': encode(rgb, 'WEBP', lossless=True),
+    'grey WebP': encode(rgb.convert('L'), 'WEBP'),
+    'RGBA WebP': encode(_with_alpha(rgb, alpha), 'WEBP'),
+    'RGBA lossless WebP': encode(
+      _with_alpha(rgb, alpha), 'WEBP', lossless=True, exact=True
+    ),
+    'WebP with metadata': encode(rgb, 'WEBP', exif=b'Exif\0\0' + bytes(20)),
+    'animated WebP': encode(
+      rgb, 'WEBP', save_all=True, append_images=[rgb.rotate(90)]
+    ),
+    '1x1 WebP': encode(photo(1, 1), 'WEBP'),
+    '1x1 lossless WebP': encode(photo(1, 1), 'WEBP', lossless=True),
     '1x1 JPEG': encode(photo(1, 1)),
     '1x1 PNG': encode(photo(1, 1), 'PNG'),
     '1x20000 JPEG': encode(photo(1, 20_000)),
@@ -77,14 +91,19 @@ def bad() -> dict[str, tuple[bytes, str]]:
   rgb = photo()
   jpeg, png = encode(rgb), encode(rgb, 'PNG')
   progressive = encode(rgb, progressive=True)
-  magic, size, truncated = 'neither JPEG nor PNG', 'pixels a side', 'Invalid'
+  webp = encode(rgb, 'WEBP')
+  lossless, animated, extended = (
+    good()[f'{kind} WebP'] for kind in ('lossless', 'animated', 'RGBA')
+  )
+  magic = 'neither JPEG, PNG nor WebP'
+  size, truncated = 'pixels a side', 'Invalid'
   return {
     'empty': (b'', magic),
     'text': (b'<html>404 Not Found</html>', magic),
     'gzip-compressed JPEG': (gzip.compress(jpeg, mtime=0), magic),
     'GIF': (encode(rgb, 'GIF'), magic),
     'BMP': (encode(rgb, 'BMP'), magic),
-    'WebP': (encode(rgb, 'WEBP'), magic),
+    'RIFF that is no WebP': (webp.replace(b'WEBP', b'WAVE'), magic),
     'TIFF': (encode(rgb, 'TIFF'), magic),
     'JPEG magic alone': (jpeg[:3], truncated),
     'PNG magic alone': (png[:8], size),
@@ -106,6 +125,28 @@ def bad() -> dict[str, tuple[bytes, str]]:
     'PNG that claims a long row': (set_png_size(png, 1, 70_000), size),
     'PNG that claims no rows': (set_png_size(png, 0, 125), size),
     'PNG that claims a row more': (set_png_size(png, 95, 125), truncated),
+    'WebP magic alone': (webp[:12], size),
+    'WebP cut in its header': (webp[:25], size),
+    'WebP of an unknown kind': (webp.replace(b'VP8 ', b'VP9 '), size),
+    'WebP cut in the middle': (webp[: len(webp) // 2], truncated),
+    'WebP without its last byte': (webp[:-1], truncated),
+    'lossless WebP, cut': (lossless[: len(lossless) // 2], truncated),
+    'animated WebP, cut': (animated[: len(animated) // 4], truncated),
+    'lossless WebP, damaged': (
+      lossless[:30] + bytes(99) + lossless[129:], truncated
+    ),
+    'WebP that claims 16383x16383': (
+      webp[:26] + b'\xff\x3f\xff\x3f' + webp[30:], size
+    ),
+    'lossless WebP that claims 16384x16384': (
+      lossless[:21] + b'\xff\xff\xff\x0f' + lossless[25:], size
+    ),
+    'animated WebP that claims 16777216x16777216': (
+      animated[:24] + b'\xff' * 6 + animated[30:], size
+    ),
+    'WebP that claims a row more': (
+      extended[:27] + b'\x5e' + extended[28:], truncated
+    ),
   }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ class Dataset(Group):
     '', "TFDS slicing, such as train[:10000]; '' = the data set's own split"
   )
   eval_split: str = setting('', 'likewise, of the examples for accuracy')
-  # Of data sets stored as JPEG or PNG files of any size.
+  # Of data sets stored as JPEG, PNG or WebP files of any size.
   image_size_px: int = number(
     0,
     '>= 0',

@@ -60,7 +60,7 @@ class DatasetSpec:
     std: standard deviation, likewise.
     allows_flip: whether a mirrored image keeps its label.
     store: where the examples are kept.
-    encoded: whether examples are JPEG or PNG files of any size, which stay
+    encoded: whether examples are image files of any size, which stay
       encoded until they are cropped; otherwise all images are kept in memory.
   """
 

@@ -1,8 +1,11 @@
 """A folder of class sub-folders: order, labels, and odd files."""
 
+import errno
+import io
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import threading
@@ -17,6 +20,7 @@ from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError, StorageError
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.data.sources import cache, image_folder, records
+from conadv_jax.data.sources.source import sha256_digits
 from scripts import make_fake_imagenet
 
 
@@ -86,12 +90,128 @@ def test_what_is_no_image_is_counted_and_hidden_files_are_not(tmp_path):
     'train/.cache/x.jpg',
   )
   folder = image_folder.ImageFolder(root, 'train')
-  assert (folder.num_examples, folder.num_ignored) == (1, 4)
+  assert (folder.num_examples, folder.num_ignored) == (2, 3)
   assert folder.class_names == ('a',)
 
 
+def test_nested_files_have_the_order_of_torchvision(tmp_path):
+  names = [
+    'a/2.jpg', 'a/x/1.jpg', 'a/x/y/0.webp', 'a/x-y/3.png', 'a/z/.trash/4.jpg',
+    'a/.thumbs/5.jpg', 'a/x.jpg/6.JPEG', 'b/x/7.jpg', 'b/notes/readme.txt',
+  ]  # fmt: skip
+  root = write(tmp_path, *(f'train/{name}' for name in names))
+  (tmp_path / 'train/b/empty/deep').mkdir(parents=True)
+  (tmp_path / 'elsewhere').mkdir()
+  (tmp_path / 'elsewhere/8.jpg').touch()
+  (tmp_path / 'train/b/linked').symlink_to(tmp_path / 'elsewhere')
+  folder = image_folder.ImageFolder(root, 'train')
+  # DatasetFolder.make_dataset, but for hidden names, which it reads.
+  expected = [
+    os.path.join(directory, name)
+    for label in 'ab'
+    for directory, _, found in sorted(
+      os.walk(tmp_path / 'train' / label, followlinks=True)
+    )
+    for name in sorted(found)
+    if not name.endswith('txt') and '/.' not in f'{directory}/{name}'
+  ]
+  assert [folder.path(i) for i in range(len(expected))] == expected
+  assert folder.labels.tolist() == [0] * 5 + [1] * 2
+  assert folder.num_ignored == 1
+
+
+def test_the_digest_is_that_of_the_paths_in_order(tmp_path):
+  root = write(tmp_path, 'train/a/1.jpg', 'train/a/x/2.jpg', 'train/b/1.jpg')
+  folder = image_folder.ImageFolder(root, 'train')
+  expected = sha256_digits(['train:', 'a/', '1.jpg', 'x/2.jpg', 'b/', '1.jpg'])
+  assert folder.digest == expected
+  (tmp_path / 'train/a/x').rename(tmp_path / 'train/a/y')
+  assert image_folder.ImageFolder(root, 'train').digest != expected
+
+
+@pytest.mark.parametrize(
+  ('link', 'target', 'named'),
+  [
+    ('a/x/up', 'a', 'a/x/up'),
+    ('a/again', 'a', 'a/again'),
+    ('a/x/all', '.', 'a/x/all/a'),
+  ],
+)
+def test_a_link_to_a_directory_around_it_is_named(
+  link, target, named, tmp_path
+):
+  root = write(tmp_path, 'train/a/1.jpg', 'train/a/x/2.jpg')
+  train = (tmp_path / 'train').resolve()
+  (train / link).symlink_to(train / target)
+  with pytest.raises(ConfigError, match=f'train/{named}: is a link to {train}'):
+    image_folder.ImageFolder(root, 'train')
+
+
+def test_two_links_to_each_other_are_named(tmp_path):
+  root = write(tmp_path, 'train/a/1.jpg', 'train/b/1.jpg')
+  (tmp_path / 'train/a/b').symlink_to(tmp_path / 'train/b')
+  (tmp_path / 'train/b/a').symlink_to(tmp_path / 'train/a')
+  with pytest.raises(ConfigError, match='a/b/a: is a link to'):
+    image_folder.ImageFolder(root, 'train')
+
+
+def test_links_without_a_file_are_bad_examples_if_named_like_one(tmp_path):
+  root = write(tmp_path, 'train/a/1.jpg')
+  for name in ('2.jpg', 'self'):
+    (tmp_path / 'train/a' / name).symlink_to(tmp_path / 'train/a' / name)
+  (tmp_path / 'train/a/3.jpg').symlink_to('nowhere')
+  folder = image_folder.ImageFolder(root, 'train')
+  assert (folder.num_examples, folder.num_ignored) == (3, 1)
+  assert folder.fetch([0, 1, 2]) == [b'train/a/1.jpg', b'', b'']
+  assert folder.why_unreadable(1) == os.strerror(errno.ELOOP)
+  assert folder.why_unreadable(2) == os.strerror(errno.ENOENT)
+
+
+def test_a_pipe_or_a_device_is_a_bad_example_and_is_not_waited_for(tmp_path):
+  root = write(tmp_path, 'train/a/1.jpg')
+  os.mkfifo(tmp_path / 'train/a/2.jpg')
+  (tmp_path / 'train/a/3.jpg').symlink_to('/dev/zero')
+  code = (
+    'from conadv_jax.data.sources import image_folder;'
+    f' f = image_folder.ImageFolder({root!r}, "train");'
+    ' assert f.fetch([0, 1, 2]) == [b"train/a/1.jpg", b"", b""];'
+    ' assert f.nbytes == 13;'
+    ' print(f.why_unreadable(1), f.why_unreadable(2), sep=", ")'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    capture_output=True,
+    text=True,
+    check=True,
+    timeout=120,
+    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32)),
+  )
+  assert done.stdout == 'is no regular file, is no regular file\n'
+
+
+def test_a_bucket_lists_each_directory_once(tmp_path, monkeypatch):
+  root = write(
+    tmp_path, 'train/a/1.jpg', 'train/a/x/2.jpg', 'train/b/3.jpg', 'train/b/4.x'
+  )
+  local = image_folder.ImageFolder(root, 'train')
+  listed = []
+  path_type = type(epath.Path(root))
+  iterdir = path_type.iterdir
+
+  def counted(path):
+    listed.append(str(path))
+    return iterdir(path)
+
+  monkeypatch.setattr(path_type, 'iterdir', counted)
+  monkeypatch.setattr(storage, 'is_remote', lambda path: True)
+  folder = image_folder.ImageFolder(root, 'train')
+  assert folder.digest == local.digest
+  train = f'{root}/train'
+  assert sorted(listed) == [train, f'{train}/a', f'{train}/a/x', f'{train}/b']
+
+
 def test_scan_lists_all_splits_without_reading(fake, monkeypatch):
-  monkeypatch.setattr(type(epath.Path(fake)), 'read_bytes', None)
+  monkeypatch.setattr(records, 'read_bytes', None)
   monkeypatch.setattr(records, 'file_size', None)
   splits = image_folder.scan(fake)
   counts = {name: split.num_examples for name, split in splits.items()}
@@ -115,7 +235,10 @@ def test_scan_leaves_out_splits_that_are_not_named(tmp_path):
   [
     (['other/a/1.jpg'], 'train: no such directory'),
     (['train/1.jpg'], 'train: has no sub-directories, one for each class'),
-    (['train/a/1.jpg', 'train/b/1.txt'], "1 classes have no image .*'b'"),
+    (
+      ['train/a/1.jpg', 'train/b/1.txt', 'train/b/x/.hidden.jpg'],
+      "train: 1 classes have no image .*'b'",
+    ),
   ],
 )
 def test_a_folder_of_another_layout_is_named(tmp_path, files, message):
@@ -187,13 +310,13 @@ def test_a_failing_disk_is_asked_again(tmp_path, monkeypatch):
   folder = image_folder.ImageFolder(root, 'train')
   calls = []
 
-  def read_bytes(path):
+  def failing_open(path, mode):
     calls.append(path)
     if len(calls) < 3 or len(calls) > 3:
       raise OSError(5, 'Input/output error')
-    return b'data'
+    return io.BytesIO(b'data')
 
-  monkeypatch.setattr(type(epath.Path(root)), 'read_bytes', read_bytes)
+  monkeypatch.setattr(records, 'open', failing_open, raising=False)
   assert folder.fetch([0]) == [b'data']
   with pytest.raises(StorageError, match='a/1.jpg: .*output error'):
     folder.fetch([0])

@@ -13,6 +13,7 @@ import numpy as np
 import odd_images
 import pytest
 import tensorflow as tf
+import test_records
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -22,7 +23,7 @@ from conadv_jax.data import datasets, pipeline, sampler
 from conadv_jax.data.images import autoaugment, views
 from conadv_jax.data.prefetch import Prefetcher
 from conadv_jax.data.quarantine import Quarantine
-from conadv_jax.data.sources import cache, in_memory
+from conadv_jax.data.sources import cache, image_folder, in_memory
 from conadv_jax.data.sources.source import Encoded, Share
 from scripts import make_fake_imagenet
 
@@ -155,6 +156,52 @@ def test_a_folder_is_a_data_set_of_its_classes(fake_dirs):
   for batch in train(spec.open('train', settings)):
     classes = [make_fake_imagenet.class_of(image) for image in batch['clean']]
     assert [make_fake_imagenet.CLASSES[i] for i in batch['label']] == classes
+
+
+@pytest.mark.parametrize('kind', ['none', 'raw', 'decoded'])
+@pytest.mark.parametrize('name', [*FORMATS, 'folder'])
+def test_webp_files_are_read_as_their_pixels(name, kind, tmp_path):
+  """Beside a damaged one, as PNG files are; from all that holds files."""
+  photos = [odd_images.photo(40 + i, 50) for i in range(3)]
+  made = {}
+  for file_format, options in (('PNG', {}), ('WEBP', {'lossless': True})):
+    images = [odd_images.encode(x, file_format, **options) for x in photos]
+    images.append(images[0][:-9])
+    source = source_of(name, images, tmp_path / file_format)
+    cached = source if kind == 'none' else cache.Cached(source, kind)
+    quarantine = Quarantine(max_share=0.5)
+    made[file_format] = train(
+      cached, changes={'cache': kind}, num_steps=2, quarantine=quarantine
+    )
+    assert len(quarantine) == 1
+  helpers.assert_batches_equal(made['PNG'], made['WEBP'])
+
+
+def source_of(name, images, root):
+  """Image files of label 0, in a folder or in one file of records."""
+  root.mkdir()
+  if name == 'folder':
+    directory = root / 'train/a'
+    directory.mkdir(parents=True)
+    for i, data in enumerate(images):
+      (directory / f'{i}.webp').write_bytes(data)
+    return image_folder.ImageFolder(str(root), 'train')
+  records = [
+    tf.train.Example(
+      features=tf.train.Features(
+        feature={
+          'image': tf.train.Feature(
+            bytes_list=tf.train.BytesList(value=[data])
+          ),
+          'label': tf.train.Feature(int64_list=tf.train.Int64List(value=[0])),
+        }
+      )
+    ).SerializeToString()
+    for data in images
+  ]
+  open_source, write = test_records.FORMATS[name]
+  write(root / 'records', records)
+  return open_source([root / 'records'], [len(records)])
 
 
 @pytest.mark.parametrize(
@@ -434,7 +481,7 @@ def test_a_bad_example_is_replaced_by_the_next_good_one(tmp_path):
   assert {row['id'] for row in rows} == {4, 7, 8, 11} and len(rows) == 4
   for row in rows:
     assert row['split'] == 'train' and row['place'] == f'file{row["id"]}'
-    assert 'neither JPEG nor PNG' in row['reason']
+    assert 'neither JPEG, PNG nor WebP' in row['reason']
   # On two hosts, and from the middle, the same.
   for positions in ([0, 1], [2, 3]):
     half = train(

@@ -1,8 +1,9 @@
 """Encoded or decoded images to square uint8 crops, inside a tf.data graph.
 
-An *image* below is either a string scalar, the bytes of a JPEG or PNG file, or
-a uint8 [H, W, 3] tensor, what `decode` made of such bytes. Both give the same
-crops, bit for bit. Of a JPEG, only the window that is needed is decoded.
+An *image* below is either a string scalar, the bytes of a JPEG, PNG or WebP
+file, or a uint8 [H, W, 3] tensor, what `decode` made of such bytes. Both give
+the same crops, bit for bit. Of a JPEG, only the window that is needed is
+decoded.
 
 The pixels are those of PIL's `convert('RGB')`, with one exception: 16-bit grey
 PNGs give their high byte, where PIL saturates nearly all of them to white.
@@ -12,17 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import tensorflow as tf
 
-from conadv_jax.data.images import kinds
+from conadv_jax.data.images import kinds, webp
 
 # Checked before anything is decoded. ImageNet's largest image has about 20 MP.
 MAX_PIXELS = 64_000_000
 # The most that a JPEG header can hold; bounds the memory of thin PNGs too.
 MAX_SIDE_PX = 65_535
-
-INTERPOLATIONS = ('bilinear', 'bicubic')
 
 _SIZE_ERROR = (
   f'only images of 1 to {MAX_SIDE_PX} pixels a side and at most {MAX_PIXELS} in'
@@ -32,8 +30,8 @@ _SIZE_ERROR = (
 _JPEG_MAGIC = b'\xff\xd8\xff'
 _JPEG_END = b'\xff\xd9'
 _PNG_MAGIC = b'\x89PNG\r\n\x1a\n'
-# Height and width are in the first 24 bytes of a PNG.
-_HEADER_BYTES = 24
+# Height and width of a PNG are in the first 24, too.
+_HEADER_BYTES = webp.HEADER_BYTES
 # A start of image, then the marker that says: CMYK, inverted.
 _START_WITH_ADOBE = b'\xff\xd8\xff\xee\x00\x0eAdobe\x00\x64' + b'\0' * 5
 # libjpeg interpolates chroma from one more sample, two pixels wide, on either
@@ -42,15 +40,9 @@ _CHROMA_MARGIN_PX = 2
 # Others are up to eight grey levels from PIL's.
 _DCT = 'INTEGER_ACCURATE'
 
-# Output pixels that share one dense product; 8 to 16 are about equally fast.
-_GROUP = 16
-# Weights are multiples of 2**-15. Then a sum of weights times bytes is exact in
-# float32, and the result is the same in whatever order a machine adds it up.
-_WEIGHT_UNIT = 2.0**-15
-# Windows beyond this are resized in this many bands or more, one by one, to
-# bound the memory.
-_MAX_PIXELS_AT_ONCE = 2**20
-_FEWEST_BANDS = 32
+# Each with the name of its kernel in TensorFlow's op.
+_KERNELS = {'bilinear': 'triangle', 'bicubic': 'keyscubic'}
+INTERPOLATIONS = tuple(_KERNELS)
 
 
 def random_resized_crops(
@@ -123,17 +115,17 @@ def center_crop(
 
 
 def decode(data: tf.Tensor) -> tf.Tensor:
-  """The whole image, uint8 [H, W, 3], of the bytes of a JPEG or PNG file.
+  """The whole image, uint8 [H, W, 3], of the bytes of a JPEG, PNG or WebP file.
 
   Grey images get three equal channels, CMYK and YCCK become RGB, alpha is
-  dropped.
+  dropped. Of an animated file, this is the first frame.
 
   Args:
     data: string scalar.
 
   Raises:
-    tf.errors.InvalidArgumentError: in the graph, if the bytes are neither JPEG
-      nor PNG, if the header claims more than `MAX_PIXELS` or a side beyond
+    tf.errors.InvalidArgumentError: in the graph, if the bytes are neither JPEG,
+      PNG nor WebP, if the header claims more than `MAX_PIXELS` or a side beyond
       `MAX_SIDE_PX` (nothing is decoded then), or if the file is truncated or
       otherwise not decodable. A JPEG whose truncated or damaged data still end
       in the end-of-image marker decodes, as it does in PIL.
@@ -153,13 +145,16 @@ def _inspect(image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     image = tf.ensure_shape(image, [None, None, 3])
     return image, tf.shape(image)[:2]
   header = tf.strings.substr(image, 0, _HEADER_BYTES)
-  is_jpeg = tf.strings.substr(header, 0, len(_JPEG_MAGIC)) == _JPEG_MAGIC
   shape = tf.switch_case(
-    tf.where(is_jpeg, 0, tf.where(_is_png(header), 1, 2)),
+    tf.where(_is_jpeg(header), 0, tf.where(_is_png(header), 1, 2)),
     [
       lambda: tf.image.extract_jpeg_shape(image),
       lambda: _png_shape(header),
-      lambda: _fail_unknown(header),
+      lambda: tf.cond(
+        _is_webp(header),
+        lambda: _webp_shape(header),
+        lambda: _fail_unknown(header),
+      ),
     ],
   )
   image = tf.cond(
@@ -182,15 +177,31 @@ def _ops(assertion: tf.Operation | None) -> list[tf.Operation]:
   return [] if assertion is None else [assertion]
 
 
+def _in_python(
+  function: Callable[[bytes], object], data: tf.Tensor, dtype: tf.DType
+) -> tf.Tensor:
+  # Of a vector, elements are bytes; a scalar is an array where TF is eager.
+  return tf.numpy_function(lambda x: function(x[0]), [data[None]], dtype)
+
+
+def _is_jpeg(data: tf.Tensor) -> tf.Tensor:
+  return tf.strings.substr(data, 0, len(_JPEG_MAGIC)) == _JPEG_MAGIC
+
+
 def _is_png(data: tf.Tensor) -> tf.Tensor:
   return tf.strings.substr(data, 0, len(_PNG_MAGIC)) == _PNG_MAGIC
+
+
+def _is_webp(header: tf.Tensor) -> tf.Tensor:
+  riff, name = (tf.strings.substr(header + b'\0' * 12, at, 4) for at in (0, 8))
+  return (riff == b'RIFF') & (name == b'WEBP')
 
 
 def _fail_unknown(header: tf.Tensor) -> tf.Tensor:
   """Fails; stands for a shape."""
   # In ASCII: an error whose text is not UTF-8 cannot be raised in Python.
-  kind = tf.numpy_function(kinds.name_of, [header], tf.string)
-  said = 'neither JPEG nor PNG, which alone are read, but this:'
+  kind = _in_python(kinds.name_of, header, tf.string)
+  said = 'neither JPEG, PNG nor WebP, which alone are read, but this:'
   failure = tf.debugging.Assert(False, [said, kind])
   with tf.control_dependencies(_ops(failure)):
     return tf.zeros([3], tf.int32)
@@ -203,6 +214,21 @@ def _png_shape(header: tf.Tensor) -> tf.Tensor:
     tf.io.decode_raw(sides, tf.int32, little_endian=False), 2
   )
   return tf.stack([height, width, 3])
+
+
+def _webp_shape(header: tf.Tensor) -> tf.Tensor:
+  """int32 [3]: as `webp.shape_of`."""
+  return tf.ensure_shape(_in_python(webp.shape_of, header, tf.int32), [3])
+
+
+def _decode_webp(data: tf.Tensor) -> tf.Tensor:
+  """uint8 [H, W, 3]; fails if there is nothing to decode."""
+  pixels = _in_python(webp.pixels_of, data, tf.uint8)
+  decoded = tf.debugging.Assert(
+    tf.size(pixels) > 0, ['Invalid WebP data: cut or damaged']
+  )
+  with tf.control_dependencies(_ops(decoded)):
+    return tf.ensure_shape(pixels, [None, None, 3])
 
 
 def _with_adobe_marker(data: tf.Tensor) -> tf.Tensor:
@@ -268,13 +294,18 @@ def _decode_window(data: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
     pixels = tf.io.decode_jpeg(data, channels=3, dct_method=_DCT)
     return _slice(pixels, window)
 
-  def png():
-    return _slice(tf.io.decode_png(data, channels=3), window)
+  def other():
+    pixels = tf.cond(
+      _is_png(data),
+      lambda: tf.io.decode_png(data, channels=3),
+      lambda: _decode_webp(data),
+    )
+    return _slice(pixels, window)
 
   # The fused op is content with half a file if the window lies within it.
   is_complete = tf.strings.substr(data, -2, 2) == _JPEG_END
-  branch = tf.where(_is_png(data), 2, tf.where(is_complete, 0, 1))
-  pixels = tf.switch_case(branch, [fused, whole_jpeg, png])
+  branch = tf.where(_is_jpeg(data), tf.where(is_complete, 0, 1), 2)
+  pixels = tf.switch_case(branch, [fused, whole_jpeg, other])
   return tf.ensure_shape(pixels, [None, None, 3])
 
 
@@ -295,8 +326,8 @@ def resize(
   thousand numbers of a photo differ from PIL's, by one grey level. (From
   version 13, PIL goes along y first if that is shrunk far more than x.)
   `tf.image.resize` does not clip between the axes, and is then many levels away
-  next to clipped overshoot; it takes twice the time, too. Without `antialias`,
-  this is `tf.image.resize`, rounded: the fastest, but not PIL's at all.
+  next to clipped overshoot. Without `antialias`, this is `tf.image.resize`,
+  rounded: the fastest, but not PIL's at all.
 
   Args:
     image: uint8 [h, w, 3].
@@ -315,116 +346,39 @@ def resize(
     raise ValueError(
       f'interpolation={interpolation!r}: choose from {INTERPOLATIONS}'
     )
+  if not antialias:
+    pixels = tf.image.resize(image, [size_px, size_px], interpolation)
+    return tf.ensure_shape(_to_bytes(pixels), [size_px, size_px, 3])
+  kernel = _KERNELS[interpolation]
   height, width = tf.unstack(tf.shape(image)[:2])
-  if antialias:
-    pixels = tf.cond(
-      height * width <= _MAX_PIXELS_AT_ONCE,
-      # Floats are transposed faster than bytes.
-      lambda: _resize(
-        tf.cast(image, tf.float32), size_px, interpolation, _GROUP, _at_once
-      ),
-      lambda: _resize(
-        image,
-        size_px,
-        interpolation,
-        max(size_px // _FEWEST_BANDS, 1),
-        _by_band,
-      ),
-    )
-  else:
-    pixels = _to_bytes(
-      tf.image.resize(image, [size_px, size_px], interpolation)
-    )
-  return tf.ensure_shape(tf.cast(pixels, tf.uint8), [size_px, size_px, 3])
+  # [h, (w, c)] -> [(w, c), h] -> [x, (c, h)] -> [h, (x, c)] -> [y, (x, c)]
+  by_column = tf.transpose(tf.reshape(image, [height, width * 3]))
+  x = _resize_rows(tf.reshape(by_column, [width, 3 * height]), size_px, kernel)
+  by_row = tf.transpose(tf.reshape(x, [size_px * 3, height]))
+  return tf.reshape(
+    _resize_rows(by_row, size_px, kernel), [size_px, size_px, 3]
+  )
+
+
+def _resize_rows(rows: tf.Tensor, size_px: int, kernel: str) -> tf.Tensor:
+  """Resamples uint8 [n, m] along its first axis, to uint8 [size_px, m].
+
+  The rows are the channels of a single column, so that the op adds up vectors
+  of m numbers. Columns of three channels it adds up number by number.
+  """
+  count = tf.cast(tf.shape(rows)[0], tf.float32)
+  values = tf.raw_ops.ScaleAndTranslate(
+    images=rows[None, :, None],
+    size=[size_px, 1],
+    scale=tf.stack([size_px / count, 1.0]),
+    translation=[0.0, 0.0],
+    kernel_type=kernel,
+    antialias=True,
+  )
+  return _to_bytes(values[0, :, 0])
 
 
 def _to_bytes(values: tf.Tensor) -> tf.Tensor:
-  """Clips to [0, 255] and rounds half up, in one pass; float32 still."""
-  return tf.quantization.fake_quant_with_min_max_args(values, 0.0, 255.0)
-
-
-def _resize(
-  image: tf.Tensor,
-  size_px: int,
-  interpolation: str,
-  group: int,
-  product: Callable[..., tf.Tensor],
-) -> tf.Tensor:
-  """`resize` to integers held in float32, by one of the products below."""
-  height, width = tf.unstack(tf.shape(image)[:2])
-
-  def along_first_axis(x, length):
-    taps, weights = _bands(length, size_px, interpolation, group)
-    y = tf.reshape(product(x, taps, weights), [-1, tf.shape(x)[1]])
-    return _to_bytes(y[:size_px])
-
-  # [h, (w, c)] -> [(w, c), h] -> [x, (c, h)] -> [h, (x, c)] -> [y, (x, c)]
-  by_column = tf.transpose(tf.reshape(image, [height, width * 3]))
-  x = along_first_axis(tf.reshape(by_column, [width, 3 * height]), width)
-  by_row = tf.transpose(tf.reshape(x, [size_px * 3, height]))
-  return tf.reshape(along_first_axis(by_row, height), [size_px, size_px, 3])
-
-
-def _bands(
-  length: tf.Tensor, size_px: int, interpolation: str, group: int
-) -> tuple[tf.Tensor, tf.Tensor]:
-  """The resampling matrix of one axis, as dense blocks along its diagonal.
-
-  Args:
-    length: int32 scalar, pixels before.
-    size_px: pixels after.
-    interpolation: one of `INTERPOLATIONS`.
-    group: output pixels in a block, R.
-
-  Returns:
-    taps: int32 [G, B], the input pixels that each block reads.
-    weights: float32 [G, R, B], multiples of _WEIGHT_UNIT that add up to 1 along
-      B. Rows of the last block beyond `size_px` repeat its last pixel.
-  """
-  scale = tf.cast(length, tf.float32) / size_px
-  stretch = tf.maximum(scale, 1.0)
-  radius = stretch * (2.0 if interpolation == 'bicubic' else 1.0)
-  blocks = -(-size_px // group)
-  outputs = np.minimum(np.arange(blocks * group), size_px - 1)
-  centers = (outputs.reshape(blocks, group, 1) + np.float32(0.5)) * scale - 0.5
-
-  reach = tf.math.ceil((group - 1) * scale + 2.0 * radius)
-  band = tf.minimum(tf.cast(reach, tf.int32) + 1, length)
-  first = tf.cast(tf.floor(centers[:, 0] - radius), tf.int32) + 1
-  taps = tf.clip_by_value(first, 0, length - band) + tf.range(band)
-
-  distance = tf.abs(tf.cast(taps, tf.float32)[:, None] - centers) / stretch
-  # Rounding the running sum, not each weight, keeps the total at 1.
-  running = tf.cumsum(_KERNELS[interpolation](distance), -1)
-  running = tf.round(running / (running[..., -1:] * _WEIGHT_UNIT))
-  before = tf.pad(running[..., :-1], [[0, 0], [0, 0], [1, 0]])
-  return taps, (running - before) * _WEIGHT_UNIT
-
-
-def _keys(distance: tf.Tensor) -> tf.Tensor:
-  d = tf.minimum(distance, 2.0)
-  near = (1.5 * d - 2.5) * d * d + 1.0
-  far = ((2.5 - 0.5 * d) * d - 4.0) * d + 2.0
-  return tf.where(d < 1.0, near, far)
-
-
-def _triangle(distance: tf.Tensor) -> tf.Tensor:
-  return tf.nn.relu(1.0 - distance)
-
-
-_KERNELS = {'bicubic': _keys, 'bilinear': _triangle}
-
-
-def _at_once(x: tf.Tensor, taps: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-  """weights [G, R, B] times the rows x[taps] [G, B, M]: float32 [G, R, M]."""
-  return tf.matmul(weights, tf.cast(tf.gather(x, taps), tf.float32))
-
-
-def _by_band(x: tf.Tensor, taps: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-  """The same, in 1 / G of the memory."""
-  return tf.map_fn(
-    lambda band: _at_once(x, *band),
-    (taps, weights),
-    fn_output_signature=tf.float32,
-    parallel_iterations=1,
-  )
+  """Clips to [0, 255] and rounds half up: float32 to uint8."""
+  clipped = tf.quantization.fake_quant_with_min_max_args(values, 0.0, 255.0)
+  return tf.cast(clipped, tf.uint8)

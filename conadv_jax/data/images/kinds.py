@@ -1,11 +1,10 @@
-"""What kind of file something that is no JPEG or PNG seems to be."""
+"""What kind of file something that is no JPEG, PNG or WebP seems to be."""
 
 from __future__ import annotations
 
 # (place, bytes there, name), the first that fits.
 _MAGIC = (
   (0, b'GIF8', 'GIF'),
-  (8, b'WEBP', 'WebP'),
   (0, b'BM', 'BMP'),
   (0, b'II*\0', 'TIFF'),
   (0, b'MM\0*', 'TIFF'),

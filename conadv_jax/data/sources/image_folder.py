@@ -1,13 +1,16 @@
 """A directory of splits, each a directory of classes: ROOT/SPLIT/CLASS/*.jpg.
 
 This is the layout of `tfds.ImageFolder` and of torchvision. Labels are the
-places of the class names in sorted order, and ids follow (class, file name).
+places of the class names in sorted order. As in torchvision, images may lie
+deeper in a class, at any depth, and ids follow (class, directory, file name).
+Links are followed; names that start with a dot are left out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import os
 from collections.abc import Iterator, Sequence
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
   from conadv_jax.data.spec import DatasetSpec
 
 _SAMPLED = 100  # files that stand for the contents of all
-_SUFFIXES = ('.jpg', '.jpeg', '.png')  # In any case.
+_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp')  # In any case.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Split:
   Attributes:
     directory: of the split.
     class_names: sorted; a name's place is its label.
-    file_names: the images of each class, sorted.
-    num_ignored: files and directories in it that are no images.
+    file_names: the images of each class, in order, as paths from there.
+    num_ignored: files in it that are no images.
   """
 
   directory: str
@@ -144,8 +147,8 @@ def scan_split(directory: str, split: str, num_threads: int = 32) -> Split:
   """Lists the classes and images of one split, several classes at a time.
 
   Raises:
-    ConfigError: the directory is missing, has no classes, or a class has no
-      image.
+    ConfigError: the directory is missing, has no classes, a class has no
+      image, or a link leads back to a directory around it.
   """
   parent = os.path.join(_root(directory), split)
   if not _is_dir(parent):
@@ -197,7 +200,7 @@ class ImageFolder(Encoded):
     class_names: sorted; a name's place is its label.
     labels: int32 [N].
     num_examples: N.
-    num_ignored: files and directories that are no images.
+    num_ignored: files that are no images.
   """
 
   def __init__(self, directory: str, split: str, *, num_threads: int = 16):
@@ -327,18 +330,37 @@ def _root(directory: str) -> str:
 
 
 def _layout(directory: str) -> str:
-  return f'images are looked for in {directory}/SPLIT/CLASS/*.jpg'
+  return f'images are looked for in {directory}/SPLIT/CLASS, at any depth'
 
 
 def _is_dir(path: str) -> bool:
   return epath.Path(path).is_dir()
 
 
-def _list_images(path: str) -> tuple[tuple[str, ...], int]:
-  """(sorted names of images, number of other entries) of a directory."""
-  directories, files = _list(path)
-  images = sorted(name for name in files if name.lower().endswith(_SUFFIXES))
-  return tuple(images), len(directories) + len(files) - len(images)
+def _list_images(root: str) -> tuple[tuple[str, ...], int]:
+  """(paths of images from `root`, number of other files) at any depth.
+
+  Each directory is listed once, so that a flat one costs a bucket one request.
+  """
+  images, others = [], 0
+  local = not storage.is_remote(root)
+  waiting = [('', (os.path.realpath(root),) if local else ())]
+  while waiting:
+    inside, around = waiting.pop()
+    directories, files = _list(os.path.join(root, inside))
+    found = [name for name in files if name.lower().endswith(_SUFFIXES)]
+    images += [os.path.join(inside, name) for name in found]
+    others += len(files) - len(found)
+    for name in directories:
+      path = os.path.join(inside, name)
+      real = os.path.realpath(os.path.join(root, path)) if local else path
+      if real in around:
+        raise ConfigError(
+          f'{os.path.join(root, path)}: is a link to {real}, in which it lies;'
+          ' remove it'
+        )
+      waiting.append((path, (*around, real)))
+  return tuple(sorted(images, key=os.path.split)), others
 
 
 def _list(path: str) -> tuple[list[str], list[str]]:
@@ -348,6 +370,15 @@ def _list(path: str) -> tuple[list[str], list[str]]:
   would cost a request to ask.
   """
   return storage.read(lambda: _list_once(path), path)
+
+
+def _leads_to_dir(entry: os.DirEntry) -> bool:
+  try:
+    return entry.is_dir()
+  except OSError as error:
+    if error.errno == errno.ELOOP:  # a link to itself
+      return False
+    raise
 
 
 def _list_once(path: str) -> tuple[list[str], list[str]]:
@@ -360,7 +391,7 @@ def _list_once(path: str) -> tuple[list[str], list[str]]:
   else:
     with os.scandir(path) as entries:
       for entry in entries:
-        (directories if entry.is_dir() else files).append(entry.name)
+        (directories if _leads_to_dir(entry) else files).append(entry.name)
   return (
     [name for name in directories if not name.startswith('.')],
     [name for name in files if not name.startswith('.')],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
@@ -203,9 +205,20 @@ def read_bytes(path: str) -> bytes:
   """Contents of a file, local or remote.
 
   Raises:
-    OSError, StorageError: as `storage.read`.
+    OSError, StorageError: as `storage.read`; also OSError at once for a pipe,
+      which would be waited for, or a device, which may have no end.
   """
-  return storage.read(lambda: epath.Path(path).read_bytes(), path)
+  if storage.is_remote(path):
+    return storage.read(lambda: epath.Path(path).read_bytes(), path)
+  mode = storage.read(lambda: os.stat(path).st_mode, path)
+  if not stat.S_ISREG(mode):
+    raise OSError(errno.EINVAL, 'is no regular file', path)
+
+  def read():
+    with open(path, 'rb') as file:
+      return file.read()
+
+  return storage.read(read, path)
 
 
 def map_in_threads(

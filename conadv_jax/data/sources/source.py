@@ -1,7 +1,7 @@
 """What every source of examples offers; `DatasetSpec.open` returns one.
 
 `InMemory` looks its examples up inside the tf.data graph. `Encoded` is the base
-of sources that read records of JPEG or PNG images by id: from ArrayRecord
+of sources that read records of encoded images by id: from ArrayRecord
 files, a folder, or a cache. TFRecord files, which have no index, are streamed
 in an order of their own.
 """
