@@ -5,8 +5,8 @@ import os
 import pathlib
 import sys
 
-# Nothing that an import makes is garbage, and looking through all of it again
-# and again takes a third of the time of a test that traces.
+# Nothing that an import makes is garbage, and a collection that looks through
+# all of it takes long.
 gc.disable()
 
 # Compiling would take most of the time of the tests, for programs that run once
