@@ -77,6 +77,10 @@ def good() -> dict[str, bytes]:
     'animated WebP': encode(
       rgb, 'WEBP', save_all=True, append_images=[rgb.rotate(90)]
     ),
+    '1x16383 WebP': encode(photo(1, 16_383), 'WEBP'),
+    '16383x1 WebP': encode(photo(16_383, 1), 'WEBP'),
+    '1x16383 lossless WebP': encode(photo(1, 16_383), 'WEBP', lossless=True),
+    '16383x1 lossless WebP': encode(photo(16_383, 1), 'WEBP', lossless=True),
     '1x1 WebP': encode(photo(1, 1), 'WEBP'),
     '1x1 lossless WebP': encode(photo(1, 1), 'WEBP', lossless=True),
     '1x1 JPEG': encode(photo(1, 1)),
