@@ -105,7 +105,12 @@ def write(function: Callable[[], T], path: os.PathLike | str) -> T:
 
 
 def write_text(path: epath.Path, text: str) -> None:
-  """Writes `text` through a temporary file, so that no reader sees half of it.
+  """Writes `text` as `write_bytes` does."""
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.Path, content: bytes) -> None:
+  """Writes through a temporary file, so that no reader sees half of it.
 
   Raises:
     StorageError: as `write`.
@@ -114,7 +119,7 @@ def write_text(path: epath.Path, text: str) -> None:
   temporary = path.parent / f'{path.name}.tmp'
 
   def attempt() -> None:
-    temporary.write_text(text)
+    temporary.write_bytes(content)
     temporary.replace(path)
 
   write(attempt, path)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import io
 import json
-import os
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from conadv_jax import hosts
 from conadv_jax.base import storage
-
-# In a bucket nothing is appended: every change writes the whole file.
-_BUCKET_SECONDS = 60
+from conadv_jax.run.appended import AppendedFile
 
 # Values that two runs of the same configuration do not share.
 TIMINGS = (
@@ -31,24 +31,16 @@ class MetricWriter:
 
   A line is a JSON object: `step`, `split`, then the values in order. When a run
   resumes at `start_step`, lines of later steps are dropped, so that every step
-  is in the file once, and TensorBoard shows it once.
-
-  On a file system, a line is in the file when `write` returns. In a bucket, it
-  is there a minute later, or after `flush`. All methods raise StorageError if
-  storage fails for good, as a full disk does.
+  is in the file once, and TensorBoard shows it once. `AppendedFile` says when a
+  line is in the file, and what its methods, and so those here, raise.
   """
 
   def __init__(self, workdir: epath.Path, start_step: int):
-    self._path = path = epath.Path(workdir) / 'metrics.jsonl'
+    path = epath.Path(workdir) / 'metrics.jsonl'
     kept = [r for r in read_metrics(workdir) if r['step'] <= start_step]
     self.seconds_before = max((r.get('seconds', 0) for r in kept), default=0)
-    self._lines = [json.dumps(row) + '\n' for row in kept]
-    self._rewrite()
-    self._file = None
-    if not storage.is_remote(path):
-      # Not buffered: what could not be written would be tried again at its end.
-      self._file = storage.write(lambda: open(path, 'ab', buffering=0), path)
-    self._first_step = start_step + 1
+    self._lines = AppendedFile(path, b''.join(map(_line, kept)))
+    self._events = _Events(path.parent, start_step + 1)
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
     """Writes numbers and strings; TensorBoard gets the numbers.
@@ -56,89 +48,52 @@ class MetricWriter:
     A number that is not finite is written as null, as JSON has no such number.
     """
     values = {name: _plain(value) for name, value in values.items()}
-    row = {'step': step, 'split': split, **values}
-    self._append(json.dumps(row) + '\n')
+    self._lines.append(_line({'step': step, 'split': split, **values}))
     scalars = {
       f'{split}/{name}': value
       for name, value in values.items()
       if isinstance(value, int | float)
     }
-    storage.write(lambda: self._events.write(step, scalars), self._path.parent)
+    self._events.write(step, scalars)
 
   def flush(self) -> None:
-    """Puts all lines into the file, before a checkpoint that needs them."""
-    if self._file is None and self._pending:
-      self._rewrite()
+    """Puts all lines into the files, before a checkpoint that needs them."""
+    self._lines.flush()
+    self._events.file.flush()
 
   def close(self) -> None:
-    self.flush()
-    if self._file is not None:
-      self._file.close()
-    if '_events' in vars(self):
-      storage.write(self._events.close, self._path.parent)
-
-  @functools.cached_property
-  def _events(self) -> _Events:
-    # Not before the first values: it takes the import of TensorFlow.
-    return _Events(self._path.parent, self._first_step)
-
-  def _append(self, line: str) -> None:
-    if self._file is not None:
-      self._append_to_file(line.encode())
-      return
-    self._lines.append(line)
-    self._pending = True
-    if time.monotonic() - self._written > _BUCKET_SECONDS:
-      self._rewrite()
-
-  def _append_to_file(self, line: bytes) -> None:
-    def size() -> int:
-      return os.fstat(self._file.fileno()).st_size
-
-    before = storage.read(size, self._path)
-
-    def attempt() -> None:
-      if size() != before:
-        self._file.truncate(before)  # what a failed attempt has left
-      rest = line
-      while rest:
-        rest = rest[self._file.write(rest) :]
-
-    storage.write(attempt, self._path)
-
-  def _rewrite(self) -> None:
-    storage.write_text(self._path, ''.join(self._lines))
-    self._pending, self._written = False, time.monotonic()
+    self._lines.close()
+    self._events.file.close()
 
 
 class _Events:
-  """A file of TensorBoard events; it may raise what an earlier write met."""
+  """A file of TensorBoard events."""
 
   def __init__(self, workdir: epath.Path, first_step: int):
     """Tells TensorBoard to drop what earlier starts wrote from `first_step` on.
 
     The first start has to say so, too: TensorBoard passes over the first mark.
     """
-    # It imports tensorflow, which the training step must not need.
-    from tensorboard.compat.proto import event_pb2, summary_pb2
-    from tensorboard.summary.writer import event_file_writer
-
-    self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-    self._writer = event_file_writer.EventFileWriter(str(workdir))
+    # TensorBoard reads files in the order of their names.
+    began = f'{time.time():020.9f}'
+    name = f'events.out.tfevents.{began}.{socket.gethostname()}'
+    self.file = AppendedFile(workdir / name)
+    self._add(0, file_version='brain.Event:2')
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._add(first_step, session_log=start)
-    self.close = self._writer.close
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     values = [
-      self._summary.Value(tag=tag, simple_value=value)
+      summary_pb2.Summary.Value(tag=tag, simple_value=value)
       for tag, value in scalars.items()
     ]
-    self._add(step, summary=self._summary(value=values))
+    self._add(step, summary=summary_pb2.Summary(value=values))
 
   def _add(self, step: int, **content: Any) -> None:
-    event = self._event(wall_time=time.time(), step=step, **content)
-    self._writer.add_event(event)
+    event = event_pb2.Event(wall_time=time.time(), step=step, **content)
+    record = io.BytesIO()
+    RecordWriter(record).write(event.SerializeToString())
+    self.file.append(record.getvalue())
 
 
 class NoWriter:
@@ -248,6 +203,10 @@ def clock(seconds: float) -> str:
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f'{hours}:{minutes:02}:{seconds:02}'
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+  return (json.dumps(row) + '\n').encode()
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 
 import pytest
 from etils import epath
@@ -35,7 +34,6 @@ def test_tensorboard_shows_a_step_once_after_a_resume(start, tmp_path):
     for step in range(begin + 1, 5):
       writer.write(step, 'train', {'loss': loss})
     writer.close()
-    time.sleep(1.1)  # the names of files have the second of their start
   events = plugin_event_accumulator.EventAccumulator(str(tmp_path))
   events.Reload()
   shown = [
