@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import threading
@@ -172,7 +171,8 @@ def test_a_pipe_or_a_device_is_a_bad_example_and_is_not_waited_for(tmp_path):
   os.mkfifo(tmp_path / 'train/a/2.jpg')
   (tmp_path / 'train/a/3.jpg').symlink_to('/dev/zero')
   code = (
-    'from conadv_jax.data.sources import image_folder;'
+    'from conadv_jax.data.sources import image_folder; import resource;'
+    ' resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32));'
     f' f = image_folder.ImageFolder({root!r}, "train");'
     ' assert f.fetch([0, 1, 2]) == [b"train/a/1.jpg", b"", b""];'
     ' assert f.nbytes == 13;'
@@ -184,7 +184,6 @@ def test_a_pipe_or_a_device_is_a_bad_example_and_is_not_waited_for(tmp_path):
     text=True,
     check=True,
     timeout=120,
-    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32)),
   )
   assert done.stdout == 'is no regular file, is no regular file\n'
 

@@ -684,17 +684,13 @@ def test_failing_storage_is_asked_again(tf_paths, monkeypatch, no_delay, error):
   source = tfrecord.TfRecords(tf_paths, LENGTHS, cached_shards=1)
   calls = []
 
-  class Path:
-    def __init__(self, path):
-      self.path = path
+  def opened(path, mode):
+    calls.append(path)
+    if len(calls) < failures + 1:
+      raise error
+    return open(path, mode)
 
-    def read_bytes(self):
-      calls.append(self.path)
-      if len(calls) < failures + 1:
-        raise error
-      return pathlib.Path(self.path).read_bytes()
-
-  monkeypatch.setattr(records.epath, 'Path', Path)
+  monkeypatch.setattr(records, 'open', opened, raising=False)
   failures = 4
   assert source.fetch(np.array([0])) == [RECORDS[0]]
   assert len(calls) == 5

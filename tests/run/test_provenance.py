@@ -1,5 +1,6 @@
 """Results say what they were measured on; a data set is more than counts."""
 
+import datetime as dt
 import json
 import os
 import re
@@ -342,7 +343,10 @@ def test_a_run_that_goes_on_loses_nothing(run, tmp_path):
   directory, folder, other = run
   rows = run_evaluate(directory, other, '--config.eval.route=adv')
   content = read(directory / 'config.json')
-  assert content['starts'] == [{'step': 0, 'changed': {}}]
+  (start,) = content['starts']
+  before = dt.datetime.fromisoformat(start.pop('time'))
+  assert before < dt.datetime.now(dt.UTC)
+  assert start == {'step': 0, 'changed': {}}
   content['git_commit'], content['devices']['count'] = 'abc', 512
   (directory / 'config.json').write_text(json.dumps(content))
   folder = folder.rename(tmp_path / 'elsewhere')
@@ -350,7 +354,9 @@ def test_a_run_that_goes_on_loses_nothing(run, tmp_path):
   kept = read(directory / 'summary.json')['evaluations']
   assert [row['step'] for row in kept] == [2, 2, 2, 2, 2, 4, 4]
   assert all(row in kept for row in rows)
-  *_, last = read(directory / 'config.json')['starts']
+  first, last = read(directory / 'config.json')['starts']
+  assert dt.datetime.fromisoformat(first['time']) == before
+  assert dt.datetime.fromisoformat(last['time']) >= before
   assert last['step'] == 2
   place = last['changed'].pop('config.dataset.data_dir')
   assert place[0] != place[1] == str(folder)
