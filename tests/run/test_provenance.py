@@ -344,9 +344,9 @@ def test_a_run_that_goes_on_loses_nothing(run, tmp_path):
   rows = run_evaluate(directory, other, '--config.eval.route=adv')
   content = read(directory / 'config.json')
   (start,) = content['starts']
-  before = dt.datetime.fromisoformat(start.pop('time'))
+  before = dt.datetime.fromisoformat(start['time'])
   assert before < dt.datetime.now(dt.UTC)
-  assert start == {'step': 0, 'changed': {}}
+  assert start == {'step': 0, 'time': start['time'], 'changed': {}}
   content['git_commit'], content['devices']['count'] = 'abc', 512
   (directory / 'config.json').write_text(json.dumps(content))
   folder = folder.rename(tmp_path / 'elsewhere')
