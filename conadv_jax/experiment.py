@@ -225,7 +225,7 @@ def _check_network(config: Config) -> None:
 
 
 def _check_trace(config: Config, steps: Steps) -> None:
-  _, end = config.profile.span or (1, 1)
+  _, end = config.profile.span
   fix = f'the run has steps 1 to {steps.stop}'
   check(end <= steps.stop + 1, 'profile.steps', config.profile.steps, fix)
 

@@ -15,7 +15,6 @@ import functools
 import json
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -31,7 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from conadv_jax import models
 from conadv_jax.base import storage
 from conadv_jax.models import layers
-from scripts.bench.machine import cpu_name
+from scripts.bench.machine import machine
 
 PLATFORMS = {'xla': '', 'ours': 'cpu'}
 
@@ -172,15 +171,6 @@ def benchmark(quick: bool) -> Iterator[dict[str, Any]]:
       functools.partial(train_step, *step),
       rounds,
     )
-
-
-def machine() -> dict[str, Any]:
-  return {
-    'cpu': cpu_name(),
-    'cores': os.cpu_count(),
-    'python': platform.python_version(),
-    'jax': jax.__version__,
-  }
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ if 'xla_backend_optimization_level' not in _FLAGS:
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 # Before anything asks JAX for its devices: their number is fixed from then on.
 jax.config.update('jax_platforms', 'cpu')
@@ -31,10 +32,6 @@ _CACHES = pathlib.Path(__file__).resolve().parents[1] / '.pytest_cache'
 jax.config.update('jax_compilation_cache_dir', str(_CACHES / 'jax'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
-os.environ |= {
-  'JAX_COMPILATION_CACHE_DIR': str(_CACHES / 'started'),
-  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-}
 
 # `configs` and `helpers` are imported by name, wherever pytest is started.
 _TESTS = pathlib.Path(__file__).resolve().parent
@@ -42,11 +39,28 @@ for _path in (_TESTS, _TESTS.parent):
   if str(_path) not in sys.path:
     sys.path.insert(0, str(_path))
 
+import multihost  # noqa: E402
+
+os.environ |= multihost.compile_cache(_CACHES / 'started')
+
 
 def pytest_collection_finish():
   """Garbage is collected from here on, among what the tests make."""
   gc.freeze()
   gc.enable()
+
+
+@pytest.fixture
+def jax_cache():
+  """Brings JAX's cache of compiled programs back after a test."""
+  names = (
+    'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs'
+  )  # fmt: skip
+  before = {name: getattr(jax.config, name) for name in names}
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import pathlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -194,6 +198,25 @@ def random_batches(
 def copy(tree: Any) -> Any:
   """`tree` with every array in a buffer of its own, safe to donate."""
   return jax.tree.map(jnp.copy, tree)
+
+
+def run_without(
+  packages: Iterable[str], script: str, *flags: str, cwd: pathlib.Path
+) -> subprocess.CompletedProcess[str]:
+  """Runs scripts/SCRIPT.py in `cwd` as if `packages` were not installed."""
+  code = (
+    f'import sys; sys.modules |= dict.fromkeys({tuple(packages)!r});'
+    f' from scripts import {script}; {script}.main()'
+  )
+  root = str(pathlib.Path(__file__).parents[1])
+  return subprocess.run(
+    [sys.executable, '-c', code, *flags],
+    env=os.environ | {'PYTHONPATH': root, 'JAX_PLATFORMS': 'cpu'},
+    cwd=cwd,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
 
 
 def scaled_error(actual: Any, expected: Any) -> float:

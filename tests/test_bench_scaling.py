@@ -2,11 +2,9 @@
 
 import csv
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
+import helpers
 import pytest
 from etils import epath
 
@@ -185,19 +183,12 @@ def test_wrong_flags_are_refused(flags, message, capsys):
 
 
 def test_it_runs_on_more_devices_and_resumes(tmp_path, capsys):
-  blocked = f'import sys; sys.modules |= dict.fromkeys({MISSING!r})'
-  code = f'{blocked}; from scripts import bench_scaling; bench_scaling.main()'
   flags = ['--quick', '--repeats=2', '--seconds=0', '--batch_size=2']
   flags += ['--axes', 'devices', '--devices', '1', '2', '--microbatches', '1']
   flags += ['--model=vit_tiny']  # which compiles soonest
   output = tmp_path / 'out.json'
-  done = subprocess.run(
-    [sys.executable, '-c', code, *flags, f'--output={output}'],
-    env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
-    cwd=tmp_path,
-    capture_output=True,
-    text=True,
-    check=False,
+  done = helpers.run_without(
+    MISSING, 'bench_scaling', *flags, f'--output={output}', cwd=tmp_path
   )
   assert done.returncode == 0, done.stderr
   assert 'held: 2 images in all, 8 px, batch-norm groups of 1' in done.stdout

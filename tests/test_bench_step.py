@@ -3,11 +3,9 @@
 import csv
 import itertools
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
+import helpers
 import pytest
 from etils import epath
 
@@ -181,19 +179,10 @@ def test_resume_keeps_rows_of_the_same_settings_only(tmp_path):
 
 
 def test_it_runs_where_there_is_jax_and_little_else(tmp_path):
-  blocked = f'import sys; sys.modules |= dict.fromkeys({MISSING!r})'
-  code = f'{blocked}; from scripts import bench_step; bench_step.main()'
   flags = ['--quick', '--batch_sizes', '2', '--repeats=1', '--seconds=0']
   output = tmp_path / 'out.json'
-  done = subprocess.run(
-    [sys.executable, '-c', code, *flags]
-    + ['--methods', 'baseline', f'--output={output}'],
-    env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
-    cwd=tmp_path,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  flags += ['--methods', 'baseline', f'--output={output}']
+  done = helpers.run_without(MISSING, 'bench_step', *flags, cwd=tmp_path)
   assert done.returncode == 0, done.stderr
   assert 'pip install torch==' in done.stdout
   assert 'no out.png: matplotlib is not installed' in done.stdout

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import observed
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from observed import (
   attack,
   bad_examples,
@@ -243,16 +242,7 @@ def done_of(directory, limits):
   }
 
 
-@pytest.fixture
-def cache():
-  """Brings JAX's cache of programs back."""
-  before = jax.config.jax_compilation_cache_dir
-  yield
-  jax.config.update('jax_compilation_cache_dir', before)
-  compilation_cache.reset_cache()
-
-
-def test_a_run_shows_its_settings(tmp_path, cache):
+def test_a_run_shows_its_settings(tmp_path, jax_cache):
   changes = {n: c.value for n, c in FIELDS.items() if isinstance(c, InRun)}
   keep, strict = changes.pop('checkpoint.keep'), 'checkpoint.strict'
   del changes[strict]

@@ -129,19 +129,17 @@ class Profile(Group):
 
   def __post_init__(self):
     super().__post_init__()
-    first, last = self.span or (1, 1)
+    first, end = self.span
     fix = "must be 'FIRST:END' with 1 <= FIRST < END, such as '10:15'"
-    check(not self.steps or 1 <= first < last, 'profile.steps', self.steps, fix)
+    check(not self.steps or 1 <= first < end, 'profile.steps', self.steps, fix)
 
   @property
-  def span(self) -> tuple[int, int] | None:
-    """(first step, step after the last), (0, 0) of a wrong text, or None."""
-    if not self.steps:
-      return None
-    parts = self.steps.split(':')
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+  def span(self) -> tuple[int, int]:
+    """(first step, step after the last); (0, 0) of none and of a wrong text."""
+    first, _, end = self.steps.partition(':')
+    if not (first.isdecimal() and end.isdecimal()):
       return 0, 0
-    return int(parts[0]), int(parts[1])
+    return int(first), int(end)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,36 +24,31 @@ def use(config: Config) -> None:
   if config.compile_cache == 'auto' and jax.config.jax_compilation_cache_dir:
     return  # as $JAX_COMPILATION_CACHE_DIR or the caller says
   directory = None
-  if config.compile_cache:
-    try:
-      directory = _directory(config.compile_cache)
-      _check_writable(directory)
-    except (OSError, RuntimeError) as error:
-      hosts.say(
-        f'warning: compile_cache={config.compile_cache!r}: {error}; programs '
-        'are compiled at every start. Name a directory that can be written, '
-        "or '' for none"
-      )
-      directory = None
-  jax.config.update(
-    'jax_compilation_cache_dir', str(directory) if directory else None
-  )
+  try:
+    if config.compile_cache:
+      directory = _made(config.compile_cache)
+  except (OSError, RuntimeError) as error:
+    hosts.say(
+      f'warning: compile_cache={config.compile_cache!r}: {error}; programs are '
+      'compiled at every start. Name a directory that can be written, or '
+      "'' for none"
+    )
+  jax.config.update('jax_compilation_cache_dir', directory)
   # Small programs are many: a start on digits compiles seventy.
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   compilation_cache.reset_cache()  # else what has been used once stays
 
 
-def _directory(name: str) -> epath.Path:
-  if name != 'auto':
-    return storage.expand(name)
-  home = os.environ.get('XDG_CACHE_HOME')
-  home = pathlib.Path(home) if home else pathlib.Path.home() / '.cache'
-  return epath.Path(home) / 'conadv_jax' / 'programs'
-
-
-def _check_writable(directory: epath.Path) -> None:
+def _made(name: str) -> str:
+  """The directory that `name` means; raises OSError if it takes no file."""
+  if name == 'auto':
+    caches = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+    directory = epath.Path(caches) / 'conadv_jax' / 'programs'
+  else:
+    directory = storage.expand(name)
   # Who can write here can run code as this user.
   directory.mkdir(parents=True, exist_ok=True, mode=0o700)
   probe = directory / f'.probe_{os.getpid()}'
   probe.write_text('')
   probe.unlink()
+  return str(directory)

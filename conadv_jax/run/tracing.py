@@ -17,8 +17,8 @@ class Tracer:
   """
 
   def __init__(self, config: Config, path: epath.Path, start: int):
-    """Prepares a trace of a run that goes on from step `start`."""
-    self._first, self._end = config.profile.span or (0, 0)
+    """Prepares to trace a run whose first `start` steps are done."""
+    self._first, self._end = config.profile.span
     self._path = path / 'profile'
     self._running = False
     if self._first and start >= self._first:

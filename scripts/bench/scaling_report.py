@@ -11,7 +11,7 @@ from etils import epath
 from conadv_jax.base import storage
 from scripts.bench import files, lines
 from scripts.bench.files import cell
-from scripts.bench.step_report import median_ratio
+from scripts.bench.step_report import median_ratio, timings
 from scripts.bench.turns import Contender
 
 
@@ -121,17 +121,7 @@ def make_rows(points: list[Point]) -> list[dict[str, Any]]:
       'rounds': [1e3 * s for s in step.seconds],
       'note': step.note,
     }
-    if step.seconds and step.started:
-      time_s = statistics.median(step.seconds)
-      row |= {
-        'value': 1e3 * time_s,
-        'min': 1e3 * min(step.seconds),
-        'max': 1e3 * max(step.seconds),
-        'images_per_sec': point.batch_size / time_s,
-        'peak_bytes': step.started.peak_bytes,
-        'compile_seconds': step.started.compile_seconds,
-      }
-    rows.append(row)
+    rows.append(row | timings(step, point.batch_size))
   return rows
 
 

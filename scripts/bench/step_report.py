@@ -31,6 +31,21 @@ def median_ratio(one: Contender, other: Contender | None) -> float | None:
   return statistics.median(a / b for a, b in pairs)
 
 
+def timings(step: Contender, images: int) -> dict[str, Any]:
+  """What was measured of a step of so many images; empty if it did not run."""
+  if not (step.seconds and step.started):
+    return {}
+  time_s = statistics.median(step.seconds)
+  return {
+    'value': 1e3 * time_s,
+    'min': 1e3 * min(step.seconds),
+    'max': 1e3 * max(step.seconds),
+    'images_per_sec': images / time_s,
+    'peak_bytes': step.started.peak_bytes,
+    'compile_seconds': step.started.compile_seconds,
+  }
+
+
 def make_rows(
   contenders: list[Contender], batch: int, devices: int, peak: float
 ) -> list[dict[str, Any]]:
@@ -41,7 +56,6 @@ def make_rows(
     base = by_name.get('torch plain' if one.is_peer else 'baseline')
     other = None if one.is_peer else peers.get(one.floor)
     ratio = median_ratio(one, base)
-    time_s = statistics.median(one.seconds) if one.seconds else None
     row = dict.fromkeys(('name', *COLUMNS))
     row |= {
       'name': f'{one.name} batch {batch}',
@@ -57,17 +71,10 @@ def make_rows(
       'flops': one.flops,
       'note': one.note,
     }
-    if time_s and one.started:
-      row |= {
-        'value': 1e3 * time_s,
-        'min': 1e3 * min(one.seconds),
-        'max': 1e3 * max(one.seconds),
-        'images_per_sec': batch * devices / time_s,
-        'share_of_peak': one.flops / time_s / peak,
-        'peak_bytes': one.started.peak_bytes,
-        'compile_seconds': one.started.compile_seconds,
-        'xla_flops': one.started.xla_flops,
-      }
+    row |= (measured := timings(one, batch * devices))
+    if measured:
+      row['share_of_peak'] = 1e3 * one.flops / row['value'] / peak
+      row['xla_flops'] = one.started.xla_flops
     rows.append(row)
   return rows
 

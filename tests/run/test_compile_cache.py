@@ -7,7 +7,6 @@ import contextlib
 import jax
 import multihost
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from conadv_jax.config import from_config_dict
 from conadv_jax.run import compile_cache, metrics
@@ -46,17 +45,9 @@ def damage(data, how):
 
 
 @pytest.fixture
-def jax_config():
+def no_cache(jax_cache):
   """JAX without a cache; its own afterwards."""
-  names = (
-    'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs'
-  )  # fmt: skip
-  before = {name: getattr(jax.config, name) for name in names}
   jax.config.update('jax_compilation_cache_dir', None)
-  yield jax.config
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
 
 
 def use(**fields):
@@ -67,7 +58,7 @@ def use(**fields):
 
 
 def test_programs_are_kept_in_the_cache_of_the_user(
-  jax_config, tmp_path, monkeypatch
+  no_cache, tmp_path, monkeypatch
 ):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   directory = tmp_path / 'cache/conadv_jax/programs'
@@ -80,7 +71,7 @@ def test_programs_are_kept_in_the_cache_of_the_user(
   assert use() == str(tmp_path / '.cache/conadv_jax/programs')
 
 
-def test_a_directory_of_ones_own_or_none(jax_config, tmp_path):
+def test_a_directory_of_ones_own_or_none(no_cache, tmp_path):
   assert use(compile_cache=str(tmp_path / 'own')) == str(tmp_path / 'own')
   assert list((tmp_path / 'own').glob('*-cache'))
   assert use(compile_cache='') is None
@@ -89,7 +80,7 @@ def test_a_directory_of_ones_own_or_none(jax_config, tmp_path):
 
 
 def test_a_directory_that_cannot_be_written_is_a_warning(
-  jax_config, tmp_path, capsys
+  no_cache, tmp_path, capsys
 ):
   (tmp_path / 'file').write_text('')
   directory = str(tmp_path / 'file' / 'cache')
