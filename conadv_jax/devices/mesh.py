@@ -232,12 +232,19 @@ def per_device(
 ) -> Callable[..., Any]:
   """Runs `fn` on every device's part of its arguments.
 
-  JAX checks that `fn` sums whatever `out_specs` call REPLICATED. Weights that
+  JAX checks that `fn` sums whatever `out_specs` call REPLICATED, unless there
+  is one device, and so nothing to sum (`sums.mean_over_devices`). Weights that
   are derived with respect to must be marked by `own_copy` first: the gradient
   of a replicated value is summed over devices by JAX itself, once for each
   call of `jax.grad`, before `sums` could do it once for all.
   """
-  return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+  return jax.shard_map(
+    fn,
+    mesh=mesh,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    check_vma=mesh.size > 1,
+  )
 
 
 def own_copy(tree: Any) -> Any:

@@ -13,8 +13,11 @@ from conadv_jax.devices.mesh import AXES, FLAT
 
 
 def mean_over_devices(tree: Any) -> Any:
-  """Returns the mean of every leaf over all devices, the same on each."""
-  return jax.lax.pmean(tree, AXES)
+  """Returns the mean of every leaf over all devices, the same on each.
+
+  One device does without the sum, which XLA:CPU would make a copy of.
+  """
+  return tree if jax.lax.axis_size(AXES) == 1 else jax.lax.pmean(tree, AXES)
 
 
 def means_by_spec(tree: Any, specs: Any, buckets: int = 0) -> Any:

@@ -10,14 +10,14 @@ ordinary differentiable functions, so every transformation of JAX applies.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+Axes = tuple['_Axis', '_Axis']
 _NHWC = ('NHWC', 'HWIO', 'NHWC')
 
 
@@ -45,9 +45,11 @@ def conv_on_cpu(
   Takes a faster form for NHWC images of a known side and HWIO kernels in a
   floating type, without dilation or further options:
 
-    depthwise           y = sum over taps t of w[t] * (x shifted by t)
-    other groups        one convolution for each group
-    1x1, small images   im2col: a matmul of all k * k * C inputs of each pixel
+    depthwise     y = sum over rows i and columns j of w[i, j] * (x shifted)
+    other groups  one convolution for each group
+    few pixels    a matmul of all pixels of an image at once with a matrix that
+                  has a kernel for each pair of an input and an output pixel
+    1x1, small    im2col: a matmul of all k * k * C inputs of each pixel
 
   Sums of bfloat16 are in float32, as in XLA's own.
   """
@@ -65,21 +67,21 @@ def conv_on_cpu(
   if options or not _are_images(lhs, rhs, dimension_numbers):
     return own(lhs, rhs, feature_group_count=feature_group_count)
   *size, inputs, features = rhs.shape
-  taps = functools.partial(_taps, lhs, size, window_strides, padding)
-  if inputs == 1 and feature_group_count == features == lhs.shape[-1]:
-    products = map(jnp.multiply, taps(), rhs.reshape(-1, features))
-    return sum(products).astype(lhs.dtype)
+  n, *side, channels = lhs.shape
+  if isinstance(padding, str):
+    padding = jax.lax.padtype_to_pads(side, size, window_strides, padding)
+  axes = tuple(map(_Axis, side, size, window_strides, padding))
+  x = lhs.astype(jnp.promote_types(lhs.dtype, jnp.float32))
+  if inputs == 1 and feature_group_count == features == channels:
+    return _depthwise(x, rhs, axes).astype(lhs.dtype)
   if feature_group_count > 1:
     parts = (jnp.split(a, feature_group_count, -1) for a in (lhs, rhs))
     return jnp.concatenate(list(map(own, *parts)), -1)
-  # Copying each input k * k times pays only beside a large matmul.
-  n, *out_px, _ = jax.eval_shape(own, lhs, rhs).shape
-  if size != [1, 1] and 4 * math.prod(out_px) > features:
+  form = _matmul_form(n, features, axes)
+  if form is None:
     return own(lhs, rhs)
-  columns = jnp.concatenate(list(taps()), -1)
-  rows = columns.reshape(n * math.prod(out_px), columns.shape[-1])
-  y = rows @ rhs.reshape(-1, features).astype(rows.dtype)
-  return y.reshape(n, *out_px, features).astype(lhs.dtype)
+  y = form(x, rhs.astype(x.dtype), axes).astype(lhs.dtype)
+  return y.reshape(n, *(axis.outputs for axis in axes), features)
 
 
 def _are_images(x: jax.Array, w: jax.Array, numbers: Any) -> bool:
@@ -95,15 +97,83 @@ def _are_images(x: jax.Array, w: jax.Array, numbers: Any) -> bool:
   )
 
 
-def _taps(
-  x: jax.Array, size: Any, strides: Any, padding: Any
-) -> Iterator[jax.Array]:
-  """Yields the inputs [N, H, W, C] under each tap, in float32 or wider."""
-  if isinstance(padding, str):
-    padding = jax.lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
-  wide = jnp.promote_types(x.dtype, jnp.float32)
-  pads = [(*pad, 0) for pad in ((0, 0), *padding, (0, 0))]
-  x = jax.lax.pad(x.astype(wide), jnp.zeros((), wide), pads)
-  rows, columns = (x.shape[1 + i] - size[i] + 1 for i in (0, 1))
-  for i, j in itertools.product(*map(range, size)):
-    yield x[:, i : i + rows : strides[0], j : j + columns : strides[1]]
+class _Axis(NamedTuple):
+  """A kernel along one axis of images, in pixels."""
+
+  side: int
+  size: int
+  stride: int
+  pads: tuple[int, int]
+
+  @property
+  def outputs(self) -> int:
+    return (self.side + sum(self.pads) - self.size) // self.stride + 1
+
+  def tap(self, x: jax.Array, axis: int, i: int) -> jax.Array:
+    """The inputs under tap `i` of all outputs: [.., outputs, ..]."""
+    x = _padded(x, axis, self.pads)
+    stop = i + (self.outputs - 1) * self.stride + 1
+    return jax.lax.slice_in_dim(x, i, stop, self.stride, axis)
+
+  def spread(self, w: jax.Array, axis: int) -> jax.Array:
+    """What each output takes of each input: [.., side, .., outputs, F]."""
+    firsts = [out * self.stride - self.pads[0] for out in range(self.outputs)]
+    kernels = [
+      _padded(w, axis, (first, self.side - self.size - first))
+      for first in firsts
+    ]
+    return jnp.stack(kernels, -2)
+
+
+def _padded(x: jax.Array, axis: int, pads: tuple[int, int]) -> jax.Array:
+  """`x` with zeros before and after; negative `pads` take away instead."""
+  config = [(0, 0, 0)] * x.ndim
+  config[axis] = (*pads, 0)
+  return jax.lax.pad(x, jnp.zeros((), x.dtype), config)
+
+
+def _depthwise(x: jax.Array, w: jax.Array, axes: Axes) -> jax.Array:
+  """y = sum_i (sum_j w[i, j] * x shifted by j) shifted by i.
+
+  The gradient of the pixels has a padded array for each shift, which XLA
+  writes to memory: one axis at a time there are 2 k and not k * k.
+  """
+  rows, columns = axes
+  shifted = [columns.tap(x, 2, j) for j in range(columns.size)]
+  sums = [sum(map(jnp.multiply, shifted, row[:, 0])) for row in w]
+  return sum(rows.tap(row, 1, i) for i, row in enumerate(sums))
+
+
+def _matmul_form(
+  n: Any, features: int, axes: Axes
+) -> Callable[..., jax.Array] | None:
+  """The matmul that pays, or None."""
+  inputs, taps, outputs = (
+    math.prod(getattr(axis, field) for axis in axes)
+    for field in ('side', 'size', 'outputs')
+  )
+  # Its matrix should not be larger than the kernel, or else than the columns.
+  if inputs <= taps and (
+    inputs * outputs <= taps
+    or (not jax.export.is_symbolic_dim(n) and inputs * features <= n * taps)
+  ):
+    return _all_pixels
+  # Copying each input k * k times pays only beside a large matmul.
+  return _im2col if taps == 1 or 4 * outputs <= features else None
+
+
+def _all_pixels(x: jax.Array, w: jax.Array, axes: Axes) -> jax.Array:
+  """x [N, H * W * C] @ matrix [H * W * C, H' * W' * F]."""
+  for i, axis in enumerate(axes):
+    w = axis.spread(w, i)
+  rows = x.reshape(x.shape[0], -1)
+  return rows @ w.reshape(rows.shape[1], -1)
+
+
+def _im2col(x: jax.Array, w: jax.Array, axes: Axes) -> jax.Array:
+  """columns [N * H' * W', k * k * C] @ kernel [k * k * C, F]."""
+  rows, columns = axes
+  strips = (rows.tap(x, 1, i) for i in range(rows.size))
+  taps = [columns.tap(s, 2, j) for s in strips for j in range(columns.size)]
+  patches = jnp.concatenate(taps, -1)
+  return patches.reshape(-1, patches.shape[-1]) @ w.reshape(-1, w.shape[-1])

@@ -50,7 +50,11 @@ FORMS = {
   '1x1, stride 2': ((2, 7, 6, 3), (1, 1, 3, 4), 2, [(0, 0), (0, 0)], 1),
   '2 px': ((2, 2, 2, 3), (3, 3, 3, 16), 1, 'SAME', 1),
   '4 to 2 px': ((2, 4, 4, 3), (3, 3, 3, 16), 2, [(1, 1), (1, 1)], 1),
+  '2 px, many images': ((8, 2, 2, 3), (3, 3, 3, 4), 1, 'SAME', 1),
+  '3x2 px, stride 2': ((9, 3, 2, 2), (3, 3, 2, 4), 2, [(1, 1), (0, 1)], 1),
+  '2x3 px, valid': ((2, 2, 3, 2), (2, 3, 2, 3), 1, 'VALID', 1),
   '1 px': ((2, 1, 1, 3), (3, 3, 3, 4), 1, 'SAME', 1),
+  '1 px, even kernel': ((2, 1, 1, 3), (2, 2, 3, 4), 2, 'SAME', 1),
   '4 px, many features': ((2, 4, 4, 2), (3, 3, 2, 64), 1, 'SAME', 1),
 }
 
@@ -135,18 +139,25 @@ TRANSFORMATIONS = {
 
 
 def loss_of_all_forms(fn):
-  """4x4 depthwise, two groups of stride 2, 2x2, 1x1: a loss of [w, ...], x."""
+  """4 px depthwise, groups of stride 2, 2 px, 1x1, 1 px: of [w, ...], x."""
 
   def loss(kernels, x):
     x = jnp.tanh(conv(fn, groups=8)(x, kernels[0]))
     x = jnp.tanh(conv(fn, 2, groups=2)(x, kernels[1]))
     x = jnp.tanh(conv(fn)(x, kernels[2]))
-    return jnp.sum(conv(fn)(x, kernels[3]) ** 2)
+    x = jnp.tanh(conv(fn)(x, kernels[3]))
+    return jnp.sum(conv(fn)(x[:, :1, :1], kernels[4]) ** 2)
 
   return loss
 
 
-KERNEL_SHAPES = ((3, 3, 1, 8), (3, 3, 4, 8), (3, 3, 8, 16), (1, 1, 16, 3))
+KERNEL_SHAPES = (
+  (3, 3, 1, 8),
+  (3, 3, 4, 8),
+  (3, 3, 8, 16),
+  (1, 1, 16, 3),
+  (3, 3, 3, 2),
+)
 
 
 def kernels_and_images(count=16, dtype=np.float64):
