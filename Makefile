@@ -6,6 +6,10 @@
 .PHONY: help setup train test lint format lock clean FORCE
 .DELETE_ON_ERROR:
 
+# Large pages for what malloc takes from the system: a step on a CPU takes its
+# buffers anew each time (docs/performance.md).
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 VENV_PYTHON = .venv/bin/python
 STAMP = .venv/.installed
 

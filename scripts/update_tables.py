@@ -178,9 +178,11 @@ def _reports(name: str) -> Iterator[tuple[str, dict]]:
     report = json.loads(path.read_text())
     machine = report['machine']
     stem = f'../results/{path.stem}'
+    tunables = machine.get('glibc_tunables')
+    pages = f', {tunables}' if tunables else ''
     head = (
       f'**{files.title(report)}** ({machine["cpu"]}, {machine["cores"]} cores, '
-      f'jax {machine["jax"]}): [JSON]({stem}.json), [CSV]({stem}.csv), '
+      f'jax {machine["jax"]}{pages}): [JSON]({stem}.json), [CSV]({stem}.csv), '
       f'[all rows]({stem}.md), [plot]({stem}.png).'
     )
     yield head, report

@@ -28,6 +28,7 @@ def machine() -> dict[str, Any]:
     'cpu': cpu_name(),
     'cores': os.cpu_count(),
     'python': platform.python_version(),
+    'glibc_tunables': os.environ.get('GLIBC_TUNABLES', ''),
   }
   for name in ('jax', 'flax', 'torch', 'timm'):
     with contextlib.suppress(metadata.PackageNotFoundError):

@@ -219,11 +219,12 @@ def fit_table(fits: list[dict[str, Any]], tolerance: float) -> str:
 def plot(report: dict[str, Any], path: epath.Path) -> None:
   """A panel for each axis: times and their lines, memory on the right."""
   rows, fits = report['rows'], report['fits']
-  figure = files.new_figure(path, (15, 8.5))
+  names = list(dict.fromkeys(row['axis'] for row in rows))
+  across, down = min(3, len(names)), -(-len(names) // 3)
+  figure = files.new_figure(path, (5 * across + 1, 4.25 * down))
   if figure is None:
     return
-  names = list(dict.fromkeys(row['axis'] for row in rows))
-  panels = list(figure.subplots(2, 3).flat)
+  panels = list(figure.subplots(down, across, squeeze=False).flat)
   for name, panel in zip(names, panels, strict=False):
     panel_of(name, panel, rows, fits)
   for panel in panels[len(names) :]:
