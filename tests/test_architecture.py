@@ -333,6 +333,7 @@ def test_help_and_version_come_before_the_imports(command, flag):
     ('evaluate', ['--workdir=/none/such'], 'no run'),
   ],
 )
+@pytest.mark.slow
 def test_what_cannot_start_says_so_before_it_looks_for_devices(
   command, arguments, message
 ):

@@ -182,6 +182,7 @@ def test_wrong_flags_are_refused(flags, message, capsys):
   assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_runs_on_more_devices_and_resumes(tmp_path, capsys):
   flags = ['--quick', '--repeats=2', '--seconds=0', '--batch_size=2']
   flags += ['--axes', 'devices', '--devices', '1', '2', '--microbatches', '1']

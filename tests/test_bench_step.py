@@ -178,6 +178,7 @@ def test_resume_keeps_rows_of_the_same_settings_only(tmp_path):
   assert files.kept_rows(args, {'a': 2}) == []
 
 
+@pytest.mark.slow
 def test_it_runs_where_there_is_jax_and_little_else(tmp_path):
   flags = ['--quick', '--batch_sizes', '2', '--repeats=1', '--seconds=0']
   output = tmp_path / 'out.json'

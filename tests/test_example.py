@@ -91,6 +91,7 @@ def example_names(tree):
 
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('tau', [0, 1, 2])
+@pytest.mark.slow
 def test_the_example_equals_the_library(example, tau):
   run = library_run(tau)
   data = helpers.random_batches(run.config, STEPS + 1, spec=run.spec)
@@ -137,6 +138,7 @@ def test_the_example_is_short_and_needs_little():
   }
 
 
+@pytest.mark.slow
 def test_the_example_runs():
   flags = ['--epochs=1', '--tau=2']
   process = subprocess.run(

@@ -110,6 +110,7 @@ def leaves_of(config, workdir, step):
 
 
 @pytest.mark.parametrize('name', CASES)
+@pytest.mark.slow
 def test_a_preset_trains_resumes_evaluates_and_exports(name, tmp_path):
   method, fields = CASES[name]
   with pytest.MonkeyPatch.context() as patch:

@@ -189,6 +189,7 @@ def test_every_field_has_its_line():
 @pytest.mark.parametrize(
   'name', [name for name, case in FIELDS.items() if isinstance(case, Case)]
 )
+@pytest.mark.slow
 def test_a_field_has_an_effect(name, disk, tmp_path, monkeypatch):
   case = FIELDS[name]
   base, value = placed(disk, case.base), case.value
@@ -242,6 +243,7 @@ def done_of(directory, limits):
   }
 
 
+@pytest.mark.slow
 def test_a_run_shows_its_settings(tmp_path, jax_cache):
   changes = {n: c.value for n, c in FIELDS.items() if isinstance(c, InRun)}
   keep, strict = changes.pop('checkpoint.keep'), 'checkpoint.strict'

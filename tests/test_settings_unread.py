@@ -105,6 +105,7 @@ SOURCES = ('digits', 'arrays', 'folder', 'array_record', 'tfrecord')
 
 
 @pytest.mark.parametrize('kind', SOURCES)
+@pytest.mark.slow
 def test_a_source_reads_or_refuses(kind, disk):
   """What is done with pixels is the same for all sources; see FIELDS."""
   base = BASELINE | disk[kind]

@@ -81,6 +81,7 @@ def unbroken(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_metrics(unbroken, tmp_path):
   train.train(settings(), str(tmp_path))
   rows = rows_without_timings(tmp_path)

@@ -82,6 +82,7 @@ def test_a_row_has_the_place_and_the_reason_apart(cache, folder, capsys):
     assert f'{path}: {reason}' in said
 
 
+@pytest.mark.slow
 def test_tensorflow_adds_no_lines_of_its_own(folder):
   root, bad = folder
   done = subprocess.run(

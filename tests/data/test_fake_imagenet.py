@@ -224,6 +224,7 @@ def test_a_folder_needs_each_class_and_a_new_directory(tmp_path):
     make_fake_imagenet.write_folder(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_directory_and_nothing_else(tmp_path):
   command = [
     sys.executable,

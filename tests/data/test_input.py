@@ -160,6 +160,7 @@ def test_a_folder_is_a_data_set_of_its_classes(fake_dirs):
 
 @pytest.mark.parametrize('kind', ['none', 'raw', 'decoded'])
 @pytest.mark.parametrize('name', [*FORMATS, 'folder'])
+@pytest.mark.slow
 def test_webp_files_are_read_as_their_pixels(name, kind, tmp_path):
   """Beside a damaged one, as PNG files are; from all that holds files."""
   photos = [odd_images.photo(40 + i, 50) for i in range(3)]

@@ -121,6 +121,7 @@ def test_a_wrong_slice_names_field_value_and_splits(text, message):
 
 
 @pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.slow
 def test_a_slice_holds_those_examples_of_the_split(fake_dirs, kind):
   train, test = {
     'digits': ('train', 'test'),
@@ -156,6 +157,7 @@ def test_a_slice_holds_those_examples_of_the_split(fake_dirs, kind):
     ('folder', 'raw'),
   ],
 )
+@pytest.mark.slow
 def test_training_sees_each_example_of_a_slice_once(fake_dirs, kind, cache):
   config = config_of(
     fake_dirs,

@@ -205,6 +205,7 @@ def test_microbatches_that_are_not_finite_are_not_applied():
 
 @pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))
 @pytest.mark.parametrize('shard_optimizer', (False, True))
+@pytest.mark.slow
 def test_gradients_are_summed_in_the_type_that_the_configuration_says(
   dtype, shard_optimizer
 ):

@@ -99,6 +99,7 @@ def eval_split():
     (('--config.eval.use_ema=true',), 'ema', 0),
   ],
 )
+@pytest.mark.slow
 def test_the_file_holds_the_chosen_weights(
   flags, name, row, directory, tmp_path
 ):

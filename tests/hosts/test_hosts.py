@@ -251,6 +251,7 @@ def program(logs, body, count=2, **options):
   return multihost.Hosts(logs, count, ['-c', code], **options)
 
 
+@pytest.mark.slow
 def test_hosts_tell_each_other_in_order(tmp_path):
   body = """
 rows = hosts.gather('a', {'host': hosts.index()})

@@ -30,6 +30,7 @@ def build(name, options=None, **kwargs):
 
 
 @pytest.mark.parametrize('name', models.MODELS)
+@pytest.mark.slow
 def test_sizes_are_those_published(name):
   entry = models.get(name)
   assert (entry.parameters is None) == (name in UNPUBLISHED)

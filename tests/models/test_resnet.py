@@ -52,6 +52,7 @@ def same_shapes(model, other):
 
 
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.slow
 def test_logits_equal_the_stored_ones_of_timm(name):
   model = models.create(name, num_classes=1000, num_routes=1)
   x = formula.images(make.IMAGES, make.SIDE_PX)[None, None]

@@ -115,6 +115,7 @@ def test_half_precision_weights_take_the_type_of_the_network(dtype, tmp_path):
 
 @pytest.mark.parametrize('train', [False, True])
 @pytest.mark.parametrize('jitted', [False, True])
+@pytest.mark.slow
 def test_loaded_weights_can_be_applied_as_they_are(train, jitted):
   """They are NumPy arrays, which lack what a traced index needs."""
   shapes = networks.abstract_variables(MODEL)

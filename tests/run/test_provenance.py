@@ -268,6 +268,7 @@ def test_export_needs_no_images_and_carries_the_class_names(run, tmp_path):
   assert run_export(directory, tmp_path / 'm.stablehlo', '--format=stablehlo')
 
 
+@pytest.mark.slow
 def test_evaluate_needs_no_training_images_and_replay_no_others(run):
   directory, folder, _ = run
   replayed = ['prog', f'--workdir={directory}', '--replay=1',
@@ -327,6 +328,7 @@ def test_a_finished_run_that_is_started_again_changes_nothing(run, capsys):
   assert done['robust_epsilon'] == 16.0
 
 
+@pytest.mark.slow
 def test_the_summary_of_an_earlier_end_is_not_the_last_ones(run):
   """A run that was lengthened, and stopped before its last evaluation."""
   directory, folder, _ = run
@@ -338,6 +340,7 @@ def test_the_summary_of_an_earlier_end_is_not_the_last_ones(run):
   assert read(directory / 'summary.json')['steps'] == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_loses_nothing(run, tmp_path):
   """Elsewhere, on data that moved: evaluations, and what it ran on before."""
   directory, folder, other = run
@@ -418,6 +421,7 @@ def recomputed(row, directory, folders):
   return 100 * np.mean(logits_of(images).argmax(-1) == np.array(labels))
 
 
+@pytest.mark.slow
 def test_every_number_is_what_its_settings_give(run, tmp_path):
   """Train, evaluate elsewhere and otherwise, resume, rerun, move, export."""
   directory, folder, other = run
