@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Axes = tuple['_Axis', '_Axis']
+_Axes = tuple['_Axis', '_Axis']
 _NHWC = ('NHWC', 'HWIO', 'NHWC')
 
 
@@ -71,15 +71,14 @@ def conv_on_cpu(
   if isinstance(padding, str):
     padding = jax.lax.padtype_to_pads(side, size, window_strides, padding)
   axes = tuple(map(_Axis, side, size, window_strides, padding))
-  x = lhs.astype(jnp.promote_types(lhs.dtype, jnp.float32))
-  if inputs == 1 and feature_group_count == features == channels:
-    return _depthwise(x, rhs, axes).astype(lhs.dtype)
-  if feature_group_count > 1:
+  depthwise = inputs == 1 and feature_group_count == features == channels
+  if feature_group_count > 1 and not depthwise:
     parts = (jnp.split(a, feature_group_count, -1) for a in (lhs, rhs))
     return jnp.concatenate(list(map(own, *parts)), -1)
-  form = _matmul_form(n, features, axes)
+  form = _depthwise if depthwise else _matmul_form(n, features, axes)
   if form is None:
     return own(lhs, rhs)
+  x = lhs.astype(jnp.promote_types(lhs.dtype, jnp.float32))
   y = form(x, rhs.astype(x.dtype), axes).astype(lhs.dtype)
   return y.reshape(n, *(axis.outputs for axis in axes), features)
 
@@ -132,7 +131,7 @@ def _padded(x: jax.Array, axis: int, pads: tuple[int, int]) -> jax.Array:
   return jax.lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
-def _depthwise(x: jax.Array, w: jax.Array, axes: Axes) -> jax.Array:
+def _depthwise(x: jax.Array, w: jax.Array, axes: _Axes) -> jax.Array:
   """y = sum_i (sum_j w[i, j] * x shifted by j) shifted by i.
 
   The gradient of the pixels has a padded array for each shift, which XLA
@@ -145,7 +144,7 @@ def _depthwise(x: jax.Array, w: jax.Array, axes: Axes) -> jax.Array:
 
 
 def _matmul_form(
-  n: Any, features: int, axes: Axes
+  n: Any, features: int, axes: _Axes
 ) -> Callable[..., jax.Array] | None:
   """The matmul that pays, or None."""
   inputs, taps, outputs = (
@@ -162,7 +161,7 @@ def _matmul_form(
   return _im2col if taps == 1 or 4 * outputs <= features else None
 
 
-def _all_pixels(x: jax.Array, w: jax.Array, axes: Axes) -> jax.Array:
+def _all_pixels(x: jax.Array, w: jax.Array, axes: _Axes) -> jax.Array:
   """x [N, H * W * C] @ matrix [H * W * C, H' * W' * F]."""
   for i, axis in enumerate(axes):
     w = axis.spread(w, i)
@@ -170,7 +169,7 @@ def _all_pixels(x: jax.Array, w: jax.Array, axes: Axes) -> jax.Array:
   return rows @ w.reshape(rows.shape[1], -1)
 
 
-def _im2col(x: jax.Array, w: jax.Array, axes: Axes) -> jax.Array:
+def _im2col(x: jax.Array, w: jax.Array, axes: _Axes) -> jax.Array:
   """columns [N * H' * W', k * k * C] @ kernel [k * k * C, F]."""
   rows, columns = axes
   strips = (rows.tap(x, 1, i) for i in range(rows.size))

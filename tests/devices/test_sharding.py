@@ -345,6 +345,12 @@ def test_groups_within_a_device_need_one_all_reduce():
 
 
 @pytest.mark.usefixtures('tiny_model')
+def test_one_device_exchanges_nothing():
+  step = build(1, 2).compile_step()
+  assert not helpers.collectives(step.as_text())
+
+
+@pytest.mark.usefixtures('tiny_model')
 def test_one_bucket_is_one_vector():
   """Of everything that is summed, or a compiler joins it to what is not."""
   run = build(8, 2, grad_buckets=1)
