@@ -1,4 +1,4 @@
-"""Measures clean and robust accuracy on the whole eval split."""
+"""Measures clean and robust accuracy on every example of a source."""
 
 from __future__ import annotations
 
@@ -135,12 +135,27 @@ def _attacked(
 
 
 class Evaluator:
-  """Evaluates weights on the whole eval split; compiles once per attack."""
+  """Evaluates weights on all examples; compiles once per attack."""
 
-  def __init__(self, run: Run, source: Source, quarantine: Quarantine):
+  def __init__(
+    self,
+    run: Run,
+    source: Source,
+    quarantine: Quarantine,
+    name: str = 'eval',
+  ):
+    """Reads nothing.
+
+    Args:
+      run: as it is evaluated.
+      source: of the examples.
+      quarantine: gets those that cannot be used, under
+      name: of the examples.
+    """
     self._run = run
     self._source = source
     self._quarantine = quarantine
+    self._name = name
     self._fns: dict[tuple[str, str], EvalFn] = {}
     self._sharding = example_sharding(run.mesh)
     self._groups = run.mesh.size  # nothing here asks for groups
@@ -224,6 +239,7 @@ class Evaluator:
       batch_size=batch_size,
       positions=positions,
       quarantine=self._quarantine,
+      name=self._name,
     )
 
 
