@@ -38,8 +38,8 @@ def scan(
 
 def repeat(count: int, fn: Callable[[Any], Any], carry: Any) -> Any:
   """Applies `fn` to `carry` `count` times; a loop only where there are more."""
-  if count == 1:
-    return fn(carry)
+  if count < 2:
+    return fn(carry) if count else carry
   unroll = True if _ON_CPU.get() and count <= _MOST else None
   return jax.lax.fori_loop(
     0, count, lambda _, carry: fn(carry), carry, unroll=unroll
