@@ -131,14 +131,6 @@ class Study:
         'tuned longer wins for that alone'
       )
 
-  @property
-  def varied(self) -> tuple[str, ...]:
-    """The fields that runs differ in, sorted."""
-    names = {'seed', *self.fields}
-    for part in (*self.arms.values(), *self.searches.values()):
-      names |= {*part.fields, *getattr(part, 'grid', ())}
-    return tuple(sorted(names - set(self.fields)))
-
   def final_cells(self, choices: Mapping[str, Fields]) -> Iterator[Cell]:
     """The runs of all arms, with what the searches chose, seed by seed."""
     most = max((arm.seeds for arm in self.arms.values()), default=0)
@@ -160,7 +152,8 @@ class Study:
 
   def _cell(self, phase, arm, run, fields, split) -> Cell:
     fields = {**self.fields, **fields, 'dataset.eval_split': split}
-    return Cell(self.config, phase, arm, run, fields)
+    axes = {f.axis for f in self.figures.values() if arm in f.arms} - {''}
+    return Cell(self.config, phase, arm, run, fields, tuple(sorted(axes)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +166,7 @@ class Cell:
     arm: or the name of the search.
     run: the seed of an arm, or the value that a search tries.
     fields: over the recipe.
+    axes: fields that it is drawn along.
   """
 
   recipe: str
@@ -180,6 +174,7 @@ class Cell:
   arm: str
   run: str
   fields: Fields
+  axes: tuple[str, ...] = ()
 
   @property
   def name(self) -> str:

@@ -87,7 +87,13 @@ class Runner:
     for cell in cells:
       _ = cell.config  # Wrong settings are errors before anything runs.
       self._copy_same(cell)
-    left = [cell for cell in cells if self._is_left(cell)]
+    left = {cell.digest: cell for cell in cells if self._is_left(cell)}
+    self._run([*left.values()])
+    for cell in cells:
+      self._copy_same(cell)
+    return [self._record.row(cell) for cell in cells]
+
+  def _run(self, left: Sequence[Cell]) -> None:
     waiting: queue.SimpleQueue[Cell] = queue.SimpleQueue()
     for cell in left:
       waiting.put(cell)
@@ -106,7 +112,6 @@ class Runner:
       for thread in threads:
         thread.join()
     self._stopped.clear()
-    return [self._record.row(cell) for cell in cells]
 
   def _is_left(self, cell: Cell) -> bool:
     row = self._record.row(cell)
@@ -116,7 +121,7 @@ class Runner:
     """Takes the row of another run of the very same settings, if any."""
     if self._record.row(cell) is None:
       for row in self._record.rows(cell.phase):
-        if row['digest'] == cell.digest and row['status'] == DONE:
+        if row['digest'] == cell.digest:
           self._record.add(row | {'cell': cell.name, 'arm': cell.arm})
           return
 
