@@ -232,7 +232,7 @@ def test_a_choice_that_resembles_nothing_is_a_config_error_too(name, value):
     ('attack.epsilon', -1.0),
     ('attack.epsilon', float('nan')),
     ('attack.step_size', -1.0),
-    ('attack.steps', 0),
+    ('attack.steps', -1),
     ('attack.random_start_prob', 1.1),
     ('attack.random_start_prob', -0.1),
     ('optimizer.learning_rate', 0.0),

@@ -105,16 +105,17 @@ def sample_start(
   """Draws the start of the attack on `image` [G, b, H, W, C].
 
   With probability `random_start_prob`, drawn once per batch-norm group, the
-  start is uniform in the epsilon-ball, else it is the clean image. A target is
-  uniform over the other classes. (The paper's code draws the former once per
-  core, whose images are its batch-norm group, and the latter alike.)
+  start is uniform in the epsilon-ball or, for random_start='extreme', in its
+  extreme points: epsilon times random signs (L-infinity) or a random direction
+  (L2). Else it is the clean image. A target is uniform over the other classes.
+  (The paper's code draws the former once per core, whose images are its
+  batch-norm group, and the latter alike.)
 
   Every draw is addressed by `places`, where these groups and examples are in
   the batch, so that it does not depend on how the batch is divided; None counts
   them from 0.
   """
   use_key, noise_key, scale_key, target_key = jax.random.split(key, 4)
-  dtype = image.dtype
   places = places or Places.of(*image.shape[:2])
 
   def per_example(draw: Callable[[jax.Array], jax.Array], key: jax.Array):
@@ -129,20 +130,7 @@ def sample_start(
   if not attack.random_start_prob:
     return Start(jnp.zeros_like(image), labels)
 
-  shape = image.shape[2:]
-  if attack.norm == 'linf':
-    noise = per_example(
-      lambda key: jax.random.uniform(key, shape, dtype, -1, 1), noise_key
-    )
-  else:
-    gauss = per_example(
-      lambda key: jax.random.normal(key, shape, dtype), noise_key
-    )
-    share = per_example(
-      lambda key: jax.random.uniform(key, (), dtype), scale_key
-    )
-    radius = share ** (1 / math.prod(shape))
-    noise = gauss / _l2_norm(gauss) * radius[..., None, None, None]
+  noise = _noise(attack, image, per_example, noise_key, scale_key)
 
   def uses_noise(group: jax.Array) -> jax.Array:
     key = jax.random.fold_in(use_key, group)
@@ -150,6 +138,34 @@ def sample_start(
 
   use = jax.vmap(uses_noise)(places.group)[:, None, None, None, None]
   return Start(jnp.where(use, attack.epsilon * noise, 0), labels)
+
+
+def _noise(
+  attack: Attack,
+  image: jax.Array,
+  per_example: Callable[..., jax.Array],
+  key: jax.Array,
+  radius_key: jax.Array,
+) -> jax.Array:
+  """Draws points of the ball of radius 1, or its extreme points, as `image`."""
+  shape, dtype = image.shape[2:], image.dtype
+  extreme = attack.random_start == 'extreme'
+  if attack.norm == 'linf' and extreme:
+    return per_example(
+      lambda key: jax.random.rademacher(key, shape, dtype), key
+    )
+  if attack.norm == 'linf':
+    return per_example(
+      lambda key: jax.random.uniform(key, shape, dtype, -1, 1), key
+    )
+  gauss = per_example(lambda key: jax.random.normal(key, shape, dtype), key)
+  on_sphere = gauss / _l2_norm(gauss)
+  if extreme:
+    return on_sphere
+  share = per_example(
+    lambda key: jax.random.uniform(key, (), dtype), radius_key
+  )
+  return on_sphere * (share ** (1 / math.prod(shape)))[..., None, None, None]
 
 
 def perturb(
@@ -196,7 +212,8 @@ def gradient_steps(
 
   where direction is g's sign (L-infinity) or g / |g|_2 per example (L2). One
   step from a clean start with step_size = epsilon is FGSM (Goodfellow et al.
-  2015, arXiv:1412.6572), more are PGD (Madry et al. 2018, arXiv:1706.06083).
+  2015, arXiv:1412.6572), more are PGD (Madry et al. 2018, arXiv:1706.06083),
+  and none, which asks for no gradient, leave the start as it is.
 
   Args:
     attack: norm, epsilon, step_size and steps.
@@ -223,8 +240,8 @@ RULES: dict[str, Rule] = {'gradient': gradient_steps}
 
 def repeat(count: int, fn: Callable[[Any], Any], carry: Any) -> Any:
   """Applies `fn` to `carry` `count` times; a loop only where there are more."""
-  if count == 1:
-    return fn(carry)
+  if count < 2:
+    return fn(carry) if count else carry
   return jax.lax.fori_loop(0, count, lambda _, carry: fn(carry), carry)
 
 

@@ -40,7 +40,7 @@ def eval_attack(config: Config, name: str) -> Attack:
   2.5 * epsilon / k (Madry et al. 2018, arXiv:1706.06083).
   """
   preset, epsilon = ATTACKS[name], config.eval.epsilon
-  steps = config.eval.attack_steps if preset.steps > 1 else 1
+  steps = config.eval.attack_steps if preset.steps > 1 else preset.steps
   return dataclasses.replace(
     preset,
     epsilon=epsilon,
