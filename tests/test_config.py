@@ -646,6 +646,8 @@ def test_an_unknown_recipe_lists_those_that_there_are():
   [
     ('digits', 'batch_size', '32'),
     ('cifar10', 'batch_size', '64'),
+    ('fashion_mnist_14px', 'batch_size', '128'),
+    ('fashion_mnist_14px', 'epochs', '24'),
     ('digits', 'method', 'baseline'),
     ('digits', 'seed', '7'),
     ('imagenet_resnet50', 'batch_size', '4096'),
