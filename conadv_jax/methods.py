@@ -28,11 +28,14 @@ class Method:
       perturbation; None where there is no `adv` view.
     attacked: the view that the perturbation is made from. It is fed to the
       step even if it is not trained on.
+    attack: a name in ATTACKS, of a method that stands for one attack; with
+      None `attack.preset` chooses.
   """
 
   views: tuple[tuple[str, str], ...]
   staleness_steps: int | None = None
   attacked: str = 'clean'
+  attack: str | None = None
 
   def __post_init__(self):
     names = [view for view, _ in self.views]
@@ -68,6 +71,12 @@ METHODS = {
   'disadv': Method((('clean', 'clean'), ('adv', 'adv')), 0),
   'conadv': Method((('clean', 'clean'), ('adv', 'adv')), 1),
   'conadv_aa': Method((('clean', 'clean'), ('aa', 'aa'), ('adv', 'adv')), 1),
+  # Rivals: AdvProp with five steps (arXiv:1911.09665); a random sign for each
+  # pixel in place of the gradient's.
+  'advprop': Method((('clean', 'clean'), ('adv', 'adv')), 0, attack='pgd'),
+  'noise': Method(
+    (('clean', 'clean'), ('adv', 'adv')), 0, attack='random_signs'
+  ),
   # Ablations: one batch norm for both views; no clean view; AutoAugment in its
   # place; a perturbation of the AutoAugment view.
   'conadv_shared_bn': Method((('clean', 'clean'), ('adv', 'clean')), 1),
@@ -93,7 +102,12 @@ class Attack(Group):
 
   prefix = 'attack.'
 
-  preset: str = setting('fgsm', 'a name in ATTACKS; fills the fields left None')
+  preset: str = setting(
+    'fgsm',
+    "a name in ATTACKS; fills the fields left None. None = the method's, or "
+    'fgsm',
+    preset=True,
+  )
   rule: str = setting(
     'gradient', 'a name in conadv_jax.method.attack.RULES', preset=True
   )

@@ -392,6 +392,21 @@ def test_the_attack_preset_fills_only_what_is_none():
   assert not attack.targeted and attack.random_start_prob == 0.0
 
 
+def test_a_method_may_stand_for_an_attack():
+  # AdvProp: five steps of 1 grey level in a ball of 4, from a random start.
+  attack = load({'method': 'advprop'}).attack
+  assert attack == ATTACKS['pgd'].resolved()
+  assert (attack.steps, attack.step_size, attack.epsilon) == (5, 1.0, 4.0)
+  assert load({'method': 'noise'}).attack == ATTACKS['random_signs']
+  assert load({'method': 'disadv'}).attack == ATTACKS['fgsm'].resolved()
+  # Its fields may differ, its name may not.
+  attack = load({'method': 'advprop', 'attack.steps': 3}).attack
+  assert (attack.preset, attack.steps) == ('pgd', 3)
+  message = error_of({'method': 'advprop', 'attack.preset': 'fgsm'})
+  assert "attack.preset='fgsm': method 'advprop' stands for 'pgd'" in message
+  assert "use method 'disadv'" in message
+
+
 def test_steps_are_sized_by_the_ball_unless_set():
   attack = load({'attack.preset': 'fgsm', 'attack.epsilon': 9.0}).attack
   assert attack.step_size == 9.0
@@ -517,6 +532,8 @@ def test_view_weights_sum_to_one():
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('preset', sorted(ATTACKS))
 def test_round_trip_through_json(method, preset):
+  if METHODS[method].attack:
+    preset = None
   config = load({'method': method, 'attack.preset': preset})
   text = json.dumps(to_dict(config), allow_nan=False)
   assert from_config_dict(json.loads(text)) == config

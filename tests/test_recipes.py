@@ -58,7 +58,8 @@ def test_every_model_loads_with_every_method_and_batch(method, batch):
     cfg = load(recipe_of(name), model=name, method=method, batch_size=batch)
     assert cfg.batch_size == BATCHES[batch]
     assert cfg.dataset.image_size_px == models.get(name).resolution_px
-    assert (cfg.attack.preset, cfg.attack.epsilon) == ('paper', 4.0)
+    preset = {'advprop': 'pgd', 'noise': 'random_signs'}.get(method, 'paper')
+    assert (cfg.attack.preset, cfg.attack.epsilon) == (preset, 4.0)
 
 
 @pytest.mark.parametrize('method', METHODS)
