@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from conadv_jax import experiment
+from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import from_config_dict, recipes
 from conadv_jax.data.quarantine import Quarantine
-from conadv_jax.run import feed
+from conadv_jax.run import evaluator, feed
 
 RECIPE = 'fashion_mnist_14px'
 
@@ -35,8 +36,18 @@ def test_the_long_baseline_has_the_flops_of_conadv():
   assert flops('method=disadv') == conadv
   # Noise costs its view; each of AdvProp's further steps two thirds of one.
   assert flops('method=noise') == 2 * baseline
+  # 1.2 of a clean step: three passes over a fifth of the images.
+  fast = flops('method=fast_advprop,epochs=60')
+  assert fast / baseline == pytest.approx(1, abs=0.01)
   steps = flops('method=advprop') - conadv
   assert steps / baseline == pytest.approx(4 * 2 / 3, abs=0.05)
+
+
+@pytest.mark.parametrize('fields', [{}, {'microbatches': '2'}])
+def test_fast_advprop_needs_groups_to_choose_from(fields):
+  build('method=fast_advprop,batch_size=1280', **fields)
+  with pytest.raises(ConfigError, match=r'batch_size=256: .* multiple of \d+'):
+    build('method=fast_advprop,batch_size=256', **fields)
 
 
 def test_rates_are_those_that_the_recipe_says():
@@ -56,6 +67,13 @@ def test_rates_are_those_that_the_recipe_says():
   assert by_argument.optimizer.nesterov
   lars = build('').config.optimizer
   assert by_argument.optimizer.weight_decay == lars.weight_decay == 1e-4
+
+
+def test_noise_is_evaluated_without_a_gradient_too():
+  config = build('').config
+  attack = evaluator.eval_attack(config, 'random_signs')
+  assert (attack.steps, attack.epsilon) == (0, config.eval.epsilon)
+  assert evaluator.eval_attack(config, 'rs_fgsm').steps == 1
 
 
 @pytest.mark.slow

@@ -226,8 +226,9 @@ class Config(Group):
     tau = self.staleness_steps
     fix = f'method {self.method!r} has no adversarial view; leave it unset'
     check(self.is_adversarial or tau == 0, 'staleness_steps', tau, fix)
-    fix = "method 'disadv' is staleness 0; use method 'conadv' for more"
-    check(self.method != 'disadv' or tau == 0, 'staleness_steps', tau, fix)
+    fix = f"method {self.method!r} is staleness 0; use method 'conadv' for more"
+    own = METHODS[self.method].staleness_steps
+    check(own != 0 or tau == 0, 'staleness_steps', tau, fix)
 
   def _check_attack(self):
     own, preset = METHODS[self.method].attack, self.attack.preset
@@ -236,6 +237,13 @@ class Config(Group):
       "method 'disadv' for other attacks"
     )
     check(own in (None, preset), 'attack.preset', preset, fix)
+    if self.adv_every:
+      fix = f'method {self.method!r} trains with its attack; leave it unset'
+      for name in (
+        'rule', 'steps', 'targeted', 'train_mode', 'update_batch_stats',
+      ):  # fmt: skip
+        value = getattr(self.attack, name)
+        check(value == getattr(Attack, name), f'attack.{name}', value, fix)
 
   def _check_loss(self):
     weights = self.loss.view_weights
@@ -254,6 +262,16 @@ class Config(Group):
   def attacked(self) -> str:
     """The view that the perturbation is made from."""
     return METHODS[self.method].attacked
+
+  @property
+  def adv_every(self) -> int:
+    """See `Method`."""
+    return METHODS[self.method].adv_every
+
+  @property
+  def shares(self) -> dict[str, float]:
+    """{view: share of the examples that is trained on in it}."""
+    return METHODS[self.method].shares
 
   @property
   def fed_views(self) -> tuple[str, ...]:
