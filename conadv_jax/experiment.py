@@ -20,7 +20,7 @@ from conadv_jax import models
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.base.fields import check
 from conadv_jax.config import Config, Steps
-from conadv_jax.data import datasets
+from conadv_jax.data import datasets, slices
 from conadv_jax.devices import sharded_optimizer, xla_flags
 from conadv_jax.devices.mesh import (
   batch_sharding,
@@ -259,9 +259,9 @@ def build(
     spec: of the data set; None looks at its files.
 
   Raises:
-    ConfigError: for an unknown data set or model, a setting that either has no
-      use for, a batch that does not divide over the devices, or a flip that the
-      data set does not allow.
+    ConfigError: for an unknown data set, model or slice, a setting that has no
+      use in them, a batch that does not divide over the devices, or a flip that
+      the data set does not allow.
   """
   spec = spec or datasets.resolve(config.dataset)
   if config.dataset.random_flip and not spec.allows_flip:
@@ -269,6 +269,8 @@ def build(
       f'dataset.random_flip=True: a mirrored image of {spec.name!r} is not of '
       'its class; set it to False'
     )
+  if config.eval.train_split:  # Raises for a wrong slice.
+    slices.parse(config.eval.train_split, spec.splits, 'eval.train_split')
   if config.dtype == 'float64' and not jax.config.jax_enable_x64:
     raise ConfigError("dtype='float64': set JAX_ENABLE_X64=1")
   steps = Steps.of(config, spec.num_train)
@@ -294,13 +296,12 @@ def build(
   peak = config.optimizer.peak_learning_rate(config.batch_size)
   schedule = schedules.make_schedule(config.schedule, steps, peak)
   optimizer = optim.make_optimizer(config.optimizer, schedule)
-  apply_fn = models.make_apply_fn(model)
   return Run(
     config=config,
     spec=spec,
     steps=steps,
     mesh=mesh,
-    apply_fn=apply_fn,
+    apply_fn=models.make_apply_fn(model),
     optimizer=optimizer,
     schedule=schedule,
     model=model,

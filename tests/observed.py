@@ -33,6 +33,7 @@ from conadv_jax.method.state import Snapshot
 from conadv_jax.models import efficientnet, resnet, vit
 from conadv_jax.run import (
   bad_steps,
+  evaluations,
   evaluator,
   feed,
   log,
@@ -202,6 +203,12 @@ def evaluation(config):
     fn = evaluator.make_eval_fn(run, attack, config.eval.route)
     texts[name] = fn.lower(weights, batch, np.int32(0)).as_text()
   return texts, weights is state.ema
+
+
+def evaluated_too(config):
+  """How many training examples are evaluated, if any."""
+  part = evaluations.train_part(config)
+  return part and datasets.resolve(part).num_eval
 
 
 def fed(config):

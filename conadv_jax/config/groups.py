@@ -334,6 +334,11 @@ class Eval(Group):
     None, 'batch-norm row; None = clean, or the first without it', preset=True
   )
   use_ema: bool = setting(False, 'evaluate the averaged weights')
+  train_split: str = setting(
+    '',
+    'training examples that are evaluated too, clean, at the end, such as '
+    "'train[:10000]'; '' = none",
+  )
 
   def __post_init__(self):
     super().__post_init__()

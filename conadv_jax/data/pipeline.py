@@ -72,6 +72,7 @@ def eval_batches(
   batch_size: int,
   positions: np.ndarray | None = None,
   quarantine: Quarantine | None = None,
+  name: str = 'eval',
 ) -> Iterator[Batch]:
   """Every example once, in order of id, in ceil(N / B) batches on every host.
 
@@ -82,6 +83,7 @@ def eval_batches(
     batch_size: examples in the global batch, B; may exceed N.
     positions: places in the global batch that this host feeds, as in `Share`.
     quarantine: gets the examples that cannot be used; None allows none.
+    name: of the examples, for the quarantine.
 
   Returns:
     Iterator over {'clean': uint8 [L, H, W, C], 'label': int32 [L], 'id': int64
@@ -105,7 +107,7 @@ def eval_batches(
   def example(image, label, *_):
     return {'clean': views.eval_view(config, image), 'label': label}
 
-  bad = BadExamples('eval', num_classes, quarantine, replace=False)
+  bad = BadExamples(name, num_classes, quarantine, replace=False)
   return map(_masked, source.batches(order, example, len(positions), bad))
 
 

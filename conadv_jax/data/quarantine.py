@@ -19,9 +19,10 @@ FEWEST = 3
 class Quarantine:
   """The bad examples of a run, and when there are too many of them.
 
-  Each is a line of a JSON Lines file: `split`, `id`, `place` (file and place in
-  it) and `reason` (why it cannot be used). A file of an earlier start is read
-  first, so that the count continues.
+  Each is a line of a JSON Lines file: `split` (`train`, `eval`, or the slice of
+  others that are evaluated), `id`, `place` (file and place in it) and `reason`
+  (why it cannot be used). A file of an earlier start is read first, so that the
+  count continues.
 
   Attributes:
     path: of that file; None keeps the list in memory only.

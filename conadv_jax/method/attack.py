@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from conadv_jax.config import Attack
+from conadv_jax.devices.loops import repeat
 from conadv_jax.devices.mesh import Places
 from conadv_jax.method import losses
 from conadv_jax.method.pixels import Batch, normalize, wide_dtype
@@ -236,13 +237,6 @@ def gradient_steps(
 
 
 RULES: dict[str, Rule] = {'gradient': gradient_steps}
-
-
-def repeat(count: int, fn: Callable[[Any], Any], carry: Any) -> Any:
-  """Applies `fn` to `carry` `count` times; a loop only where there are more."""
-  if count < 2:
-    return fn(carry) if count else carry
-  return jax.lax.fori_loop(0, count, lambda _, carry: fn(carry), carry)
 
 
 def direction(attack: Attack, g: jax.Array) -> jax.Array:

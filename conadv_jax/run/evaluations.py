@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
 from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError
-from conadv_jax.config import Config
+from conadv_jax.config import Config, Dataset
+from conadv_jax.data.quarantine import Quarantine
+from conadv_jax.data.spec import DatasetSpec
+from conadv_jax.experiment import Run
 from conadv_jax.method.state import Snapshot
-from conadv_jax.run import workdir
+from conadv_jax.run import provenance, workdir
 from conadv_jax.run.evaluator import Evaluator, eval_attack
 
 Row = dict[str, Any]
@@ -24,22 +28,72 @@ _SUBJECT = (
 )  # fmt: skip
 
 
+class Examples(NamedTuple):
+  """What is evaluated.
+
+  Attributes:
+    evaluator: of the examples.
+    data: what identifies them, see `provenance.of_result`.
+    found: the same with their classes, see `provenance.of_examples`.
+  """
+
+  evaluator: Evaluator
+  data: Mapping[str, Any]
+  found: Mapping[str, Any]
+
+
+def train_part(config: Config) -> Dataset | None:
+  """The data set with `eval.train_split` to evaluate; None where that is ''."""
+  split = config.eval.train_split
+  # Read once, so that a cache would not pay.
+  changed = {'eval_split': split, 'cache': 'none'}
+  return dataclasses.replace(config.dataset, **changed) if split else None
+
+
+def examples_of(
+  run: Run,
+  spec: DatasetSpec,
+  dataset: Dataset,
+  quarantine: Quarantine,
+  trained: Mapping[str, Any],
+) -> Examples:
+  """Opens the examples of `spec.eval_split`.
+
+  Args:
+    run: as it is evaluated.
+    spec: of the data set, as resolved.
+    dataset: how its images are prepared.
+    quarantine: of the run.
+    trained: what identifies the examples of the run.
+
+  Raises:
+    ConfigError: as `DatasetSpec.open`.
+  """
+  source = spec.open('eval', dataset)
+  found = provenance.of_examples(spec, dataset.data_dir, eval=source)
+  data = provenance.of_result(spec, found, dataset.data_dir)
+  name = f'{data["split"]} of {data["digest"]}/{data["content"]}'
+  if provenance.is_own(trained, data):
+    name = 'eval'
+  return Examples(Evaluator(run, source, quarantine, name), data, found)
+
+
 def measured(
   config: Config,
-  evaluator: Evaluator,
+  examples: Examples,
   weights: Snapshot,
   step: int,
-  data: Mapping[str, Any],
+  attacks: Sequence[str],
   before_batch: Callable[[], None],
 ) -> Iterator[Row]:
-  """Makes a row for clean images, and for each of `eval.attacks`.
+  """Makes a row for clean images, and for each of `attacks`.
 
   Args:
     config: of the run; `eval` is how it is evaluated.
-    evaluator: of the examples.
+    examples: what is evaluated.
     weights: those of `step`.
     step: that they were trained to.
-    data: what identifies the examples, see `provenance.of_result`.
+    attacks: names in ATTACKS.
     before_batch: as in `Evaluator`.
 
   Yields:
@@ -49,7 +103,7 @@ def measured(
   """
   settings = config.eval
   commit = workdir.git_commit()
-  for name in ('none', *settings.attacks):
+  for name in ('none', *attacks):
     attack = eval_attack(config, name) if name != 'none' else None
     yield {
       'step': step,
@@ -59,9 +113,9 @@ def measured(
       'epsilon': attack.epsilon if attack else 0.0,
       'attack_steps': attack.steps if attack else 0,
       'batch_size': settings.batch_size,
-      'data': dict(data),
+      'data': dict(examples.data),
       'git_commit': commit,
-      **evaluator(weights, name, before_batch=before_batch),
+      **examples.evaluator(weights, name, before_batch=before_batch),
     }
 
 

@@ -1,4 +1,4 @@
-"""Measures clean and robust accuracy on the whole eval split."""
+"""Measures clean and robust accuracy on every example of a source."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from conadv_jax import hosts
 from conadv_jax.config import Attack, Config
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.data.sources.source import Source
+from conadv_jax.devices import loops
 from conadv_jax.devices.mesh import (
   example_sharding,
   local_positions,
@@ -128,17 +129,33 @@ def _attacked(
   if attack is not None:
     key = stream_key(run.config.seed, Stream.EVAL_ATTACK, index)
     start = sample_start(attack, key, image, label, spec.num_classes)
-    delta, _ = perturb(attack, loss_fn, image, start)
+    with loops.of_mesh(run.mesh):
+      delta, _ = perturb(attack, loss_fn, image, start)
   return delta, logits_of(image + delta)
 
 
 class Evaluator:
-  """Evaluates weights on the whole eval split; compiles once per attack."""
+  """Evaluates weights on all examples; compiles once per attack."""
 
-  def __init__(self, run: Run, source: Source, quarantine: Quarantine):
+  def __init__(
+    self,
+    run: Run,
+    source: Source,
+    quarantine: Quarantine,
+    name: str = 'eval',
+  ):
+    """Reads nothing.
+
+    Args:
+      run: as it is evaluated.
+      source: of the examples.
+      quarantine: gets those that cannot be used, under
+      name: of the examples.
+    """
     self._run = run
     self._source = source
     self._quarantine = quarantine
+    self._name = name
     self._fns: dict[tuple[str, str], EvalFn] = {}
     self._sharding = example_sharding(run.mesh)
     self._groups = run.mesh.size  # nothing here asks for groups
@@ -222,6 +239,7 @@ class Evaluator:
       batch_size=batch_size,
       positions=positions,
       quarantine=self._quarantine,
+      name=self._name,
     )
 
 

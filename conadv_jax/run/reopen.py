@@ -17,12 +17,13 @@ from conadv_jax.run import compile_cache, workdir
 
 
 def parse_args(
-  argv: Sequence[str], **eval_defaults: Any
+  argv: Sequence[str], free: Sequence[str] = (), **eval_defaults: Any
 ) -> tuple[epath.Path, Config]:
   """The run's directory, and its configuration with the overrides of `argv`.
 
   Args:
     argv: `--workdir=DIR [--config.field=value ...]`.
+    free: fields that may be set besides those that every command reads.
     **eval_defaults: fields of `eval` that are not as in training by default.
 
   Raises:
@@ -33,7 +34,7 @@ def parse_args(
   values['eval'] = values.get('eval', {}) | eval_defaults
   trained = from_config_dict(values)
   config = from_config_dict(cli.parse_overrides(argv, values))
-  _check_overrides(trained, config)
+  _check_overrides(trained, config, free)
   compile_cache.use(config)
   return workdir.path_of(directory), config
 
@@ -54,14 +55,15 @@ def restore_newest(path: epath.Path, run: Run) -> tuple[int, TrainState]:
   return step, state
 
 
-def _check_overrides(trained: Config, config: Config) -> None:
-  places = (
+def _check_overrides(
+  trained: Config, config: Config, free: Sequence[str]
+) -> None:
+  free = (
     'dataset.data_dir', 'dataset.cache', 'dataset.max_bad_share',
-    'compile_cache',
+    'compile_cache', *free,
   )  # fmt: skip
-  free = ('eval.', *places)
-  for name, (old, new) in changes(trained, config, free).items():
+  for name, (old, new) in changes(trained, config, ('eval.', *free)).items():
     raise ConfigError(
       f'{name}={new!r}: the run was trained with {old!r}; only eval.*, '
-      f'{", ".join(places)} can be set here'
+      f'{", ".join(free)} can be set here'
     )

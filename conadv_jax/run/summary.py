@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from etils import epath
 from conadv_jax import hosts
 from conadv_jax.experiment import Run
 from conadv_jax.method.state import TrainState
-from conadv_jax.run import evaluations, metrics, plots, provenance
+from conadv_jax.run import evaluations, metrics, plots
 from conadv_jax.run.evaluator import (
   Evaluator,
   attacked,
@@ -37,9 +37,9 @@ def finished(path: epath.Path, step: int) -> Summary | None:
 def write_results(
   run: Run,
   path: epath.Path,
-  data: Mapping[str, Any],
+  examples: evaluations.Examples,
+  on_train: evaluations.Examples | None,
   state: TrainState,
-  evaluator: Evaluator,
   writer: metrics.Writer,
   guard: Guard,
   progress: metrics.Progress,
@@ -49,9 +49,9 @@ def write_results(
   Args:
     run: what was trained, to its last step.
     path: the work directory.
-    data: what identifies the examples, see `provenance.of_examples`.
+    examples: the eval split.
+    on_train: those of `eval.train_split`.
     state: after that step.
-    evaluator: of the test split.
     writer: of the metrics.
     guard: told what is done.
     progress: of this start of the run.
@@ -59,14 +59,17 @@ def write_results(
   Returns:
     The summary.
   """
-  rows = _evaluate(run, data, state, evaluator, writer, guard)
+  attacks = run.config.eval.attacks
+  rows = _measured(run, examples, attacks, state, guard)
+  train_rows = _measured(run, on_train, (), state, guard) if on_train else []
+  _log(run.steps.stop, rows, writer)
   guard.enter('pictures')
   seconds = writer.seconds_before + progress.seconds
 
   def write() -> Summary:
-    summary = _summarized(run, state, path, rows, seconds)
-    evaluations.store(path, rows, summary)
-    _draw(run, state, evaluator, path)
+    summary = _summarized(run, state, path, rows, train_rows, seconds)
+    evaluations.store(path, rows + train_rows, summary)
+    _draw(run, state, examples.evaluator, path)
     return summary
 
   summary = hosts.on_writer('the summary and the plots', write)
@@ -74,26 +77,30 @@ def write_results(
   return summary
 
 
-def _evaluate(
+def _measured(
   run: Run,
-  data: Mapping[str, Any],
+  examples: evaluations.Examples,
+  attacks: Sequence[str],
   state: TrainState,
-  evaluator: Evaluator,
-  writer: metrics.Writer,
   guard: Guard,
 ) -> list[evaluations.Row]:
   """Evaluates the last weights: on clean images, and by attack."""
   config, step = run.config, run.steps.stop
-  rows = list(
+  return list(
     evaluations.measured(
       config,
-      evaluator,
+      examples,
       weights_of(config, state),
       step,
-      provenance.of_result(run.spec, data, config.dataset.data_dir),
+      attacks,
       before_batch=lambda: guard.enter('last_evaluation', step),
     )
   )
+
+
+def _log(
+  step: int, rows: Sequence[evaluations.Row], writer: metrics.Writer
+) -> None:
   # All at the end: half of them would be there twice after a rerun.
   for row in rows:
     if row['attack'] == 'none':
@@ -101,7 +108,6 @@ def _evaluate(
     else:
       writer.write(step, f'test_{row["attack"]}', {'top1': row['top1']})
   writer.flush()
-  return rows
 
 
 def _summarized(
@@ -109,10 +115,12 @@ def _summarized(
   state: TrainState,
   path: epath.Path,
   rows: Sequence[evaluations.Row],
+  train_rows: Sequence[evaluations.Row],
   seconds: float,
 ) -> Summary:
-  """The numbers of the run, from `_evaluate` and metrics.jsonl."""
+  """The numbers of the run, from `_measured` and metrics.jsonl."""
   config, spikes = run.config, state.spikes
+  on_train = train_rows[0] if train_rows else {}
   clean, *attacked_rows = (row['top1'] for row in rows)
   robust = dict(zip(config.eval.attacks, attacked_rows, strict=True))
   rates = [
@@ -132,10 +140,13 @@ def _summarized(
     'route': config.eval.route,
     'use_ema': config.eval.use_ema,
     'top1': clean,
+    'train_top1': on_train.get('top1'),
+    'train_loss': on_train.get('loss'),
     'robust_top1': min(robust.values(), default=None),
     'robust_top1_by_attack': robust,
     'robust_epsilon': config.eval.epsilon,
     'images_per_sec': float(np.median(rates)) if rates else None,
+    'flops': run.flops_per_device() * run.mesh.size * run.steps.stop,
     'seconds': seconds,
     'nonfinite_steps': int(jax.device_get(state.nonfinite_steps)),
     'spike_steps': int(jax.device_get(spikes.steps)) if spikes else 0,

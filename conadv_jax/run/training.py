@@ -30,6 +30,7 @@ from conadv_jax.method.state import TrainState
 from conadv_jax.run import (
   bad_steps,
   compile_cache,
+  evaluations,
   feed,
   log,
   metrics,
@@ -84,6 +85,7 @@ def train(
     path, data, source, eval_source = _open(run, directory, guard, stack)
     quarantine = workdir.quarantine(path, config)
     evaluator = Evaluator(run, eval_source, quarantine)
+    on_train = _on_train(run, quarantine, data)
 
     guard.enter('restore')
     checkpoints = _checkpoints(path, config, stack)
@@ -103,8 +105,10 @@ def train(
     state = loop.train(source, start, state)
 
     guard.nothing_to_save('all steps are done and saved, the evaluation is not')
+    own = provenance.of_result(run.spec, data, config.dataset.data_dir)
+    examples = evaluations.Examples(evaluator, own, data)
     return summary.write_results(
-      run, path, data, state, evaluator, writer, guard, loop.progress
+      run, path, examples, on_train, state, writer, guard, loop.progress
     )
 
 
@@ -124,6 +128,17 @@ def _open(
   lock = stack.enter_context(RunLock(path))
   guard.before_leaving(lock.release)
   return path, data, source, eval_source
+
+
+def _on_train(
+  run: Run, quarantine: Quarantine, data: provenance.Data
+) -> evaluations.Examples | None:
+  """The examples of `eval.train_split`, if any are asked for."""
+  part = evaluations.train_part(run.config)
+  if part is None:
+    return None
+  spec = dataclasses.replace(run.spec, eval_split=part.eval_split)
+  return evaluations.examples_of(run, spec, part, quarantine, data)
 
 
 def _checkpoints(
