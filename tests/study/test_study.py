@@ -6,12 +6,17 @@ Whole trainings are in test_study_runs.py.
 
 import csv
 import json
+import os
+import signal
 import sys
 import textwrap
+import threading
+import time
 
 import pytest
 
 from conadv_jax.base.errors import ConfigError, Preempted
+from conadv_jax.run.lock import RunLock
 from conadv_jax.study import command, compare, design, report, results, runner
 from conadv_jax.study.design import Arm, Figure, Search, Study
 from conadv_jax.study.record import Record
@@ -217,8 +222,6 @@ def test_rows_of_other_settings_are_refused(study, tmp_path):
 
 def test_two_at_once_in_a_directory_are_refused(study, tmp_path):
   path = study()
-  from conadv_jax.run.lock import RunLock
-
   with RunLock(path), pytest.raises(ConfigError, match='in use'):
     study()
 
@@ -357,11 +360,6 @@ time.sleep(60)
 
 
 def test_a_signal_saves_the_runs_and_says_how_to_go_on(tmp_path, monkeypatch):
-  import os
-  import signal
-  import threading
-  import time
-
   fake = tmp_path / 'sleep.py'
   fake.write_text(SLEEPER)
   monkeypatch.setattr(runner, '_TRAIN', (sys.executable, str(fake)))
@@ -380,6 +378,32 @@ def test_a_signal_saves_the_runs_and_says_how_to_go_on(tmp_path, monkeypatch):
       running.run(cells)
   assert (began.parent / 'saved').exists()
   assert record.rows() == []
+
+
+def test_a_run_that_is_left_behind_is_waited_for(tmp_path, monkeypatch, capfd):
+  monkeypatch.setattr(runner, '_TRAIN', (sys.executable, '-c', ''))
+  monkeypatch.setattr(runner, '_LOCK_SECONDS', 0.1)
+  monkeypatch.setattr(results, 'row_of', lambda cell, *_: fake_row(cell))
+  record = Record(tmp_path / 'w', 'mine')
+  cell = next(make().final_cells({}))
+  directory = tmp_path / 'w' / 'cells' / cell.name
+  directory.mkdir(parents=True)
+  held = RunLock(directory)
+  held.__enter__()
+  threading.Timer(1.0, held.release).start()
+  start = time.monotonic()
+  with runner.Runner(record, 1, [], []) as running:
+    running.run([cell])
+  assert time.monotonic() - start > 1
+  assert capfd.readouterr().out.count('waiting: workdir=') == 1
+
+
+def fake_row(cell):
+  return {
+    'cell': cell.name, 'phase': cell.phase, 'arm': cell.arm, 'seed': 0,
+    'status': 'done', 'digest': cell.digest, 'top1': 1.0, 'steps': 1,
+    'seconds': 1.0,
+  }  # fmt: skip
 
 
 # ---- The report -------------------------------------------------------------
