@@ -153,8 +153,10 @@ class Run:
       V * (3 F - S) + k * 2 F
 
     where S is the gradient of the pixels through the first layer, which
-    training does not need. `remat` adds a forward pass to each. A multiply-add
-    counts as two, on padding too, as in papers; XLA does not count padding.
+    training does not need. `remat` adds a forward pass to each. A view that
+    only a share of the examples has counts as that share, and so does its
+    attack, whose backward pass is whole then: 3 F. A multiply-add counts as
+    two, on padding too, as in papers; XLA does not count padding.
 
     Args:
       again: whether to count what `remat` computes a second time.
@@ -163,9 +165,10 @@ class Run:
     layers = summary.multiply_adds(self.model, self.spec.image_shape)
     forward, stem = 2 * sum(layers), 2 * layers[0]
     once_more = forward if again and config.remat != 'none' else 0
-    attack = config.attack.steps if config.is_adversarial else 0
     view = 3 * forward - stem + once_more
-    per_example = len(config.views) * view + attack * (2 * forward + once_more)
+    gradient = (3 if config.adv_every else 2) * forward + once_more
+    attack = config.shares.get('adv', 0) * config.attack.steps
+    per_example = sum(config.shares.values()) * view + attack * gradient
     return config.batch_size / self.mesh.size * per_example
 
   def local_positions(self) -> np.ndarray:
@@ -224,6 +227,19 @@ def _check_network(config: Config) -> None:
     )
 
 
+def _check_groups(config: Config, mesh: jax.sharding.Mesh) -> None:
+  """Refuses parts of a batch that cannot be divided between views."""
+  parts = config.microbatches * mesh.shape['data']
+  groups, every = config.batch_size // config.bn_group_size, config.adv_every
+  fix = (
+    f'method {config.method!r} attacks one of {every} batch-norm groups, and '
+    f'each of {parts} devices and microbatches has {groups / parts:g}; set a '
+    f'multiple of {every * parts * config.bn_group_size}, or smaller groups'
+  )
+  ok = not every or groups % (every * parts) == 0
+  check(ok, 'batch_size', config.batch_size, fix)
+
+
 def _check_trace(config: Config, steps: Steps) -> None:
   _, end = config.profile.span
   fix = f'the run has steps 1 to {steps.stop}'
@@ -262,6 +278,7 @@ def build(
   mesh = make_mesh(
     config.batch_size, config.bn_group_size, devices, config.microbatches
   )
+  _check_groups(config, mesh)
   sharded_optimizer.check_shards(config, mesh)
   _check_network(config)
   options = {f'network.{k}': v for k, v in vars(config.network).items()}
@@ -279,13 +296,12 @@ def build(
   peak = config.optimizer.peak_learning_rate(config.batch_size)
   schedule = schedules.make_schedule(config.schedule, steps, peak)
   optimizer = optim.make_optimizer(config.optimizer, schedule)
-  apply_fn = models.make_apply_fn(model)
   return Run(
     config=config,
     spec=spec,
     steps=steps,
     mesh=mesh,
-    apply_fn=apply_fn,
+    apply_fn=models.make_apply_fn(model),
     optimizer=optimizer,
     schedule=schedule,
     model=model,

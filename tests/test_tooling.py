@@ -193,12 +193,12 @@ def test_a_wheel_trains_a_shipped_recipe_in_another_folder(tmp_path):
 SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 # Arguments of scripts that are no paths.
 NO_PATHS = {
-  'axes', 'batch_size', 'batch_sizes', 'check', 'compile_peer', 'count',
-  'devices', 'dtype', 'file_format', 'folder', 'memory_batches', 'methods',
-  'microbatches', 'model', 'name', 'no_peer', 'num_eval', 'num_shards',
-  'num_train', 'optimizer', 'policy', 'quick', 'repeats', 'resolution',
-  'resolutions', 'resume', 'root', 'seconds', 'seed', 'seeds', 'staleness',
-  'task', 'tolerance',
+  'axes', 'balanced', 'batch_size', 'batch_sizes', 'check', 'compile_peer',
+  'count', 'devices', 'dtype', 'file_format', 'folder', 'memory_batches',
+  'methods', 'microbatches', 'model', 'name', 'no_peer', 'num_eval',
+  'num_shards', 'num_train', 'optimizer', 'policy', 'quick', 'repeats',
+  'resolution', 'resolutions', 'resume', 'root', 'seconds', 'seed', 'seeds',
+  'staleness', 'task', 'tolerance',
 }  # fmt: skip
 
 

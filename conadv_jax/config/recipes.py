@@ -22,6 +22,7 @@ import ml_collections
 from conadv_jax.base import fields
 from conadv_jax.base.errors import ConfigError, unknown
 from conadv_jax.config import Config, check_not_renamed
+from conadv_jax.methods import METHODS
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 # In a wheel recipes are in the package, in a checkout beside it.
@@ -134,7 +135,12 @@ def batch_size_of(text: str) -> int:
 
 
 def set_imagenet(c: ml_collections.ConfigDict, image_size_px: int) -> None:
-  """Sets ImageNet, resized without antialiasing as in the paper's code."""
+  """Sets ImageNet, resized and attacked as in the paper's code.
+
+  Without antialiasing; methods that stand for an attack keep theirs.
+  """
+  fields.check_choice('method', c.method, METHODS)
+  c.attack.preset = METHODS[c.method].attack or 'paper'
   c.dataset.name = 'imagenet2012'
   c.dataset.image_size_px = image_size_px
   c.dataset.random_flip = True

@@ -10,7 +10,7 @@ G, V, b: batch-norm groups, views, examples per group, all of one device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.struct
@@ -53,10 +53,50 @@ class Means:
   top1_V: jax.Array
 
 
-def weighted_loss(config: Config, loss_V: jax.Array) -> jax.Array:
-  """Computes the mean over views [V], with the weights of the config."""
-  weights = config.loss.weights_of(tuple(view for view, _ in config.views))
+def weighted_loss(
+  config: Config, views: Iterable[str], loss_V: jax.Array
+) -> jax.Array:
+  """Computes the mean over `views` [V], with the weights of the config."""
+  weights = config.loss.weights_of({v: config.shares[v] for v in views})
   return jnp.dot(jnp.array(weights, loss_V.dtype), loss_V)
+
+
+def training_loss(
+  setup: Setup,
+  params: Any,
+  batch_stats: Any,
+  images: dict[str, jax.Array],
+  label: jax.Array,
+  step: jax.Array,
+  places: Places,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Any]]:
+  """Computes the training loss of `images`, in one pass over their views.
+
+  Returns:
+    The loss, and of each view loss and accuracy [V], and batch statistics; see
+    `loss_gradient`.
+  """
+  config = setup.config
+  routes = tuple(config.route_of(view) for view in images)
+  key = stream_key(config.seed, Stream.DROPOUT, step)
+  x_GVbHWC = jnp.stack(
+    [normalize(setup.spec, image) for image in images.values()], 1
+  )
+  logits, stats = setup.apply_fn(
+    {'params': params, 'batch_stats': batch_stats},
+    x_GVbHWC,
+    routes,
+    True,
+    key,
+    places.example,
+  )
+  labels_GVb = jnp.broadcast_to(label[:, None], logits.shape[:-1])
+  loss_GVb = losses.cross_entropy(
+    logits, labels_GVb, config.loss.label_smoothing
+  )
+  loss_V = loss_GVb.mean((0, 2))
+  top1_V = 100 * losses.top1(logits, labels_GVb).mean((0, 2))
+  return weighted_loss(config, images, loss_V), (loss_V, top1_V, stats)
 
 
 def loss_gradient(
@@ -82,29 +122,9 @@ def loss_gradient(
   Returns:
     This device's `Means`; there are no `attack_stats`.
   """
-  config = setup.config
-  routes = tuple(config.route_of(view) for view, _ in config.views)
-  key = stream_key(config.seed, Stream.DROPOUT, step)
-
-  def loss_fn(params, batch_stats):
-    variables = {'params': params, 'batch_stats': batch_stats}
-    x_GVbHWC = jnp.stack(
-      [normalize(setup.spec, image) for image in images.values()], 1
-    )
-    logits, stats = setup.apply_fn(
-      variables, x_GVbHWC, routes, True, key, places.example
-    )
-    labels_GVb = jnp.broadcast_to(label[:, None], logits.shape[:-1])
-    loss_GVb = losses.cross_entropy(
-      logits, labels_GVb, config.loss.label_smoothing
-    )
-    loss_V = loss_GVb.mean((0, 2))
-    top1_V = 100 * losses.top1(logits, labels_GVb).mean((0, 2))
-    return weighted_loss(config, loss_V), (loss_V, top1_V, stats)
-
-  (_, (loss_V, top1_V, stats)), grads = jax.value_and_grad(
-    loss_fn, has_aux=True
-  )(weights.params, weights.batch_stats)
+  grads, (loss_V, top1_V, stats) = jax.grad(training_loss, 1, has_aux=True)(
+    setup, weights.params, weights.batch_stats, images, label, step, places
+  )
   return Means(grads, stats, None, loss_V, top1_V)
 
 
