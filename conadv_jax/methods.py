@@ -127,6 +127,11 @@ class Attack(Group):
       )
 
   @property
+  def is_random(self) -> bool:
+    """Whether two attacks on an image may differ."""
+    return self.targeted or self.random_start_prob > 0
+
+  @property
   def default_step_size(self) -> float:
     """The size of a step where `step_size` is None, in grey levels of 255."""
     return self.epsilon if self.steps == 1 else self.epsilon / 4
