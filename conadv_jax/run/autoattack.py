@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from conadv_jax import hosts
@@ -63,13 +63,13 @@ def check_count(count: int) -> None:
 def attack(
   run: Run,
   weights: Snapshot,
-  route: str,
   images: np.ndarray,
   labels: np.ndarray,
   *,
   norm: str,
   epsilon: float,
   names: Sequence[str] = STANDARD,
+  before_batch: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Attacks images with each of `names` in turn, as long as they resist.
 
@@ -77,14 +77,14 @@ def attack(
   arXiv:2003.01690).
 
   Args:
-    run: as it is evaluated.
+    run: as it is evaluated, on the route `eval.route`.
     weights: of the network.
-    route: batch-norm row.
     images: uint8 [N, H, W, C].
     labels: int [N].
     norm: 'linf' or 'l2'.
     epsilon: radius in grey levels of 255.
     names: of ATTACKS.
+    before_batch: called before each pass through the network; may raise.
 
   Returns:
     Adversarial images in grey levels, float32 [N, H, W, C], clean where no
@@ -96,11 +96,10 @@ def attack(
 
   size = min(run.config.eval.batch_size, len(images))
   made = AutoAttack(
-    _torch_network(*_functions(run, weights, route)),
+    torch_network(run, weights, before_batch),
     norm=_NORMS[norm],
     eps=epsilon / 255,
     seed=run.config.seed,
-    version='standard',
   )
   made.attacks_to_run = list(names)
   # The package's own nine are more than few classes have.
@@ -115,54 +114,45 @@ def attack(
   return 255 * found.numpy().transpose(0, 2, 3, 1), predicted.numpy()
 
 
-def _functions(
-  run: Run, weights: Snapshot, route: str, size: int
-) -> tuple[Callable, Callable]:
-  """Logits of pixels, and the product of their gradient, as NumPy functions.
+def torch_network(
+  run: Run, weights: Snapshot, before_batch: Callable[[], None] = lambda: None
+) -> Callable[[Any], Any]:
+  """Returns the function of tensors [N, C, H, W] in [0, 1] -> logits [N, K].
 
-  Of images float32 [N, C, H, W] in [0, 1], N at most `size`. The package asks
-  for any N, so they are padded to a few sizes: each is compiled.
+  PyTorch gets its gradient, too. N may be anything: images are padded to a few
+  sizes, each of which is compiled once.
   """
-  weights = jax.tree.map(np.asarray, jax.device_get(weights))
-
-  def logits_of(weights, x):
-    pixels = 255 * x.transpose(0, 2, 3, 1)[None]
-    return make_logits_fn(run, weights, route)(pixels)[0]
-
-  @jax.jit
-  def pulled_back(weights, x, g):
-    return jax.vjp(lambda x: logits_of(weights, x), x)[1](g)[0]
-
-  forward = jax.jit(logits_of)
-
-  def padded(x: np.ndarray) -> np.ndarray:
-    wanted = _SMALLEST_BATCH
-    while wanted < len(x):
-      wanted *= 2
-    return np.pad(x, [(0, wanted - len(x)), *[(0, 0)] * (x.ndim - 1)])
-
-  def logits(x: np.ndarray) -> np.ndarray:
-    return np.array(forward(weights, jnp.asarray(padded(x))))[: len(x)]
-
-  def gradient(x: np.ndarray, g: np.ndarray) -> np.ndarray:
-    return np.array(pulled_back(weights, padded(x), padded(g)))[: len(x)]
-
-  return logits, gradient
-
-
-def _torch_network(logits: Callable, gradient: Callable):
-  """A module of PyTorch of the two functions."""
   import torch
 
-  class Function(torch.autograd.Function):
+  weights = jax.tree.map(np.asarray, jax.device_get(weights))
+
+  @jax.jit
+  def forward(weights, x):
+    pixels = 255 * x.transpose(0, 2, 3, 1)[None]
+    return make_logits_fn(run, weights, run.config.eval.route)(pixels)[0]
+
+  @jax.jit
+  def backward(weights, x, g):
+    return jax.vjp(lambda x: forward(weights, x), x)[1](g)[0]
+
+  def called(fn: Callable, *tensors: Any) -> Any:
+    before_batch()
+    arrays = [tensor.detach().numpy() for tensor in tensors]
+    count = len(arrays[0])
+    size = max(_SMALLEST_BATCH, 1 << (count - 1).bit_length())
+    padded = [
+      np.pad(x, [(0, size - count), *[(0, 0)] * (x.ndim - 1)]) for x in arrays
+    ]
+    return torch.from_numpy(np.array(fn(weights, *padded))[:count])
+
+  class Network(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
       ctx.save_for_backward(x)
-      return torch.from_numpy(logits(x.detach().numpy()))
+      return called(forward, x)
 
     @staticmethod
     def backward(ctx, g):
-      (x,) = ctx.saved_tensors
-      return torch.from_numpy(gradient(x.detach().numpy(), g.numpy()))
+      return called(backward, *ctx.saved_tensors, g)
 
-  return Function.apply
+  return Network.apply

@@ -15,6 +15,7 @@ from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import Attack, Config, Dataset
 from conadv_jax.data import imagenet_sets
 from conadv_jax.data.quarantine import Quarantine
+from conadv_jax.data.sources.source import sha256_digits
 from conadv_jax.data.spec import DatasetSpec
 from conadv_jax.experiment import Run
 from conadv_jax.method.state import Snapshot
@@ -29,6 +30,9 @@ _SUBJECT = (
   'step', 'route', 'use_ema', 'attack', 'norm', 'epsilon', 'attack_steps',
   'restarts', 'batch_size', 'data', 'git_commit', 'weights',
 )  # fmt: skip
+
+
+Found = tuple[Row, Outcomes]
 
 
 class Examples(NamedTuple):
@@ -93,17 +97,17 @@ def measured(
   config: Config,
   examples: Examples,
   weights: Snapshot,
-  step: int,
+  step: int | None,
   attacks: Sequence[Attack],
   before_batch: Callable[[], None],
-) -> Iterator[tuple[Row, Outcomes]]:
+) -> Iterator[Found]:
   """Makes a row for clean images, and for each of `attacks`.
 
   Args:
     config: of the run; `eval` is how it is evaluated.
     examples: what is evaluated.
     weights: those of `step`.
-    step: that they were trained to.
+    step: that they were trained to; None where that is not known.
     attacks: from `eval_attack`.
     before_batch: as in `Evaluator`.
 
@@ -138,6 +142,39 @@ def measured(
       'git_commit': commit,
     }
     yield row | scores.of(made) | dropped, made
+
+
+def replaced(row: Row, changes: Mapping[str, Any], outcomes: Outcomes) -> Row:
+  """`row` with `changes` of its subject, and other outcomes.
+
+  Those are of images that could be decoded, as `bad_examples` says.
+  """
+  bad = {k: row[k] for k in ('bad_examples',) if k in row}
+  return {**row, **changes, **scores.of(outcomes), **bad}
+
+
+def of_corruptions(rows: Sequence[Row]) -> Row:
+  """Makes the row of ImageNet-C from those of its data sets.
+
+  Returns:
+    A row with `ce`, the error of each corruption, `mce`, their mean, and mean
+    `top1`, all of clean images.
+  """
+  rows = [row for row in rows if row['attack'] == 'none']
+  errors = imagenet_sets.corruption_errors(
+    {row['data']['name']: row['top1'] for row in rows}
+  )
+  data = {**rows[0]['data'], 'name': imagenet_sets.CORRUPTED}
+  data['num_examples'] = sum(row['data']['num_examples'] for row in rows)
+  for key in ('digest', 'content'):
+    data[key] = sha256_digits([row['data'][key] for row in rows])
+  return {
+    **subject(rows[0]),
+    'data': data,
+    'top1': float(np.mean([row['top1'] for row in rows])),
+    'mce': float(np.mean(list(errors.values()))),
+    'ce': errors,
+  }
 
 
 def read(file: epath.Path) -> Row:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,7 @@ from etils import epath
 from conadv_jax.base import storage
 from conadv_jax.data.sources.source import sha256_digits
 from conadv_jax.run import evaluations, plots, workdir
-from conadv_jax.run.evaluations import Row
-from conadv_jax.run.scores import Outcomes
+from conadv_jax.run.evaluations import Found, Row
 
 _SHOWN = 20  # classes that are printed
 HEAD = (
@@ -38,7 +37,7 @@ def line(row: Row) -> str:
 
 
 def by_class(
-  found: Sequence[tuple[Row, Outcomes]], class_names: Sequence[str]
+  found: Sequence[Found], class_names: Sequence[str]
 ) -> list[dict[str, Any]]:
   """Computes the accuracy of each class, the worst first.
 
@@ -71,7 +70,7 @@ def by_class(
 
 
 def write_by_class(
-  found: Sequence[tuple[Row, Outcomes]],
+  found: Sequence[Found],
   class_names: Sequence[str],
   folder: epath.Path,
 ) -> str:
@@ -154,34 +153,3 @@ def write_curves(
     workdir.write_json(path.with_suffix('.json'), {**what, 'points': points})
     paths.append(path)
   return paths
-
-
-# ---- ImageNet-C -------------------------------------------------------------
-
-
-def corruption_row(
-  rows: Sequence[Row], errors: Mapping[str, float], name: str
-) -> Row:
-  """Makes the row of all corruptions from the clean one of each data set.
-
-  Args:
-    rows: of the same weights.
-    errors: of each corruption in percent, from `corruption_errors`.
-    name: of all of them.
-
-  Returns:
-    A row with `mce`, their mean, `ce`, themselves, and mean `top1`.
-  """
-  data = [row['data'] for row in rows]
-  identity = {
-    key: sha256_digits([part[key] for part in data])
-    for key in ('digest', 'content')
-  }
-  total = sum(part['num_examples'] for part in data)
-  return {
-    **evaluations.subject(rows[0]),
-    'data': {**data[0], 'name': name, 'num_examples': total} | identity,
-    'top1': float(np.mean([row['top1'] for row in rows])),
-    'mce': float(np.mean(list(errors.values()))),
-    'ce': dict(errors),
-  }

@@ -119,11 +119,11 @@ def foolbox_top1(trained, name, norm, steps):
   foolbox = pytest.importorskip('foolbox')
   torch = pytest.importorskip('torch')
   _, run, weights, images, labels = trained
-  functions = autoattack._functions(run, weights, 'clean')
+  network = autoattack.torch_network(run, weights)
 
   class Module(torch.nn.Module):
     def forward(self, x):
-      return autoattack._torch_network(*functions)(x)
+      return network(x)
 
   model = foolbox.PyTorchModel(Module().eval(), bounds=(0, 1), device='cpu')
   x = torch.from_numpy(np.float32(images).transpose(0, 3, 1, 2) / 255)
@@ -177,7 +177,6 @@ def test_autoattack_agrees_with_us_and_is_stronger_than_pgd(norm, trained):
   adversarial, predicted = autoattack.attack(
     run,
     weights,
-    'clean',
     images,
     labels,
     norm=norm,
