@@ -34,6 +34,8 @@ INSTALL_REQUIRES = [
   'importlib_resources>=6.0',
   # The jax that an older Python can take is chosen by pip: 0.10 on 3.11.
   'jax>=0.10',
+  # Reports of studies.
+  'markdown>=3.6',
   'matplotlib>=3.9',
   'ml_collections>=1.0',
   'numpy>=2.0',
@@ -41,6 +43,7 @@ INSTALL_REQUIRES = [
   'orbax-checkpoint>=0.11.30',
   'pillow>=10.1',
   'safetensors>=0.5',
+  'scipy>=1.13',
   'tensorboard>=2.18',
   f'tensorflow-cpu>=2.20; {HAS_TENSORFLOW_CPU}',
   f'tensorflow>=2.20; {NO_TENSORFLOW_CPU}',
@@ -73,6 +76,7 @@ COMMANDS = {
   'evaluate': 'evaluate',
   'export': 'export.__main__',
   'audit': 'audit.__main__',
+  'study': 'study.__main__',
   'models': 'models.__main__',
   'supervise': 'supervise',
 }
@@ -104,6 +108,7 @@ setuptools.setup(
   packages=[
     *setuptools.find_packages(include=['conadv_jax', 'conadv_jax.*']),
     'conadv_jax.configs',
+    'conadv_jax.configs.studies',
   ],
   package_dir={'conadv_jax.configs': 'configs'},
   package_data={'conadv_jax': ['py.typed', 'data/sources/digits.npz']},

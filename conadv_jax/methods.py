@@ -79,6 +79,10 @@ METHODS = {
 }
 
 
+# What an attack that computes no gradient has no use for.
+_NO_GRADIENT = {'steps': (0,)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Attack(Group):
   """An attack says how a perturbation is made.
@@ -103,16 +107,36 @@ class Attack(Group):
     'per step, in grey levels of 255; None = epsilon for one step, epsilon / 4 '
     'for more',
     preset=True,
+    unread=_NO_GRADIENT,
   )
-  steps: int = number(1, '>= 1', 'gradient steps k', preset=True)
+  steps: int = number(
+    1,
+    '>= 0',
+    'gradient steps k; 0 = the start is the perturbation',
+    preset=True,
+  )
   targeted: bool = setting(
-    False, 'towards a random other class, not away from the label', preset=True
+    False,
+    'towards a random other class, not away from the label',
+    preset=True,
+    unread=_NO_GRADIENT,
+  )
+  random_start: str = choice(
+    'ball',
+    ('ball', 'extreme'),
+    'uniform in the ball, or in its extreme points: each pixel at +-epsilon '
+    '(linf), all directions at a distance of epsilon (l2)',
+    preset=True,
+    unread={'random_start_prob': (0.0,)},
   )
   random_start_prob: float = number(
     0.0, 'in [0, 1]', 'a probability; 0 = always a clean start', preset=True
   )
   train_mode: bool = setting(
-    True, 'batch norm uses the statistics of the batch', preset=True
+    True,
+    'batch norm uses the statistics of the batch',
+    preset=True,
+    unread=_NO_GRADIENT,
   )
   update_batch_stats: bool = setting(
     False, 'the attack moves the running statistics of batch norm', preset=True
@@ -120,10 +144,11 @@ class Attack(Group):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.update_batch_stats and not self.train_mode:
+    if self.update_batch_stats and not (self.train_mode and self.steps):
       raise ConfigError(
-        'attack.update_batch_stats=True: needs attack.train_mode=True: in '
-        'evaluation mode the attack computes no batch statistics'
+        'attack.update_batch_stats=True: without a gradient in training mode '
+        'there are no statistics of its batch; set attack.steps >= 1 and '
+        'attack.train_mode=True'
       )
 
   @property
@@ -132,8 +157,10 @@ class Attack(Group):
     return self.targeted or self.random_start_prob > 0
 
   @property
-  def default_step_size(self) -> float:
+  def default_step_size(self) -> float | None:
     """The size of a step where `step_size` is None, in grey levels of 255."""
+    if not self.steps:
+      return None
     return self.epsilon if self.steps == 1 else self.epsilon / 4
 
   def resolved(self) -> Attack:
@@ -150,4 +177,8 @@ ATTACKS = {
   'fgsm': Attack('fgsm'),
   'paper': Attack('paper', targeted=True, random_start_prob=0.8),
   'pgd': Attack('pgd', steps=5, random_start_prob=1.0),
+  # A control without a gradient: epsilon times a random sign for each pixel.
+  'random_signs': Attack(
+    'random_signs', steps=0, random_start='extreme', random_start_prob=1.0
+  ),
 }

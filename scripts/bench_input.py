@@ -131,7 +131,9 @@ def peer(
   """A DataLoader over torchvision's ImageFolder: clean, or clean and aa."""
 
   def run(root, num_images):
-    _define_torchvision_ops()
+    from scripts.bench import torch_step
+
+    torch_step.import_timm()  # also beside a torch of another build
     import torch
     from torchvision import datasets
 
@@ -180,18 +182,6 @@ def _transforms(library: str, policy: str):
     return t.Compose([crop, t.RandomHorizontalFlip(), *extra, t.PILToTensor()])
 
   return make(), make(t.AutoAugment(t.AutoAugmentPolicy.IMAGENET))
-
-
-def _define_torchvision_ops() -> None:
-  """Lets torchvision's Python code import beside a torch of another build."""
-  import torch
-
-  library = torch.library.Library('torchvision', 'DEF')
-  for name in ('nms', 'qnms'):
-    library.define(
-      f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor'
-    )
-  globals()['_kept'] = library  # its end would take the definitions back
 
 
 ROWS = {

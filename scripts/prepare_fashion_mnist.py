@@ -1,16 +1,23 @@
 """Builds the TFDS data set `fashion_mnist` from local IDX files, offline.
 
 Run:  python scripts/prepare_fashion_mnist.py [--idx_dir=DIR] [--data_dir=DIR]
+          [--balanced]
 
 The files are those of github.com/zalandoresearch/fashion-mnist, gzipped or not;
 on Debian and Ubuntu, `apt install dataset-fashion-mnist` puts them where
 --idx_dir looks by default. The result is what `tfds.load('fashion_mnist')`
 reads. A second run does nothing.
+
+With --balanced, the result is `fashion_mnist_balanced`: the same examples, but
+class i at the places i, 10 + i, 20 + i, ..., within a class in the order of the
+IDX files. So any slice whose bounds are multiples of ten has as many examples
+of each class.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import gzip
 import hashlib
@@ -94,6 +101,31 @@ class LocalFashionMnist(
     )
 
 
+class BalancedFashionMnist(LocalFashionMnist, skip_registration=True):
+  """The same examples in an order in which the classes take turns."""
+
+  name = 'fashion_mnist_balanced'
+
+  def _info(self):
+    usual = super()._info()
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=f'{usual.description} In this order the classes take turns.',
+      features=usual.features,
+      supervised_keys=usual.supervised_keys,
+      homepage=usual.homepage,
+      citation=usual.citation,
+      disable_shuffling=True,  # The order is that of the keys.
+    )
+
+  def _examples(self, prefix: str):
+    seen = collections.Counter()
+    for _, example in super()._examples(prefix):
+      label = int(example['label'])
+      yield 10 * seen[label] + label, example
+      seen[label] += 1
+
+
 def find_files(idx_dir: str, names: Sequence[str]) -> dict[str, pathlib.Path]:
   """The path of each file, gzipped or not; IdxError lists the missing ones."""
   found, missing = {}, []
@@ -137,7 +169,11 @@ def read_checked(path: pathlib.Path, expected: IdxFile) -> bytes:
 
 
 def prepare(
-  idx_dir: str, data_dir: str, files: Mapping[str, IdxFile] = FILES
+  idx_dir: str,
+  data_dir: str,
+  files: Mapping[str, IdxFile] = FILES,
+  *,
+  balanced: bool = False,
 ) -> str:
   """Builds the data set unless it is there.
 
@@ -145,6 +181,7 @@ def prepare(
     idx_dir: directory of the four IDX files.
     data_dir: TFDS data directory; '' is TFDS's default.
     files: what the four files must hold, by name.
+    balanced: whether the classes take turns; another data set by name.
 
   Returns:
     The directory of the prepared data set.
@@ -153,9 +190,8 @@ def prepare(
     IdxError: an input file is wrong, or the output directory is half-prepared.
   """
   with tempfile.TemporaryDirectory() as raw_dir:
-    builder = LocalFashionMnist(
-      raw_dir=raw_dir, files=files, data_dir=data_dir or None
-    )
+    made = BalancedFashionMnist if balanced else LocalFashionMnist
+    builder = made(raw_dir=raw_dir, files=files, data_dir=data_dir or None)
     if (builder.data_path / 'dataset_info.json').exists():
       print(f'already prepared: {builder.data_dir}')
       return builder.data_dir
@@ -189,9 +225,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     help='TFDS data directory (default: $TFDS_DATA_DIR or'
     ' ~/tensorflow_datasets)',
   )
+  parser.add_argument(
+    '--balanced',
+    action='store_true',
+    help='make fashion_mnist_balanced, in which the classes take turns',
+  )
   args = parser.parse_args(argv)
   try:
-    prepare(args.idx_dir, args.data_dir)
+    prepare(args.idx_dir, args.data_dir, balanced=args.balanced)
   except (IdxError, OSError) as error:
     parser.error(str(error))
 

@@ -31,6 +31,7 @@ ROOMS = {
   'supervise': 'start a run again (command)',
   'evaluate': 'clean and robust accuracy (command)',
   'train': 'train one configuration (command)',
+  'study': 'grids of runs that answer a question (command)',
   'export': "a run's network for timm or serving (command)",
   'audit': 'the step, compiled for a TPU slice (command)',
 }

@@ -232,7 +232,7 @@ def test_a_choice_that_resembles_nothing_is_a_config_error_too(name, value):
     ('attack.epsilon', -1.0),
     ('attack.epsilon', float('nan')),
     ('attack.step_size', -1.0),
-    ('attack.steps', 0),
+    ('attack.steps', -1),
     ('attack.random_start_prob', 1.1),
     ('attack.random_start_prob', -0.1),
     ('optimizer.learning_rate', 0.0),
@@ -646,6 +646,8 @@ def test_an_unknown_recipe_lists_those_that_there_are():
   [
     ('digits', 'batch_size', '32'),
     ('cifar10', 'batch_size', '64'),
+    ('fashion_mnist_14px', 'batch_size', '128'),
+    ('fashion_mnist_14px', 'epochs', '24'),
     ('digits', 'method', 'baseline'),
     ('digits', 'seed', '7'),
     ('imagenet_resnet50', 'batch_size', '4096'),

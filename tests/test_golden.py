@@ -31,6 +31,7 @@ FOLDER = pathlib.Path(__file__).parent / 'golden'
 BATCHES = {
   'digits': (64, 320, 1280),
   'fashion_mnist': (256, 2048),
+  'fashion_mnist_14px': (128, 512, 1280),
   'cifar10': (256, 2048),
   'imagenet_resnet50': (256, 4096, 8192, 16384, 32768, 65536, 98304),
   'imagenet_efficientnet': (256, 4096, 8192, 16384, 32768, 65536, 98304),

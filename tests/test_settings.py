@@ -66,6 +66,7 @@ EMA, SPIKE = {'ema.decay': 0.9}, {'spike.sigmas': 6.0}
 ARRAYS = {'dataset.name': 'arrays'}
 AA = {'method': 'conadv_aa', 'dataset.crop_padding_px': 1}
 ADV = {'method': 'adv_only'}
+RANDOM_START = {'attack.random_start_prob': 1.0}
 SCALED = {'optimizer.scaling': 'linear'}
 EXPONENTIAL = {'schedule.name': 'exponential'}
 RANDAUGMENT = AA | {'dataset.autoaugment': 'randaugment'}
@@ -123,6 +124,7 @@ FIELDS = {
   'attack.step_size': Case(2.0, attack, ADV),
   'attack.steps': Case(3, attack, ADV),
   'attack.targeted': Case(True, attack, ADV),
+  'attack.random_start': Case('extreme', attack, ADV | RANDOM_START),
   'attack.random_start_prob': Case(0.5, attack, ADV),
   'attack.train_mode': Case(False, attack, ADV),
   'attack.update_batch_stats': Case(True, attack, ADV),

@@ -92,6 +92,24 @@ def test_what_is_off_has_no_settings(name):
   assert found == 'refused'
 
 
+def test_an_attack_without_a_gradient_has_no_settings_of_one():
+  base = ADV | {'attack.preset': 'random_signs'}
+  values = {n: FIELDS[n].value for n in of_group('attack.')} | {
+    'attack.random_start': 'ball',
+  }
+  del values['attack.preset'], values['attack.rule']  # these choose another
+  found = {
+    name: assert_read_or_refused(attack, base, name, value)
+    for name, value in values.items()
+  }
+  assert {name for name, how in found.items() if how == 'refused'} == {
+    'attack.step_size', 'attack.targeted', 'attack.train_mode',
+    'attack.update_batch_stats',
+  }  # fmt: skip
+  name = 'attack.random_start'
+  assert assert_read_or_refused(attack, ADV, name, 'extreme') == 'refused'
+
+
 @pytest.mark.parametrize('policy', ['v0', 'reduced_imagenet'])
 def test_other_policies_have_no_settings_of_randaugment(policy):
   base = AA | {'dataset.autoaugment': policy}

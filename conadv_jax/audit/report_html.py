@@ -6,33 +6,14 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from conadv_jax.audit.report import Report, Section, sections, title
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; color: #222;
-  margin: 2rem auto; padding: 0 1rem; background: #fff }
-h2 { margin: 2rem 0 .5rem; font-size: 1.15rem }
-table { border-collapse: collapse; display: block; overflow-x: auto }
-th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: right;
-  white-space: nowrap }
-th:first-child, td:first-child, .facts td { text-align: left }
-.facts td { white-space: normal }
-.bars td { border: 0; padding: .1rem .7rem }
-.bars td:nth-child(2) { width: 28rem }
-.bars div { height: 1rem }
-pre { background: #f5f5f5; padding: .7rem; overflow-x: auto; font-size: 12px }
-"""
+from conadv_jax.base.page import page
 
 
 def html(report: Report) -> str:
   """Returns the page."""
-  heading = escape(title(report))
+  heading = title(report)
   body = '\n'.join(map(_section, sections(report)))
-  return (
-    '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    f'<title>{heading}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n'
-    f'<h1>{heading}</h1>\n{body}\n</body>\n</html>\n'
-  )
+  return page(heading, f'<h1>{escape(heading)}</h1>\n{body}')
 
 
 def _section(section: Section) -> str:

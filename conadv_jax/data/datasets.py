@@ -121,6 +121,15 @@ DATASETS: dict[str, DatasetSpec | Callable[[], DatasetSpec]] = {
 DATASETS |= {
   spec.name: spec for spec in imagenet_sets.specs(DATASETS['imagenet2012'])
 }
+# The same examples in another order: of each class one in any ten.
+DATASETS['fashion_mnist_balanced'] = dataclasses.replace(
+  DATASETS['fashion_mnist'],
+  name='fashion_mnist_balanced',
+  store=Prepared(
+    'fashion_mnist_balanced',
+    'python scripts/prepare_fashion_mnist.py --balanced --data_dir={data_dir}',
+  ),
+)
 
 
 def get_spec(name: str) -> DatasetSpec:

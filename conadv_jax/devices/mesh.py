@@ -25,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from conadv_jax.base.errors import ConfigError
+from conadv_jax.devices import loops
 
 REPLICATED = P()
 BATCH = P('data', 'bn')  # arrays [G, b, ...]
@@ -238,8 +239,13 @@ def per_device(
   of a replicated value is summed over devices by JAX itself, once for each
   call of `jax.grad`, before `sums` could do it once for all.
   """
+
+  def traced(*args):
+    with loops.of_mesh(mesh):
+      return fn(*args)
+
   return jax.shard_map(
-    fn,
+    traced,
     mesh=mesh,
     in_specs=in_specs,
     out_specs=out_specs,

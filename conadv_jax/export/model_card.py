@@ -261,9 +261,10 @@ def _recipe(card: Mapping[str, Any]) -> dict[str, str]:
   if any(view == 'adv' for view, _ in card['views']):
     rows['attack'] = (
       f'{attack["preset"]}: {attack["norm"]} radius {attack["epsilon"]:g} '
-      f'grey levels of 255, steps of {attack["step_size"]:g}: '
-      f'{attack["steps"]}'
+      f'grey levels of 255, gradient steps: {attack["steps"]}'
     )
+    if attack['steps']:
+      rows['attack'] += f' of {attack["step_size"]:g} each'
   if ema:
     rows['average'] = f'decay {ema:g} per step'
   return rows

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from conadv_jax.config import Attack
+from conadv_jax.devices.loops import repeat
 from conadv_jax.devices.mesh import Places
 from conadv_jax.method import losses
 from conadv_jax.method.pixels import Batch, normalize, wide_dtype
@@ -105,9 +106,11 @@ def sample_start(
   """Draws the start of the attack on `image` [G, b, H, W, C].
 
   With probability `random_start_prob`, drawn once per batch-norm group, the
-  start is uniform in the epsilon-ball, else it is the clean image. A target is
-  uniform over the other classes. (The paper's code draws the former once per
-  core, whose images are its batch-norm group, and the latter alike.)
+  start is uniform in the epsilon-ball or, for random_start='extreme', in its
+  extreme points: epsilon times random signs (L-infinity) or a random direction
+  (L2). Else it is the clean image. A target is uniform over the other classes.
+  (The paper's code draws the former once per core, whose images are its
+  batch-norm group, and the latter alike.)
 
   Every draw is addressed by `places`, where these groups and examples are in
   the batch, so that it does not depend on how the batch is divided; None counts
@@ -129,8 +132,12 @@ def sample_start(
   if not attack.random_start_prob:
     return Start(jnp.zeros_like(image), labels)
 
-  shape = image.shape[2:]
-  if attack.norm == 'linf':
+  shape, extreme = image.shape[2:], attack.random_start == 'extreme'
+  if attack.norm == 'linf' and extreme:
+    noise = per_example(
+      lambda key: jax.random.rademacher(key, shape, dtype), noise_key
+    )
+  elif attack.norm == 'linf':
     noise = per_example(
       lambda key: jax.random.uniform(key, shape, dtype, -1, 1), noise_key
     )
@@ -138,11 +145,12 @@ def sample_start(
     gauss = per_example(
       lambda key: jax.random.normal(key, shape, dtype), noise_key
     )
-    share = per_example(
-      lambda key: jax.random.uniform(key, (), dtype), scale_key
-    )
-    radius = share ** (1 / math.prod(shape))
-    noise = gauss / _l2_norm(gauss) * radius[..., None, None, None]
+    noise = gauss / _l2_norm(gauss)
+    if not extreme:
+      share = per_example(
+        lambda key: jax.random.uniform(key, (), dtype), scale_key
+      )
+      noise *= (share ** (1 / math.prod(shape)))[..., None, None, None]
 
   def uses_noise(group: jax.Array) -> jax.Array:
     key = jax.random.fold_in(use_key, group)
@@ -196,7 +204,8 @@ def gradient_steps(
 
   where direction is g's sign (L-infinity) or g / |g|_2 per example (L2). One
   step from a clean start with step_size = epsilon is FGSM (Goodfellow et al.
-  2015, arXiv:1412.6572), more are PGD (Madry et al. 2018, arXiv:1706.06083).
+  2015, arXiv:1412.6572), more are PGD (Madry et al. 2018, arXiv:1706.06083),
+  and none, which asks for no gradient, leave the start as it is.
 
   Args:
     attack: norm, epsilon, step_size and steps.
@@ -219,13 +228,6 @@ def gradient_steps(
 
 
 RULES: dict[str, Rule] = {'gradient': gradient_steps}
-
-
-def repeat(count: int, fn: Callable[[Any], Any], carry: Any) -> Any:
-  """Applies `fn` to `carry` `count` times; a loop only where there are more."""
-  if count == 1:
-    return fn(carry)
-  return jax.lax.fori_loop(0, count, lambda _, carry: fn(carry), carry)
 
 
 def direction(attack: Attack, g: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from conadv_jax.config import Config
-from conadv_jax.devices import sharded_optimizer, sums
+from conadv_jax.devices import loops, sharded_optimizer, sums
 from conadv_jax.devices.mesh import (
   BATCH,
   REPLICATED,
@@ -199,7 +199,7 @@ def over_microbatches(
 
   carry = zero, jax.tree.map(split, delta)
   parts = jnp.arange(count), jax.tree.map(split, batch)
-  (total, deltas), _ = jax.lax.scan(add, carry, parts)
+  total, deltas = loops.scan(add, carry, parts, count)
   mean = jax.tree.map(lambda x: x / count, total)
   return mean, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), deltas)
 

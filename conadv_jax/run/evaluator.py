@@ -14,6 +14,7 @@ from conadv_jax import hosts
 from conadv_jax.config import Attack, Config
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.data.sources.source import Source
+from conadv_jax.devices import loops
 from conadv_jax.devices.mesh import (
   example_sharding,
   local_positions,
@@ -47,7 +48,7 @@ def eval_attack(
   """
   preset, settings = ATTACKS[name], config.eval
   epsilon = settings.epsilon if epsilon is None else epsilon
-  steps = settings.attack_steps if preset.steps > 1 else 1
+  steps = settings.attack_steps if preset.steps > 1 else preset.steps
   return dataclasses.replace(
     preset,
     preset=name,
@@ -182,7 +183,8 @@ def _attacked(
   if attack is not None:
     key = stream_key(run.config.seed, Stream.EVAL_ATTACK, index)
     start = sample_start(attack, key, image, label, run.spec.num_classes)
-    delta, _ = perturb(attack, loss_fn, image, start)
+    with loops.of_mesh(run.mesh):
+      delta, _ = perturb(attack, loss_fn, image, start)
   return delta, logits_of(image + delta)
 
 

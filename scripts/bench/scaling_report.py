@@ -56,7 +56,7 @@ AXES = {
   'views': Axis('arithmetic, in clean views', X, X),
   'staleness': Axis('staleness, steps', CONSTANT, X, 'state_bytes'),
   'microbatches': Axis('microbatches', CONSTANT, X, memory_form=INVERSE),
-  'devices': Axis('devices', CONSTANT, X),
+  'devices': Axis('devices', CONSTANT, X, memory_form=INVERSE),
 }
 COLUMNS = (
   'axis', 'series', 'x', 'variant', 'held', 'value', 'min', 'max',
@@ -265,7 +265,8 @@ def panel_of(name: str, panel: Any, rows: list[dict], fits: list[dict]) -> None:
   right.set_ylabel(f'{unit} of a device, MiB (dotted: fit)')
   for each in (panel, right):
     if axis.log:
-      each.set(xscale='log', yscale='log')
+      each.set_xscale('log')
+      each.set_yscale('log', subs=(2, 5))
       each.yaxis.set_major_formatter('{x:g}')
       each.yaxis.set_minor_formatter('{x:g}')
     else:

@@ -61,6 +61,8 @@ def test_flops_of_a_step_by_hand(tiny_model):
   pgd = build(method='conadv', **{'attack.preset': 'pgd'})
   assert pgd.config.attack.steps == 5
   assert pgd.flops_per_device() == examples * (2 * (3 * f - s) + 5 * 2 * f)
+  noise = build(method='conadv', **{'attack.preset': 'random_signs'})
+  assert noise.flops_per_device() == examples * 2 * (3 * f - s)
 
 
 def test_remat_costs_a_forward_pass_of_every_view_and_attack():

@@ -1,6 +1,7 @@
 """Data sets are read whole or refused; batches depend on (seed, step) only."""
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -215,6 +216,10 @@ def test_missing_data_set_says_how_to_make_it(tmp_path, no_network):
     ('cifar10', 'prepare_tfds.py --name=cifar10 --data_dir='),
     ('cifar100', 'prepare_tfds.py --name=cifar100 --data_dir='),
     ('fashion_mnist', 'python scripts/prepare_fashion_mnist.py --data_dir='),
+    (
+      'fashion_mnist_balanced',
+      'scripts/prepare_fashion_mnist.py --balanced --data_dir=',
+    ),
   ):
     with pytest.raises(ConfigError) as error:
       load(datasets.get_spec(name), 'train', tmp_path)
@@ -724,6 +729,36 @@ def test_fashion_mnist_is_built_from_idx_files(
   assert capsys.readouterr().out == f'already prepared: {made}\n'
 
 
+@pytest.mark.parametrize('file_format', ['tfrecord', 'array_record'])
+def test_classes_take_turns_in_the_balanced_order(
+  script, idx, tmp_path, no_network, monkeypatch, file_format
+):
+  directory, files, arrays = idx
+  usual = functools.partialmethod(
+    script.BalancedFashionMnist.__init__, file_format=file_format
+  )
+  monkeypatch.setattr(script.BalancedFashionMnist, '__init__', usual)
+  data_dir = str(tmp_path / 'tfds')
+  made = script.prepare(str(directory), data_dir, files, balanced=True)
+  assert made == str(tmp_path / 'tfds' / 'fashion_mnist_balanced' / '3.0.1')
+  assert len(list(pathlib.Path(made).glob(f'*.{file_format}*'))) == 2
+  spec = dataclasses.replace(
+    datasets.get_spec('fashion_mnist_balanced'), splits={'train': 7, 'test': 3}
+  )
+  labels = arrays['train-labels-idx1-ubyte'].tolist()
+  turns = [(labels[:i].count(label), label) for i, label in enumerate(labels)]
+  order = sorted(range(7), key=turns.__getitem__)
+  assert order != list(range(7)) and max(turns)[0] > 0
+  source = load(spec, 'train', data_dir)
+  images = arrays['train-images-idx3-ubyte']
+  np.testing.assert_array_equal(source.images[..., 0], images[order])
+  np.testing.assert_array_equal(source.labels, np.array(labels)[order])
+  # A slice is one of this order.
+  part = dataclasses.replace(spec, train_split='train[2:5]')
+  source = load(part, 'train', data_dir)
+  np.testing.assert_array_equal(source.images[..., 0], images[order[2:5]])
+
+
 def test_missing_idx_files_are_listed(script, tmp_path, capsys):
   (tmp_path / 'train-images-idx3-ubyte.gz').touch()
   with pytest.raises(SystemExit) as error:
@@ -783,3 +818,23 @@ def test_the_packaged_fashion_mnist_is_complete(script, tmp_path):
   assert abs(source.images.std() - spec.std[0]) < 0.1
   source = load(spec, 'eval', tmp_path)
   assert np.bincount(source.labels).tolist() == [1000] * 10
+
+
+@pytest.mark.slow
+def test_slices_of_the_balanced_fashion_mnist_are_balanced(script, tmp_path):
+  if not pathlib.Path(script.DEFAULT_IDX_DIR).is_dir():
+    pytest.skip('needs `apt install dataset-fashion-mnist`')
+  script.main(['--balanced', f'--data_dir={tmp_path}'])
+  spec = datasets.get_spec('fashion_mnist_balanced')
+  source = load(spec, 'train', tmp_path)
+  assert source.labels.tolist() == list(range(10)) * 6000
+  usual = script.read_checked(
+    pathlib.Path(script.DEFAULT_IDX_DIR) / 'train-images-idx3-ubyte.gz',
+    script.FILES['train-images-idx3-ubyte'],
+  )
+  images = [usual[start : start + 784] for start in range(16, len(usual), 784)]
+  assert sorted(images) == sorted(image.tobytes() for image in source.images)
+  for split, each in (('train[:10240]', 1024), ('train[10240:20240]', 1000)):
+    part = dataclasses.replace(spec, train_split=split)
+    labels = load(part, 'train', tmp_path).labels
+    assert np.bincount(labels).tolist() == [each] * 10

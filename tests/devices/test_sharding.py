@@ -113,6 +113,14 @@ def test_a_run_does_not_depend_on_the_devices(devices, group_size):
     assert np.abs(a - b).max() > 1e-4
 
 
+@pytest.mark.usefixtures('tiny_model', 'x64')
+def test_random_signs_do_not_depend_on_the_devices():
+  fields = {'attack.preset': 'random_signs', 'staleness_steps': 1}
+  expected, _ = trajectory(1, 2, **fields)
+  actual, _ = trajectory(8, 2, **fields)
+  assert_same_run(actual, expected)
+
+
 def assert_same_run(actual, expected):
   for (state, metrics), (e_state, e_metrics) in zip(
     actual, expected, strict=True

@@ -22,7 +22,8 @@ from conadv_jax.method.attack import (
   sample_start,
 )
 from conadv_jax.method.setup import Setup
-from conadv_jax.method.state import Snapshot
+from conadv_jax.method.state import Snapshot, Stream, stream_key
+from conadv_jax.methods import ATTACKS
 
 FGSM = Attack(
   preset='fgsm',
@@ -269,6 +270,10 @@ def test_perturbations_carry_no_gradient(norm, steps):
 # ---- Random starts and targets --------------------------------------------
 
 
+def random_signs(**changes):
+  return dataclasses.replace(ATTACKS['random_signs'], **changes)
+
+
 @functools.partial(
   jax.jit,
   static_argnames=('attack', 'shape', 'num_classes'),
@@ -324,6 +329,25 @@ def test_l2_start_is_uniform_in_the_ball(pixels):
   angle = np.arctan2(delta[:, 0], delta[:, 1]) / (2 * np.pi) + 0.5
   assert scipy.stats.kstest(angle, 'uniform').pvalue > 1e-3
   assert abs(np.corrcoef(share, angle)[0, 1]) < 5 / np.sqrt(len(share))
+
+
+def test_random_signs_are_epsilon_times_fair_signs():
+  attack = random_signs(epsilon=3.0)
+  delta = np.asarray(sample(attack, (8, 64, 4, 4, 1)).delta)
+  assert set(np.unique(delta)) == {-3.0, 3.0}
+  # 8,192 fair draws: outside these bounds once in a million runs.
+  assert 3875 <= (delta > 0).sum() <= 4317
+  correlation = np.corrcoef(delta.reshape(512, 16).T) - np.eye(16)
+  assert np.abs(correlation).max() < 5 / np.sqrt(512)
+
+
+def test_a_random_direction_has_the_length_epsilon():
+  attack = random_signs(norm='l2', epsilon=30.0)
+  delta = np.asarray(sample(attack, (8, 512, 1, 2, 1)).delta, np.float64)
+  delta = delta.reshape(-1, 2)
+  np.testing.assert_allclose(np.linalg.norm(delta, axis=1), 30, 1e-6)
+  angle = np.arctan2(delta[:, 0], delta[:, 1]) / (2 * np.pi) + 0.5
+  assert scipy.stats.kstest(angle, 'uniform').pvalue > 1e-3
 
 
 def test_targets_are_uniform_over_the_other_classes():
@@ -396,6 +420,21 @@ def test_noise_is_a_function_of_seed_and_batch_index():
     assert (others[i] != others[j]).mean() > 0.5
 
 
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_without_steps_the_projected_start_is_the_perturbation(norm):
+  calls = []
+  fields = {'attack.preset': 'random_signs', 'attack.norm': norm}
+  batch, delta_of = step_attack(fields, calls)
+  delta = delta_of(2)
+  assert not calls, 'the network was asked'
+  config = helpers.make_config(fields)
+  image = batch['clean'].astype(np.float32)
+  key = stream_key(config.seed, Stream.ATTACK, 2)
+  start = sample_start(config.attack, key, image, batch['label'], 5).delta
+  np.testing.assert_array_equal(delta, np.clip(image + start, 0, 255) - image)
+  assert (delta != delta_of(3)).any()
+
+
 @pytest.mark.parametrize('train_mode', [True, False])
 def test_the_step_attacks_in_grey_levels_with_the_adversarial_route(train_mode):
   calls = []
@@ -421,6 +460,10 @@ def test_the_step_attacks_in_grey_levels_with_the_adversarial_route(train_mode):
     ('fgsm', dict(step_size=4.0, steps=1, targeted=False, start=0.0)),
     ('paper', dict(step_size=4.0, steps=1, targeted=True, start=0.8)),
     ('pgd', dict(step_size=1.0, steps=5, targeted=False, start=1.0)),
+    (
+      'random_signs',
+      dict(step_size=None, steps=0, targeted=False, start=1.0, where='extreme'),
+    ),
   ],
 )
 def test_presets_have_their_documented_values(preset, expected):
@@ -432,6 +475,7 @@ def test_presets_have_their_documented_values(preset, expected):
     step_size=expected['step_size'],
     steps=expected['steps'],
     targeted=expected['targeted'],
+    random_start=expected.get('where', 'ball'),
     random_start_prob=expected['start'],
     train_mode=True,
     update_batch_stats=False,

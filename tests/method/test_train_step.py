@@ -269,6 +269,19 @@ def test_the_attack_computes_no_kernel_gradient(tau):
   assert {'conv_general_dilated', 'dot_general'} <= kernel_shaped(update)
 
 
+@pytest.mark.parametrize('tau', (0, 1))
+def test_random_signs_ask_nothing_of_the_network(tau):
+  this = Flow(**{'staleness_steps': tau, 'attack.preset': 'random_signs'})
+  if tau:
+    needed, jaxpr = this.to('perturbation')
+    assert needed == {'next_batch', 'step'}
+    assert contractions(jaxpr) == (0, 0)
+  # The whole step has the passes of its update, and no others.
+  update = flow(1).to('params')[1]
+  assert contractions(this.jaxpr) == contractions(update)
+  assert contractions(flow(tau).jaxpr) > contractions(update)
+
+
 # ---- What a step does ------------------------------------------------------
 
 

@@ -1,0 +1,1 @@
+"""Grids of runs that answer a question, with its statistics."""

@@ -1,0 +1,257 @@
+"""What a study asks: arms, seeds, what is tuned, and what is compared.
+
+A study file, such as `configs/studies/fashion_mnist.py`, defines STUDY. Every
+choice is made on a validation split by searches of equal budget; the test split
+is for the arms, once all choices are fixed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import runpy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from conadv_jax.base.errors import ConfigError, unknown
+from conadv_jax.base.fields import differences
+from conadv_jax.config import (
+  Config,
+  default_config,
+  from_config_dict,
+  recipes,
+)
+
+Fields = Mapping[str, Any]  # {dotted name of a field: value}
+
+SEARCH, FINAL = 'search', 'final'
+# Where things are is no part of what was run.
+_PLACES = ('dataset.data_dir', 'compile_cache')
+# Not among those of the arms, which would be tuned on their own luck else.
+_SEARCH_SEED = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """A search goes field by field and keeps the best value of each.
+
+  Attributes:
+    fields: of the configuration, in all of its runs.
+    grid: {field: values, ascending}. A later field is tried with the best
+      values of those before. A best value at an end adds one beyond it.
+  """
+
+  fields: Fields
+  grid: Mapping[str, tuple[float, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """An arm is a configuration that is run with several seeds.
+
+  Attributes:
+    fields: of the configuration.
+    seeds: how many; they are 0, 1, ...
+    search: whose choices it takes; '' = none.
+    line: the curve that it is a point of; '' = its name.
+  """
+
+  fields: Fields
+  seeds: int
+  search: str = ''
+  line: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  """A figure shows arms along one field.
+
+  Attributes:
+    arms: their names.
+    axis: the field; '' sets the arms side by side.
+  """
+
+  arms: tuple[str, ...]
+  axis: str = 'batch_size'
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """A study: which runs, and what is asked of them.
+
+  Attributes:
+    config: the recipe that everything is over, as --config has it.
+    fields: of every run.
+    validation: split that choices are made on.
+    test: split that arms are measured on.
+    searches: by name; of the same number of runs each.
+    arms: by name.
+    small: the arm of the baseline at a small batch; '' = no gap is asked for.
+    large: that at the large batch.
+    recover: arms that may give back what the large batch loses.
+    equivalent: (arm, arm, margin in points) that are asked to be equal.
+    figures: by name.
+    analyse: what `conadv_jax.analysis` measures of each arm's run.
+  """
+
+  config: str
+  validation: str
+  test: str
+  arms: Mapping[str, Arm]
+  fields: Fields = dataclasses.field(default_factory=dict)
+  searches: Mapping[str, Search] = dataclasses.field(default_factory=dict)
+  small: str = ''
+  large: str = ''
+  recover: tuple[str, ...] = ()
+  equivalent: tuple[tuple[str, str, float], ...] = ()
+  figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
+  analyse: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    for arm in self.arms.values():
+      if arm.search and arm.search not in self.searches:
+        raise unknown('search', arm.search, self.searches)
+    pairs = [arm for *pair, _ in self.equivalent for arm in pair]
+    shown = [arm for figure in self.figures.values() for arm in figure.arms]
+    ends = [arm for arm in (self.small, self.large) if arm]
+    for name in (*ends, *self.recover, *pairs, *shown):
+      if name not in self.arms:
+        raise unknown('arm', name, self.arms)
+    if self.recover and len(ends) < 2:
+      raise ConfigError('recover: a recovery needs arms `small` and `large`')
+    budgets = {
+      name: 1 + sum(len(values) - 1 for values in search.grid.values())
+      for name, search in self.searches.items()
+    }
+    if len(set(budgets.values())) > 1:
+      raise ConfigError(
+        f'searches of unequal budget, in runs: {budgets}; a method that is '
+        'tuned longer wins for that alone'
+      )
+
+  @property
+  def varied(self) -> tuple[str, ...]:
+    """The fields that runs differ in, sorted."""
+    names = {'seed', *self.fields}
+    for part in (*self.arms.values(), *self.searches.values()):
+      names |= {*part.fields, *getattr(part, 'grid', ())}
+    return tuple(sorted(names - set(self.fields)))
+
+  def final_cells(self, choices: Mapping[str, Fields]) -> Iterator[Cell]:
+    """The runs of all arms, with what the searches chose, seed by seed."""
+    most = max((arm.seeds for arm in self.arms.values()), default=0)
+    for seed in range(most):
+      for name, arm in self.arms.items():
+        if seed < arm.seeds:
+          chosen = choices[arm.search] if arm.search else {}
+          fields = {**chosen, **arm.fields, 'seed': seed}
+          yield self._cell(FINAL, name, f'seed={seed}', fields, self.test)
+
+  def trial(self, search: str, chosen: Fields, field: str, value: Any) -> Cell:
+    """A run of a search: `field` is tried beside what is chosen already."""
+    fields = {
+      **self.searches[search].fields, **chosen,
+      field: value, 'seed': _SEARCH_SEED,
+    }  # fmt: skip
+    tried = f'{field}={value:g}'
+    return self._cell(SEARCH, search, tried, fields, self.validation)
+
+  def _cell(self, phase, arm, run, fields, split) -> Cell:
+    fields = {**self.fields, **fields, 'dataset.eval_split': split}
+    return Cell(self.config, phase, arm, run, fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """A run of a study.
+
+  Attributes:
+    recipe: as --config has it.
+    phase: 'search' or 'final'.
+    arm: or the name of the search.
+    run: the seed of an arm, or the value that a search tries.
+    fields: over the recipe.
+  """
+
+  recipe: str
+  phase: str
+  arm: str
+  run: str
+  fields: Fields
+
+  @property
+  def name(self) -> str:
+    return f'{self.phase}/{self.arm}/{self.run}'
+
+  @property
+  def config(self) -> Config:
+    """Its settings.
+
+    Raises:
+      ConfigError: for a wrong one.
+    """
+    try:
+      return from_config_dict(self._values)
+    except ConfigError as error:
+      raise ConfigError(f'{self.name}: {error}') from error
+
+  @property
+  def digest(self) -> str:
+    """Tells its results from those of other settings.
+
+    A field at its default does not count, so that results outlive new fields.
+    """
+    default = default_config().to_dict()
+    set_here = {
+      name: value
+      for name, (_, value) in differences(default, self._values).items()
+      if name not in _PLACES
+    }
+    text = json.dumps(set_here, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+  @property
+  def flags(self) -> list[str]:
+    """Of `conadv_jax.train`, but for the work directory."""
+    pairs = [f'--config.{name}={text}' for name, text in self._texts.items()]
+    return [f'--config={self.recipe}', *pairs]
+
+  @property
+  def _values(self) -> dict[str, Any]:
+    return recipes.load(self.recipe, self._texts)
+
+  @property
+  def _texts(self) -> dict[str, str]:
+    return {name: str(value) for name, value in self.fields.items()}
+
+
+def load(text: str) -> tuple[str, Study]:
+  """Name and content of the study in file `text`, or of a shipped one.
+
+  Raises:
+    ConfigError: there is none, it does not run, or it defines no STUDY.
+  """
+  path = pathlib.Path(text)
+  if not path.suffix:
+    known = shipped()
+    if text not in known:
+      raise unknown('study', text, known)
+    path = known[text]
+  if not path.is_file():
+    raise ConfigError(f'--study={text}: there is no such file')
+  try:
+    study = runpy.run_path(str(path)).get('STUDY')
+  except ConfigError as error:
+    raise ConfigError(f'--study={text}: {error}') from error
+  if not isinstance(study, Study):
+    raise ConfigError(f'--study={text}: defines no STUDY')
+  return path.stem, study
+
+
+def shipped() -> dict[str, pathlib.Path]:
+  """{name: file} of the studies that come with this package."""
+  folders = [folder / 'studies' for folder in recipes.FOLDERS]
+  paths = [path for folder in folders for path in folder.glob('[!_]*.py')]
+  return {path.stem: path for path in sorted(paths)}

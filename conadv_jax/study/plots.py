@@ -1,0 +1,125 @@
+"""Draws the arms of a study: points of all seeds, means and intervals."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+from matplotlib.figure import Figure as Canvas
+
+from conadv_jax.study import statistics
+from conadv_jax.study.design import Figure, Study
+from conadv_jax.study.record import DONE, Row
+
+_PANELS = {
+  'top1': 'test top-1, %',
+  'train_top1': 'train top-1, %',
+  'gap': 'train - test, points',
+  'top1_fgsm': 'top-1 under FGSM, %',
+  'top1_pgd': 'top-1 under PGD, %',
+  'seconds': 'training time, s',
+}
+_WIDTH, _HEIGHT = 4.2, 3.4  # of a panel, in inches
+
+
+def draw(
+  study: Study, rows: Sequence[Row], folder: epath.Path
+) -> dict[str, str]:
+  """Draws each figure that has results; returns {figure: file in folder}."""
+  done = [row for row in rows if row['status'] == DONE]
+  drawn = {}
+  for name, figure in study.figures.items():
+    shown = [row for row in done if row['arm'] in figure.arms]
+    panels = [p for p in _PANELS if any(p in row for row in shown)]
+    if panels:
+      drawn[name] = f'{name}.png'
+      _figure(study, figure, shown, panels, folder / drawn[name])
+  return drawn
+
+
+def _figure(
+  study: Study,
+  figure: Figure,
+  rows: Sequence[Row],
+  panels: Sequence[str],
+  path: epath.Path,
+) -> None:
+  """One panel for each measure, two or three in a row."""
+  columns = min(3, len(panels))
+  lines = -(-len(panels) // columns)
+  size = (_WIDTH * columns, _HEIGHT * lines)
+  canvas = Canvas(figsize=size, layout='constrained')
+  axes = canvas.subplots(lines, columns, squeeze=False).flat
+  for panel, axis in zip(panels, axes, strict=False):
+    _panel(study, figure, rows, panel, axis)
+    axis.set_title(_PANELS[panel], fontsize=10)
+    axis.grid(alpha=0.3)
+  for axis in list(axes)[len(panels) :]:
+    axis.set_axis_off()
+  if figure.axis:
+    handles, labels = canvas.axes[0].get_legend_handles_labels()
+    canvas.legend(
+      handles, labels, loc='outside lower center', ncols=4, frameon=False
+    )
+  with path.open('wb') as file:
+    canvas.savefig(file, dpi=120)
+
+
+def _panel(study, figure: Figure, rows, measure: str, axis) -> None:
+  """Points of all seeds, and mean and 95 % interval of each arm."""
+  values: dict[str, dict[int, float]] = collections.defaultdict(dict)
+  places: dict[str, float] = {}
+  for row in rows:
+    if measure in row:
+      values[row['arm']][int(row['seed'])] = row[measure]
+      places[row['arm']] = _place(figure, row)
+  lines = collections.defaultdict(list)
+  for arm in figure.arms:
+    if arm in values:
+      lines[study.arms[arm].line or arm].append(arm)
+  for number, (line, arms) in enumerate(lines.items()):
+    color = f'C{number % 10}'
+    arms = sorted(arms, key=places.get)
+    _line(line, arms, values, places, color, axis)
+  if figure.axis:
+    ticks = sorted(set(places.values()))
+    if min(ticks) > 0:
+      axis.set_xscale('log')
+    axis.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel(figure.axis.replace('_', ' '))
+  else:
+    shown = [arm for arm in figure.arms if arm in values]
+    axis.set_xticks(
+      [places[arm] for arm in shown], shown, rotation=40, ha='right', fontsize=8
+    )
+
+
+def _line(
+  line: str,
+  arms: Sequence[str],
+  values: Mapping[str, Mapping[int, float]],
+  places: Mapping[str, float],
+  color: str,
+  axis,
+) -> None:
+  means = [statistics.mean(values[arm]) for arm in arms]
+  x = [places[arm] for arm in arms]
+  y = [found.value for found in means]
+  half = [found.high - found.value for found in means]  # nan of one seed
+  axis.errorbar(
+    x, y, half, color=color, marker='o', capsize=3, lw=1.2, label=line
+  )
+  for arm in arms:
+    points = list(values[arm].values())
+    axis.plot(
+      [places[arm]] * len(points), points, '.', color=color, alpha=0.35, ms=5
+    )
+
+
+def _place(figure: Figure, row: Row) -> float:
+  """Where an arm is on the x axis."""
+  if figure.axis:
+    return float(row[figure.axis])
+  return float(figure.arms.index(row['arm']))

@@ -1,0 +1,229 @@
+"""Runs the cells of a study in processes, each on cores of its own."""
+
+from __future__ import annotations
+
+import collections
+import os
+import pathlib
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from conadv_jax.base import errors
+from conadv_jax.base.errors import ConfigError, Preempted
+from conadv_jax.run.metrics import clock
+from conadv_jax.study import results
+from conadv_jax.study.design import FINAL, Cell
+from conadv_jax.study.record import DONE, FAILED, NON_FINITE, Record, Row
+
+_TRAIN = (sys.executable, '-m', 'conadv_jax.train')
+_ANALYSE = (sys.executable, '-m', 'conadv_jax.analysis')
+_SAY_SECONDS = 60
+_ATTEMPTS = 3  # of a run that a signal ended, or that hung
+_AGAIN = {errors.HANG, errors.HOST, errors.PREEMPTED}
+
+
+class Runner:
+  """Runs cells, so many at a time, and keeps a row of each.
+
+  In this context SIGINT and SIGTERM stop the cells, which save their states.
+  """
+
+  def __init__(
+    self,
+    record: Record,
+    processes: int,
+    flags: Sequence[str],
+    analyse: Sequence[str],
+  ):
+    """Makes the runner.
+
+    Args:
+      record: of the study.
+      processes: at a time. The cores are divided evenly between them.
+      flags: of `conadv_jax.train` that every cell gets besides its own.
+      analyse: what is measured of the weights of arms.
+
+    Raises:
+      ConfigError: there are more processes than cores.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if not 1 <= processes <= len(cores):
+      raise ConfigError(
+        f'--processes={processes}: must be in [1, {len(cores)}], the cores '
+        'that there are'
+      )
+    self._record = record
+    self._cores = [cores[i::processes] for i in range(processes)]
+    self._flags, self._analyse = list(flags), list(analyse)
+    self._stopped = threading.Event()
+    self._running: dict[str, subprocess.Popen] = {}
+    self._seconds: dict[str, list[float]] = collections.defaultdict(list)
+
+  def __enter__(self) -> Runner:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    self._before = {n: signal.signal(n, self._stop) for n in numbers}
+    return self
+
+  def __exit__(self, *_) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def run(self, cells: Sequence[Cell]) -> list[Row]:
+    """Runs those of `cells` that have no row yet; returns the rows of all.
+
+    A cell whose loss stops being finite has a row that says so, and so has one
+    that fails, which the next call tries again.
+
+    Raises:
+      ConfigError: for a cell of a wrong setting, or a row of other settings.
+      Preempted: after a signal. The same command goes on.
+    """
+    for cell in cells:
+      _ = cell.config  # Wrong settings are errors before anything runs.
+      self._copy_same(cell)
+    left = [cell for cell in cells if self._is_left(cell)]
+    waiting: queue.SimpleQueue[Cell] = queue.SimpleQueue()
+    for cell in left:
+      waiting.put(cell)
+    ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threads = [
+      threading.Thread(target=self._work, args=(cores, waiting, ended))
+      for cores in self._cores
+    ]
+    for thread in threads:
+      thread.start()
+    try:
+      self._watch(threads, ended, left)
+    finally:
+      self._stopped.set()
+      self._signal_all()
+      for thread in threads:
+        thread.join()
+    self._stopped.clear()
+    return [self._record.row(cell) for cell in cells]
+
+  def _is_left(self, cell: Cell) -> bool:
+    row = self._record.row(cell)
+    return row is None or row['status'] == FAILED
+
+  def _copy_same(self, cell: Cell) -> None:
+    """Takes the row of another run of the very same settings, if any."""
+    if self._record.row(cell) is None:
+      for row in self._record.rows(cell.phase):
+        if row['digest'] == cell.digest and row['status'] == DONE:
+          self._record.add(row | {'cell': cell.name, 'arm': cell.arm})
+          return
+
+  def _watch(self, threads, ended, left: Sequence[Cell]) -> None:
+    """Tells what goes on, until all cells have ended or something stops."""
+    done, last = 0, time.monotonic()
+    while done < len(left):
+      try:
+        cell, row = ended.get(timeout=1)
+      except queue.Empty:
+        if self._stopped.is_set() and not any(t.is_alive() for t in threads):
+          raise Preempted(
+            f'stopped with {len(left) - done} runs left; run the same command '
+            'again to go on'
+          ) from None
+        if time.monotonic() - last > _SAY_SECONDS:
+          last = time.monotonic()
+          self._say_running()
+        continue
+      if isinstance(row, Exception):
+        raise row
+      done += 1
+      self._seconds[cell.arm].append(row['wall'])
+      del row['wall']
+      self._record.add(row)
+      self._record.log(
+        f'{done}/{len(left)} {results.describe(row)}{self._eta(left[done:])}'
+      )
+
+  def _work(self, cores, waiting, ended) -> None:
+    """Runs one cell after the other, in a thread that is bound to `cores`."""
+    os.sched_setaffinity(0, cores)  # of this thread, and of what it starts
+    while not self._stopped.is_set():
+      try:
+        cell = waiting.get_nowait()
+      except queue.Empty:
+        return
+      try:
+        row = self._run_cell(cell)
+      except Exception as error:  # noqa: BLE001
+        row = error  # which the main thread raises
+      if row is not None:
+        ended.put((cell, row))
+
+  def _run_cell(self, cell: Cell) -> Row | None:
+    """Trains and analyses; the row, or None if the study was stopped."""
+    directory = self._record.path / 'cells' / cell.name
+    start = time.monotonic()
+    command = [*_TRAIN, *cell.flags, *self._flags]
+    code = self._call(cell, command, directory)
+    if code == 0 and cell.phase == FINAL and self._analyse:
+      what = f'--what={",".join(self._analyse)}'
+      code = self._call(cell, [*_ANALYSE, what], directory)
+    if self._stopped.is_set() and code != 0:
+      return None
+    if code == errors.USAGE:
+      raise ConfigError(f'{cell.name}: {results.last_error(directory)}')
+    status = {0: DONE, errors.NONFINITE: NON_FINITE}.get(code, FAILED)
+    row = results.row_of(cell, directory, status)
+    return row | {'wall': time.monotonic() - start}
+
+  def _call(self, cell: Cell, command, directory: pathlib.Path) -> int:
+    """Runs `command` until it ends for good; returns its exit code."""
+    directory.mkdir(parents=True, exist_ok=True)
+    code = 0
+    for _ in range(_ATTEMPTS):
+      if self._stopped.is_set():
+        return errors.PREEMPTED
+      with open(directory / 'log.txt', 'ab') as log:
+        # A session of its own: a terminal would send Ctrl-C to it as well.
+        process = subprocess.Popen(
+          [*command, f'--workdir={directory}'],
+          stdin=subprocess.DEVNULL,
+          stdout=log,
+          stderr=subprocess.STDOUT,
+          start_new_session=True,
+        )
+      self._running[cell.name] = process
+      if self._stopped.is_set():  # before there was a process to stop
+        process.send_signal(signal.SIGTERM)
+      code = process.wait()
+      del self._running[cell.name]
+      if code >= 0 and code not in _AGAIN:
+        break
+    return code
+
+  def _stop(self, *_) -> None:
+    self._stopped.set()
+    os.write(1, b'\nstopping: the runs save their states\n')
+    self._signal_all()
+
+  def _signal_all(self) -> None:
+    for process in list(self._running.values()):
+      if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+
+  def _say_running(self) -> None:
+    for name in list(self._running):
+      last = results.last_line(self._record.path / 'cells' / name)
+      print(f'  {name}: {last}', flush=True)
+
+  def _eta(self, left: Sequence[Cell]) -> str:
+    """What is left, at the mean of its arm so far, or else of all."""
+    every = [s for seconds in self._seconds.values() for s in seconds]
+    mean = sum(every) / len(every)
+    total = 0.0
+    for cell in left:
+      known = self._seconds.get(cell.arm)
+      total += sum(known) / len(known) if known else mean
+    return f', {clock(total / len(self._cores))} left' if left else ''

@@ -1,0 +1,83 @@
+"""Chooses settings on a validation split, field by field."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+from conadv_jax.base.errors import ConfigError
+from conadv_jax.study.design import Cell, Study
+from conadv_jax.study.record import DONE, Record, Row
+from conadv_jax.study.runner import Runner
+
+_MOST_ADDED = 3  # values beyond each end of a grid
+
+# Yields runs that it wants, and is sent their rows; returns what it chose.
+_Steps = Generator[list[Cell], list[Row], dict[str, Any]]
+
+
+def choose(study: Study, record: Record, runner: Runner) -> Mapping[str, Any]:
+  """Runs all searches and keeps their choices, unless they are kept already.
+
+  Returns:
+    {search: {field: value}}.
+
+  Raises:
+    ConfigError: no run of a search ended well.
+    Preempted: after a signal.
+  """
+  known = record.choices()
+  if known is not None:
+    return known
+  searches = {name: _search(study, name) for name in study.searches}
+  wanted = {name: next(steps) for name, steps in searches.items()}
+  choices: dict[str, Any] = {}
+  while wanted:
+    runner.run([cell for cells in wanted.values() for cell in cells])
+    for name, cells in list(wanted.items()):
+      try:
+        wanted[name] = searches[name].send([record.row(c) for c in cells])
+      except StopIteration as end:
+        choices[name] = end.value
+        del wanted[name]
+        record.log(f'{name}: chose {end.value}')
+  record.choose(choices)
+  record.log('all choices are fixed; the test split is looked at from here on')
+  return choices
+
+
+def _search(study: Study, name: str) -> _Steps:
+  """Tries the values of one field after the other."""
+  chosen: dict[str, Any] = {}
+  for field, values in study.searches[name].grid.items():
+    found: dict[float, float] = {}
+    new = list(values)
+    while new:
+      cells = [study.trial(name, chosen, field, value) for value in new]
+      rows = yield cells
+      for value, row in zip(new, rows, strict=True):
+        # A run that ended badly is worse than all others.
+        found[value] = row['top1'] if row['status'] == DONE else -1.0
+      new = _beyond(found, values)
+    best = _best(found)
+    if found[best] < 0:
+      raise ConfigError(f'search {name!r}: every run over {field} failed')
+    chosen[field] = best
+  return chosen
+
+
+def _best(found: Mapping[float, float]) -> float:
+  """The value of the highest accuracy; of several, what was tried first."""
+  return max(found, key=found.get)
+
+
+def _beyond(
+  found: Mapping[float, float], values: Sequence[float]
+) -> list[float]:
+  """The next value where the best is at an end of what was tried."""
+  tried = sorted(found)
+  best = _best(found)
+  if len(tried) < 2 or len(tried) >= len(values) + _MOST_ADDED:
+    return []
+  neighbour = {tried[0]: tried[1], tried[-1]: tried[-2]}.get(best)
+  return [] if neighbour is None else [float(f'{best**2 / neighbour:.6g}')]
