@@ -83,8 +83,7 @@ def train(
 
     guard.enter('data')
     path, data, source, eval_source = _open(run, directory, guard, stack)
-    quarantine = workdir.quarantine(path, config)
-    examples, on_train = _evaluated(run, eval_source, quarantine, data)
+    quarantine, examples, on_train = _evaluated(run, path, eval_source, data)
 
     guard.enter('restore')
     checkpoints = _checkpoints(path, config, stack)
@@ -129,17 +128,17 @@ def _open(
 
 
 def _evaluated(
-  run: Run, source: Source, quarantine: Quarantine, data: provenance.Data
-) -> tuple[evaluations.Examples, evaluations.Examples | None]:
+  run: Run, path: epath.Path, source: Source, data: provenance.Data
+) -> tuple[Quarantine, evaluations.Examples, evaluations.Examples | None]:
   """The eval split, `source`, and examples of `eval.train_split`, if any."""
-  own = provenance.of_result(run.spec, data, run.config.dataset.data_dir)
+  quarantine = workdir.quarantine(path, run.config)
   evaluator = Evaluator(run, source, quarantine)
-  examples = evaluations.Examples(evaluator, own, data)
-  part = evaluations.train_part(run.config)
-  if part is None:
-    return examples, None
-  spec = dataclasses.replace(run.spec, eval_split=part.eval_split)
-  return examples, evaluations.examples_of(run, spec, part, quarantine, data)
+  own = provenance.of_result(run.spec, data, run.config.dataset.data_dir)
+  examples, on_train = evaluations.Examples(evaluator, own, data), None
+  if part := evaluations.train_part(run.config):
+    spec = dataclasses.replace(run.spec, eval_split=part.eval_split)
+    on_train = evaluations.examples_of(run, spec, part, quarantine, data)
+  return quarantine, examples, on_train
 
 
 def _checkpoints(
