@@ -16,22 +16,17 @@ from conadv_jax.study.design import FINAL, SEARCH, Arm, Study
 from conadv_jax.study.record import DONE, Record, Row
 from conadv_jax.study.statistics import Interval, Values
 
-# Columns of the table of arms: title, name in a row, digits after the point.
+# Columns of the table of arms: title, and name in a row.
 _BUDGET = ('arm', 'seeds', 'steps', 'epochs', 'PFLOP', 's')
 _MEASURED = (
-  ('train, %', 'train_top1', 2),
-  ('test, %', 'top1', 2),
-  ('train - test', 'gap', 2),
-  ('FGSM, %', 'top1_fgsm', 2),
-  ('PGD, %', 'top1_pgd', 2),
+  ('train, %', 'train_top1'),
+  ('test, %', 'top1'),
+  ('train - test', 'gap'),
+  ('FGSM, %', 'top1_fgsm'),
+  ('PGD, %', 'top1_pgd'),
 )
-_ANALYSED = (
-  ('λ max', 'lambda_max', 3),
-  ('trace', 'trace', 3),
-  ('adaptive sharpness', 'sharpness_adaptive', 3),
-  ('sharpness', 'sharpness', 3),
-  ('weight norm', 'weight_norm', 3),
-)
+# What analyses find, by the beginning of the name.
+_ANALYSED = ('lambda_max', 'trace', 'sharpness', 'weight_norm')
 
 
 def write(study: Study, record: Record) -> str:
@@ -42,7 +37,8 @@ def write(study: Study, record: Record) -> str:
     f'# Study `{record.name}`\n\n{_measured_on(study, record)}',
     *_gap(study, top1),
     *_equivalence(study, top1),
-    *_table_of_arms(study, arms),
+    *_accuracies(study, arms),
+    *_minima(study, arms),
     *_tuning(study, record),
     *_commands(study),
     *_without_result(record),
@@ -145,24 +141,46 @@ def _equivalence(study: Study, top1: Mapping[str, Values]) -> Iterator[str]:
     )
 
 
-def _table_of_arms(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
-  """All measures of all arms: accuracy first, then what analyses found."""
-  for title, measures in (('Arms', _MEASURED), ('Minima', _ANALYSED)):
-    present = [
-      measure
-      for measure in measures
-      if any(measure[1] in arm for arm in arms.values())
-    ]
-    if not present:
-      continue
-    rows = [
+def _accuracies(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
+  """What every arm cost, and how accurate it is."""
+  yield f'## Arms{_unfit(study, arms)}'
+  present = [m for m in _MEASURED if any(m[1] in arm for arm in arms.values())]
+  yield table(
+    (*_BUDGET, *(head for head, _ in present)),
+    (
       [name, *_budget(study.arms[name], arms[name])]
-      + [shown(statistics.mean(arms[name][key]), d) for _, key, d in present]
+      + [shown(statistics.mean(arms[name][key])) for _, key in present]
       for name in study.arms
       if arms[name]['top1']
+    ),
+  )
+
+
+def _minima(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
+  """What analyses of the weights found, and whether it tells the accuracy."""
+  found = sorted({name for arm in arms.values() for name in arm})
+  names = [n for n in found if n.startswith(_ANALYSED) and 'stderr' not in n]
+  if not names:
+    return
+  rows = [
+    [arm, *(shown(statistics.mean(arms[arm][name]), 3) for name in names)]
+    for arm in study.arms
+    if any(arms[arm][name] for name in names)
+  ]
+  ranks = ['*correlation*']
+  for name in names:
+    pairs = [
+      (value, arm['top1'][seed])
+      for arm in arms.values()
+      for seed, value in arm[name].items()
     ]
-    yield f'## {title}{_unfit(study, arms) if title == "Arms" else ""}'
-    yield table((*_BUDGET, *(head for head, _, _ in present)), rows)
+    ranks.append(f'*{statistics.rank_correlation(pairs):.2f}*')
+  yield (
+    '## Minima\n\nOf the final weights, on training examples. The last line is '
+    "Spearman's rank correlation with the test accuracy over all runs. With "
+    'batch norm, only adaptive measures are comparable between networks.'
+  )
+  yield table(('arm', *(n.replace('_', ' ') for n in names)), [*rows, ranks])
 
 
 def _unfit(study: Study, arms: Mapping[str, Any]) -> str:

@@ -46,7 +46,8 @@ def row_of(cell: Cell, path: epath.Path, status: str) -> dict[str, Any]:
   for attack, top1 in summary['robust_top1_by_attack'].items():
     row[f'top1_{attack}'] = top1
   for file in sorted(path.glob('analysis/*.json')):
-    row |= json.loads(file.read_text())['values']
+    found = json.loads(file.read_text())['values']
+    row |= {k: v for k, v in found.items() if k not in ('loss', 'top1')}
   return row
 
 

@@ -128,6 +128,7 @@ STUDY = Study(
   recover=('conadv_1280',),
   equivalent=(('conadv_1280', 'disadv_1280', 0.3),),
   min_train_top1=99.0,
+  analyse=('curvature', 'sharpness'),
   figures={
     'batch_size': Figure(
       tuple(a for a in ARMS if a.startswith(('baseline_', 'conadv_')))[:7]

@@ -429,6 +429,40 @@ def test_the_report_answers_what_was_asked(study):
   assert '<td>conadv_640</td>' in page and 'batch_size.png' in page
 
 
+def test_what_analyses_found_becomes_columns_but_not_the_accuracy(tmp_path):
+  path = tmp_path / 'cell'
+  (path / 'analysis').mkdir(parents=True)
+  (path / 'analysis' / 'sharpness.json').write_text(
+    json.dumps({'values': {'sharpness_0.1': 2.5, 'top1': 100.0, 'loss': 0.0}})
+  )
+  (path / 'summary.json').write_text(
+    json.dumps({'top1': 80.0, 'robust_top1_by_attack': {}})
+  )
+  cell = next(make().final_cells({}))
+  row = results.row_of(cell, path, 'done')
+  assert row['sharpness_0.1'] == 2.5 and row['top1'] == 80.0
+  assert 'loss' not in row
+
+
+def test_minima_are_set_beside_the_accuracy(tmp_path):
+  record = Record(tmp_path / 'w', 'mine')
+  for arm, seed, top1, sharpness in (
+    ('a', 0, 80.0, 3.0), ('a', 1, 81.0, 2.0), ('b', 0, 82.0, 1.0)
+  ):  # fmt: skip
+    record.add(
+      {
+        'cell': f'final/{arm}/seed={seed}', 'phase': 'final', 'arm': arm,
+        'seed': seed, 'status': 'done', 'digest': 'x', 'top1': top1,
+        'steps': 1, 'epochs': 1.0, 'flops': 1e15, 'seconds': 1.0,
+        'sharpness_0.1': sharpness,
+      }
+    )  # fmt: skip
+  text = report.write(make(), record)
+  assert '| arm | sharpness 0.1 |' in text
+  assert '| b | 1.000 |' in text
+  assert '| *correlation* | *-1.00* |' in text
+
+
 def test_the_report_of_nothing_yet_says_so(tmp_path):
   record = Record(tmp_path / 'w', 'mine')
   study = make(small='a', large='b', figures={'f': Figure(('a', 'b'))})
