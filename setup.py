@@ -54,6 +54,8 @@ EXTRAS_REQUIRE = {
   # jax knows which libtpu belongs to it (0.10.2: libtpu 0.0.42.*). Not in
   # install_requires: libtpu slows start-up and is noisy where there is no TPU.
   'tpu': ['jax[tpu]>=0.10'],
+  # AutoAttack on our networks: conadv_jax.evaluate --autoattack=standard.
+  'robust': ['pyautoattack>=0.2', 'torch>=2.6'],
   # References that some tests compare with.
   'parity': ['foolbox>=3.3', 'timm>=1.0', 'torch>=2.6', 'torchvision>=0.21'],
   'dev': [

@@ -191,6 +191,11 @@ class Attack(Group):
       )
 
   @property
+  def is_random(self) -> bool:
+    """Whether two attacks on an image may differ."""
+    return self.targeted or self.random_start_prob > 0
+
+  @property
   def default_step_size(self) -> float | None:
     """The size of a step where `step_size` is None, in grey levels of 255."""
     if not self.steps:

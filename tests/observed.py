@@ -205,6 +205,16 @@ def evaluation(config):
   return texts, weights is state.ema
 
 
+def attempts(config):
+  """The result of an attack on the weights of the start."""
+  run = experiment.build(config)
+  source = run.spec.open('eval', config.dataset)
+  state = run.init_state()
+  weights = Snapshot(state.params, state.batch_stats)
+  evaluate = evaluator.Evaluator(run, source, Quarantine())
+  return evaluate(weights, *config.eval.attacks)
+
+
 def evaluated_too(config):
   """How many training examples are evaluated, if any."""
   part = evaluations.train_part(config)

@@ -14,6 +14,7 @@ import observed
 import pytest
 from observed import (
   attack,
+  attempts,
   bad_examples,
   bad_steps_in_a_row,
   config_of,
@@ -154,8 +155,10 @@ FIELDS = {
   'eval.batch_size': Case(16, evaluation, BASELINE),
   'eval.every_steps': InRun(2),
   'eval.attack': Case('pgd', evaluation),
+  'eval.norm': Case('l2', evaluation),
   'eval.epsilon': Case(8.0, evaluation),
   'eval.attack_steps': Case(3, evaluation, {'eval.attack': 'pgd'}),
+  'eval.restarts': Case(3, attempts, {'eval.attack': 'pgd'}),
   'eval.route': Case('adv', evaluation),
   'eval.use_ema': Case(True, evaluation, EMA),
   'eval.train_split': Case('train[:8]', evaluated_too),

@@ -326,9 +326,15 @@ class Eval(Group):
   attack: str = setting(
     'fgsm', 'none, all (fgsm and pgd), or names in ATTACKS with commas between'
   )
+  norm: str | None = choice(
+    None, ('linf', 'l2'), "of the ball; None = the attack's"
+  )
   epsilon: float = number(4.0, '>= 0', 'radius, in grey levels of 255')
   attack_steps: int = number(
     10, '>= 1', 'steps of attacks with several, each 2.5 * epsilon / steps'
+  )
+  restarts: int = number(
+    1, '>= 1', 'of attacks with a random start or target; all have to fail'
   )
   route: str = setting(
     None, 'batch-norm row; None = clean, or the first without it', preset=True

@@ -13,6 +13,7 @@ import numpy as np
 
 from conadv_jax.base.errors import ConfigError, unknown
 from conadv_jax.config import Dataset
+from conadv_jax.data import imagenet_sets
 from conadv_jax.data.sources import digits
 from conadv_jax.data.sources.image_folder import Folder
 from conadv_jax.data.sources.in_memory import Arrays
@@ -117,6 +118,9 @@ DATASETS: dict[str, DatasetSpec | Callable[[], DatasetSpec]] = {
     ),
   )
 }
+DATASETS |= {
+  spec.name: spec for spec in imagenet_sets.specs(DATASETS['imagenet2012'])
+}
 # The same examples in another order: of each class one in any ten.
 DATASETS['fashion_mnist_balanced'] = dataclasses.replace(
   DATASETS['fashion_mnist'],
@@ -211,7 +215,7 @@ def resolve(config: Dataset, *, eval_only: bool = False) -> DatasetSpec:
         f'{spec.name}: found {found.splits[split]:,} examples in {split!r}, of'
         f' {published:,} in the published data set'
       )
-  for part in ('train', 'eval'):
+  for part in ('eval', 'train'):  # With `eval_only` both are the former.
     found.pieces(part)  # Raises for a wrong slice.
   return found
 

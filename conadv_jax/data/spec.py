@@ -62,6 +62,7 @@ class DatasetSpec:
     store: where the examples are kept.
     encoded: whether examples are image files of any size, which stay
       encoded until they are cropped; otherwise all images are kept in memory.
+    classes: labels that predictions are restricted to; () is all.
   """
 
   name: str
@@ -75,6 +76,7 @@ class DatasetSpec:
   allows_flip: bool
   store: Store
   encoded: bool = False
+  classes: tuple[int, ...] = ()
 
   @property
   def num_train(self) -> int:

@@ -27,16 +27,12 @@ from conadv_jax.export import model_card, usage
 from conadv_jax.export.model_card import Card
 from conadv_jax.method.pixels import normalize, wide_dtype
 from conadv_jax.method.state import Snapshot
-from conadv_jax.models.weights import to_state_dict
+from conadv_jax.models.weights import timm_epsilon, to_state_dict
 from conadv_jax.run import evaluations, workdir
 from conadv_jax.run.evaluator import weights_of
 from conadv_jax.run.reopen import parse_args, restore_newest
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
-
-# Added to the variance by timm's batch norms.
-_TIMM_EPSILON = {'efficientnet': 1e-3}
-_TIMM_EPSILON_OF_OTHERS = 1e-5
 
 
 def export(argv: Sequence[str]) -> epath.Path:
@@ -92,8 +88,7 @@ def to_timm(run: Run, weights: Snapshot) -> dict[str, np.ndarray]:
   state_dict = to_state_dict(
     config.model, weights.params, weights.batch_stats, _row(run)
   )
-  family = config.model.partition('_')[0]
-  epsilon = _TIMM_EPSILON.get(family, _TIMM_EPSILON_OF_OTHERS)
+  epsilon = timm_epsilon(config.model)
   if config.bn_epsilon != epsilon:
     for name, value in state_dict.items():
       if name.endswith('.running_var'):

@@ -211,10 +211,15 @@ def _accuracies(card: Mapping[str, Any]) -> str:
   for row in rows:
     top1 = 'not evaluated' if row['top1'] is None else f'{row["top1"]:.2f}'
     radius = f'{row["epsilon"]:g}' if row.get('epsilon') else ''
+    if radius and row.get('norm') == 'l2':
+      radius += ' in L2'
     steps = row.get('attack_steps') or ''
+    if (restarts := row.get('restarts', 1)) > 1:
+      steps = f'{steps}, {restarts} restarts'
     images = _images(card, row)
     lines.append((images, row['attack'], radius, steps, top1))
-  return 'Attacks are in an L-infinity ball.\n\n' + _table(header, lines)
+  text = 'Attacks are in an L-infinity ball where no other is named.\n\n'
+  return text + _table(header, lines)
 
 
 def _named(names: Sequence[str]) -> str:

@@ -42,6 +42,19 @@ _DTYPES = {
 }  # fmt: skip
 _MAX_NAMES = 5  # listed of each kind of error
 
+# Added to the variance by timm's batch norms.
+_TIMM_EPSILON = {'efficientnet': 1e-3}
+_TIMM_EPSILON_OF_OTHERS = 1e-5
+
+
+def timm_epsilon(name: str) -> float:
+  """What the batch norms of timm's network add to the variance.
+
+  Args:
+    name: in models.MODELS.
+  """
+  return _TIMM_EPSILON.get(name.partition('_')[0], _TIMM_EPSILON_OF_OTHERS)
+
 
 def to_state_dict(
   name: str, params: Any, batch_stats: Any, route: int
@@ -93,7 +106,9 @@ def from_state_dict(
       missing, unexpected, or of an array of another shape.
   """
   leaves = list(_leaves(name, variables))
-  _check(state_dict, name, leaves)
+  _check_names(
+    state_dict, name, {leaf.name: leaf.timm_shape for leaf in leaves}
+  )
   flat = {}
   for leaf in leaves:
     value = np.asarray(state_dict[leaf.name])
@@ -106,6 +121,39 @@ def from_state_dict(
       rows[list(routes)] = value
     flat[leaf.path] = rows.astype(leaf.value.dtype)
   return traverse_util.unflatten_dict(flat)
+
+
+def from_arrays(
+  arrays: Mapping[str, np.ndarray], name: str, variables: Any
+) -> Any:
+  """Variables with arrays under our own names, as `export` writes them.
+
+  Args:
+    arrays: by path, 'params/head/kernel' say; those of a batch norm have one
+      row, which every route gets.
+    name: of the network, for the error text.
+    variables: `params` and `batch_stats`, which give shapes and types; leaves
+      may be abstract.
+
+  Returns:
+    NumPy arrays, in the structure of `variables`.
+
+  Raises:
+    ConfigError: as `from_state_dict`.
+  """
+  flat = traverse_util.flatten_dict(dict(variables))
+  norms = {path[1:-1] for path in flat if path[0] == 'batch_stats'}
+  shapes = {
+    '/'.join(path): (1, *x.shape[1:]) if path[1:-1] in norms else x.shape
+    for path, x in flat.items()
+  }
+  _check_names(arrays, name, shapes)
+  return traverse_util.unflatten_dict(
+    {
+      path: np.broadcast_to(arrays['/'.join(path)], x.shape).astype(x.dtype)
+      for path, x in flat.items()
+    }
+  )
 
 
 def load(path: str) -> StateDict:
@@ -196,20 +244,20 @@ def _counts(names: Mapping[str, Any]) -> set[str]:
   return {n.removesuffix(end) + '.' + _COUNT for n in names if n.endswith(end)}
 
 
-def _check(
-  state_dict: Mapping[str, np.ndarray], name: str, leaves: list[_Leaf]
+def _check_names(
+  arrays: Mapping[str, np.ndarray],
+  name: str,
+  expected: Mapping[str, tuple[int, ...]],
 ) -> None:
-  expected = {leaf.name: leaf.timm_shape for leaf in leaves}
+  """Compares names and shapes; counts of batches may be there."""
   wrong = [
-    f'{key} {tuple(state_dict[key].shape)}, not {shape}'
+    f'{key} {tuple(arrays[key].shape)}, not {shape}'
     for key, shape in expected.items()
-    if key in state_dict and tuple(state_dict[key].shape) != shape
+    if key in arrays and tuple(arrays[key].shape) != shape
   ]
   problems = {
-    'missing': [key for key in expected if key not in state_dict],
-    'unexpected': sorted(
-      state_dict.keys() - expected.keys() - _counts(expected)
-    ),
+    'missing': [key for key in expected if key not in arrays],
+    'unexpected': sorted(arrays.keys() - expected.keys() - _counts(expected)),
     'of another shape': wrong,
   }
   lines = []

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,23 +27,32 @@ from conadv_jax.method.attack import perturb, sample_start
 from conadv_jax.method.pixels import normalize, wide_dtype
 from conadv_jax.method.state import Snapshot, Stream, TrainState, stream_key
 from conadv_jax.methods import ATTACKS
+from conadv_jax.run import scores
+from conadv_jax.run.scores import Outcomes
 from conadv_jax.run.timeline import Ticker
 
-Sums = dict[str, jax.Array]
-EvalFn = Callable[[Snapshot, Mapping[str, jax.Array], jax.Array], Sums]
+EvalFn = Callable[
+  [Snapshot, Mapping[str, jax.Array], jax.Array], dict[str, jax.Array]
+]
 
 
-def eval_attack(config: Config, name: str) -> Attack:
+def eval_attack(
+  config: Config, name: str, epsilon: float | None = None
+) -> Attack:
   """Returns the attack `methods.ATTACKS[name]` as an evaluation makes it.
 
-  With the radius `eval.epsilon`, and no change of batch statistics. Where the
-  preset takes more than one step, it takes k = `eval.attack_steps` steps of
-  2.5 * epsilon / k (Madry et al. 2018, arXiv:1706.06083).
+  With the radius `epsilon`, or `eval.epsilon`, in `eval.norm`, and no change of
+  batch statistics. Where the preset takes more than one step, it takes k =
+  `eval.attack_steps` steps of 2.5 * epsilon / k (Madry et al. 2018,
+  arXiv:1706.06083).
   """
-  preset, epsilon = ATTACKS[name], config.eval.epsilon
-  steps = config.eval.attack_steps if preset.steps > 1 else preset.steps
+  preset, settings = ATTACKS[name], config.eval
+  epsilon = settings.epsilon if epsilon is None else epsilon
+  steps = settings.attack_steps if preset.steps > 1 else preset.steps
   return dataclasses.replace(
     preset,
+    preset=name,
+    norm=settings.norm or preset.norm,
     epsilon=epsilon,
     step_size=2.5 * epsilon / steps if steps > 1 else epsilon,
     steps=steps,
@@ -52,24 +61,59 @@ def eval_attack(config: Config, name: str) -> Attack:
   )
 
 
-def make_eval_fn(run: Run, attack: Attack | None, route: str) -> EvalFn:
-  """(weights, batch, batch index) -> sums over the real examples of the batch.
+def make_logits_fn(
+  run: Run, weights: Snapshot, route: str, classes: Sequence[int] = ()
+) -> Callable[[jax.Array], jax.Array]:
+  """Returns the function pixels [G, b, H, W, C] -> logits [G, b, K].
 
-  Sums are `examples`, those of them that could be decoded (`count`), `correct`
-  and `loss` (no label smoothing). Batches have bools `is_example`, False on
-  padding, and `mask`, False also on images that could not be decoded.
+  Args:
+    run: as it is evaluated.
+    weights: of the network.
+    route: batch-norm row.
+    classes: the logits of others are -inf; () is all.
+  """
+  row = (run.config.routes.index(route),)
+  variables = {'params': weights.params, 'batch_stats': weights.batch_stats}
+  allowed = np.isin(np.arange(run.spec.num_classes), classes)
+
+  def logits_of(pixels: jax.Array) -> jax.Array:
+    x = normalize(run.spec, pixels)[:, None]
+    logits = run.apply_fn(variables, x, row, False)[0][:, 0]
+    return jnp.where(allowed, logits, -jnp.inf) if classes else logits
+
+  return logits_of
+
+
+def became(
+  logits: jax.Array, label: jax.Array, usable: jax.Array
+) -> dict[str, jax.Array]:
+  """Returns the fields of `Outcomes`, [..., K] -> [...]."""
+  _, first = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+  return {
+    'label': label,
+    'first': first,
+    'right': first == label[..., None],
+    'confidence': jax.nn.softmax(logits).max(-1),
+    'loss': losses.cross_entropy(logits, label),
+    'usable': usable,
+  }
+
+
+def make_eval_fn(
+  run: Run, attack: Attack | None, route: str, classes: Sequence[int] = ()
+) -> EvalFn:
+  """(weights, batch, index of the batch) -> what became of each example.
+
+  Those are the fields of `Outcomes`, [G, b, ...], on every host, and
+  `is_example`, False on padding. Images that could not be decoded have a False
+  `mask` in the batch, too.
   """
 
   def eval_fn(weights: Snapshot, batch, index):
-    _, logits = _attacked(run, attack, route, weights, batch, index)
-    label, mask = batch['label'], batch['mask']
-    loss = losses.cross_entropy(logits, label)
-    return {
-      'examples': batch['is_example'].sum(),
-      'count': mask.sum(),
-      'correct': (losses.top1(logits, label) * mask).sum(),
-      'loss': jnp.where(mask, loss, 0).sum(),
-    }
+    logits_of = make_logits_fn(run, weights, route, classes)
+    _, logits = _attacked(run, attack, logits_of, batch, index)
+    made = became(logits, batch['label'], batch['mask'])
+    return made | {'is_example': batch['is_example']}
 
   return jax.jit(eval_fn, out_shardings=replicated(run.mesh))
 
@@ -91,36 +135,46 @@ def attacked(
     delta in grey levels [N, H, W, C] and logits [2, N, K]: clean, attacked.
   """
   batch = {'clean': jnp.array(images)[None], 'label': jnp.array(labels)[None]}
-  route = run.config.eval.route
 
   @jax.jit
   def attack_all(weights, batch):
-    _, clean = _attacked(run, None, route, weights, batch, 0)
-    delta, logits = _attacked(run, attack, route, weights, batch, 0)
+    logits_of = make_logits_fn(run, weights, run.config.eval.route)
+    _, clean = _attacked(run, None, logits_of, batch, 0)
+    delta, logits = _attacked(run, attack, logits_of, batch, 0)
     return delta[0], jnp.stack([clean[0], logits[0]])
 
   weights = jax.tree.map(np.asarray, jax.device_get(weights))
   return jax.device_get(attack_all(weights, batch))
 
 
+def judged(
+  run: Run, weights: Snapshot, images: np.ndarray, labels: np.ndarray
+) -> Outcomes:
+  """What becomes of images as they are, float [N, H, W, C] in grey levels."""
+  weights = jax.tree.map(np.asarray, jax.device_get(weights))
+
+  @jax.jit
+  def judge(weights, pixels, label):
+    logits_of = make_logits_fn(run, weights, run.config.eval.route)
+    return became(logits_of(pixels[None])[0], label, jnp.full(len(label), True))
+
+  parts = []
+  for start in range(0, len(images), run.config.eval.batch_size):
+    part = slice(start, start + run.config.eval.batch_size)
+    made = jax.device_get(judge(weights, images[part], labels[part]))
+    parts.append(Outcomes(**made))
+  return Outcomes(*map(np.concatenate, zip(*parts, strict=True)))
+
+
 def _attacked(
   run: Run,
   attack: Attack | None,
-  route: str,
-  weights: Snapshot,
+  logits_of: Callable[[jax.Array], jax.Array],
   batch: Mapping[str, jax.Array],
   index: jax.Array | int,
 ) -> tuple[jax.Array, jax.Array]:
   """(delta [G, b, H, W, C], logits [G, b, K] on clean + delta)."""
-  spec = run.spec
-  row = (run.config.routes.index(route),)
-  variables = {'params': weights.params, 'batch_stats': weights.batch_stats}
-  dtype = wide_dtype(run.config)
-  image, label = batch['clean'].astype(dtype), batch['label']
-
-  def logits_of(pixels):
-    x = normalize(spec, pixels)[:, None]
-    return run.apply_fn(variables, x, row, False)[0][:, 0]
+  image, label = batch['clean'].astype(wide_dtype(run.config)), batch['label']
 
   def loss_fn(pixels, labels):
     return losses.cross_entropy(logits_of(pixels), labels).sum(), None
@@ -128,7 +182,7 @@ def _attacked(
   delta = jnp.zeros_like(image)
   if attack is not None:
     key = stream_key(run.config.seed, Stream.EVAL_ATTACK, index)
-    start = sample_start(attack, key, image, label, spec.num_classes)
+    start = sample_start(attack, key, image, label, run.spec.num_classes)
     with loops.of_mesh(run.mesh):
       delta, _ = perturb(attack, loss_fn, image, start)
   return delta, logits_of(image + delta)
@@ -143,6 +197,8 @@ class Evaluator:
     source: Source,
     quarantine: Quarantine,
     name: str = 'eval',
+    classes: Sequence[int] = (),
+    like: Evaluator | None = None,
   ):
     """Reads nothing.
 
@@ -151,12 +207,15 @@ class Evaluator:
       source: of the examples.
       quarantine: gets those that cannot be used, under
       name: of the examples.
+      classes: that predictions are restricted to; () is all.
+      like: of the same run; what it has compiled is not compiled again.
     """
     self._run = run
     self._source = source
     self._quarantine = quarantine
     self._name = name
-    self._fns: dict[tuple[str, str], EvalFn] = {}
+    self._classes = tuple(classes)
+    self._fns: dict[Any, EvalFn] = like._fns if like else {}
     self._sharding = example_sharding(run.mesh)
     self._groups = run.mesh.size  # nothing here asks for groups
     self._group_size = -(-run.config.eval.batch_size // self._groups)
@@ -168,40 +227,59 @@ class Evaluator:
     route: str | None = None,
     before_batch: Callable[[], None] = lambda: None,
   ) -> dict[str, float]:
-    """`top1` in percent and mean `loss`, under `attack` (none, fgsm, pgd).
+    """What `scores.of` finds, under `attack`, a name in ATTACKS or none.
 
-    Images that cannot be decoded are left out of both; `bad_examples` is their
-    number, if there are any, and the quarantine names them. `before_batch` is
-    called before each batch, and may raise.
+    The arguments are those of `outcomes`.
+    """
+    made = None if attack == 'none' else eval_attack(self._run.config, attack)
+    return scores.of(self.outcomes(weights, made, route, before_batch))
+
+  def outcomes(
+    self,
+    weights: Snapshot,
+    attack: Attack | None,
+    route: str | None = None,
+    before_batch: Callable[[], None] = lambda: None,
+  ) -> Outcomes:
+    """Evaluates every example, in their order; on every host.
+
+    Args:
+      weights: to evaluate.
+      attack: from `eval_attack`; None for clean images. If it is random, an
+        example has the worst outcome of `eval.restarts` of them.
+      route: batch-norm row; None is `eval.route`.
+      before_batch: called before each batch, and may raise.
 
     Raises:
       RuntimeError: if not every example was seen once.
     """
-    route = route or self._run.config.eval.route
-    if (attack, route) not in self._fns:
-      spec = None if attack == 'none' else eval_attack(self._run.config, attack)
-      self._fns[attack, route] = make_eval_fn(self._run, spec, route)
-    totals = collections.Counter()
-    ticker = Ticker()
+    config = self._run.config
+    route = route or config.eval.route
+    key = (attack, route, self._classes)
+    if key not in self._fns:
+      self._fns[key] = make_eval_fn(self._run, *key)
+    fn = self._fns[key]
+    restarts = config.eval.restarts if attack and attack.is_random else 1
+    total = self._source.num_examples
+    count = -(-total // (self._groups * self._group_size))
+    parts, ticker, seen = [], Ticker(), 0
     for index, batch in enumerate(self._batches()):
-      before_batch()
-      sums = self._fns[attack, route](weights, batch, jnp.int32(index))
-      for name, value in jax.device_get(sums).items():
-        totals[name] += float(value)
+      tries = []
+      for restart in range(restarts):
+        before_batch()
+        # Its random numbers are those of a batch after the last one.
+        place = jnp.int32(index + restart * count)
+        found = jax.device_get(fn(weights, batch, place))
+        there = found.pop('is_example')
+        tries.append(Outcomes(**{k: x[there] for k, x in found.items()}))
+      parts.append(scores.worst(tries))
+      seen += int(there.sum())
       if ticker.due():
-        of = self._source.num_examples
-        hosts.say(f'evaluated {totals["examples"]:.0f} of {of} ({attack})')
-    count = totals['count']
-    seen = totals['examples']
-    if seen != self._source.num_examples:
-      raise RuntimeError(
-        f'evaluated {seen:.0f} of {self._source.num_examples} examples'
-      )
-    result = {
-      'top1': 100 * totals['correct'] / count,
-      'loss': totals['loss'] / count,
-    }
-    return result if count == seen else result | {'bad_examples': seen - count}
+        name = attack.preset if attack else 'none'
+        hosts.say(f'evaluated {seen} of {total} ({name})')
+    if seen != total:
+      raise RuntimeError(f'evaluated {seen} of {total} examples')
+    return Outcomes(*map(np.concatenate, zip(*parts, strict=True)))
 
   def first_examples(self, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The first images that can be decoded, and their labels.

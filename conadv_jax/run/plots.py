@@ -95,6 +95,34 @@ def adversarial_grid(
   _save(figure, path)
 
 
+def robustness_curve(
+  points: Sequence[Mapping[str, float]],
+  title: str,
+  label: str,
+  path: epath.Path,
+) -> None:
+  """Top-1 over the radius of an attack, with its interval as a band, as PNG.
+
+  Args:
+    points: `epsilon`, `top1`, `top1_low` and `top1_high`, by radius.
+    title: of the figure.
+    label: of the radius.
+    path: file to write.
+  """
+  epsilon, top1, low, high = (
+    [point[name] for point in points]
+    for name in ('epsilon', 'top1', 'top1_low', 'top1_high')
+  )
+  figure, axes = _subplots(1, 1, (8, 4.6))
+  figure.suptitle(title, wrap=True)
+  axis = axes[0, 0]
+  axis.fill_between(epsilon, low, high, color='#d62728', alpha=0.2, lw=0)
+  axis.plot(epsilon, top1, color='#d62728', lw=1.3, marker='o', markersize=4)
+  axis.set(xlabel=label, ylabel='top-1 (%), 95 % interval', ylim=(0, 102))
+  axis.grid(alpha=0.3)
+  _save(figure, path)
+
+
 def images_by_row(
   rows: Mapping[str, np.ndarray],
   captions: Sequence[str],

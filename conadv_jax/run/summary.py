@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from conadv_jax import hosts
+from conadv_jax.config import Attack
 from conadv_jax.experiment import Run
 from conadv_jax.method.state import TrainState
 from conadv_jax.run import evaluations, metrics, plots
@@ -28,7 +29,7 @@ def finished(path: epath.Path, step: int) -> Summary | None:
   """The summary of the run in `path` if it was written at `step`."""
 
   def read() -> Summary | None:
-    summary = evaluations.read(path)
+    summary = evaluations.read(path / 'summary.json')
     return summary if summary.get('steps') == step else None
 
   return hosts.on_writer('summary.json', read)
@@ -59,7 +60,7 @@ def write_results(
   Returns:
     The summary.
   """
-  attacks = run.config.eval.attacks
+  attacks = [eval_attack(run.config, a) for a in run.config.eval.attacks]
   rows = _measured(run, examples, attacks, state, guard)
   train_rows = _measured(run, on_train, (), state, guard) if on_train else []
   _log(run.steps.stop, rows, writer)
@@ -68,7 +69,7 @@ def write_results(
 
   def write() -> Summary:
     summary = _summarized(run, state, path, rows, train_rows, seconds)
-    evaluations.store(path, rows + train_rows, summary)
+    evaluations.store(path / 'summary.json', rows + train_rows, summary)
     _draw(run, state, examples.evaluator, path)
     return summary
 
@@ -80,22 +81,21 @@ def write_results(
 def _measured(
   run: Run,
   examples: evaluations.Examples,
-  attacks: Sequence[str],
+  attacks: Sequence[Attack],
   state: TrainState,
   guard: Guard,
 ) -> list[evaluations.Row]:
   """Evaluates the last weights: on clean images, and by attack."""
   config, step = run.config, run.steps.stop
-  return list(
-    evaluations.measured(
-      config,
-      examples,
-      weights_of(config, state),
-      step,
-      attacks,
-      before_batch=lambda: guard.enter('last_evaluation', step),
-    )
+  found = evaluations.measured(
+    config,
+    examples,
+    weights_of(config, state),
+    step,
+    attacks,
+    before_batch=lambda: guard.enter('last_evaluation', step),
   )
+  return [row for row, _ in found]
 
 
 def _log(

@@ -83,9 +83,7 @@ def train(
 
     guard.enter('data')
     path, data, source, eval_source = _open(run, directory, guard, stack)
-    quarantine = workdir.quarantine(path, config)
-    evaluator = Evaluator(run, eval_source, quarantine)
-    on_train = _on_train(run, quarantine, data)
+    quarantine, examples, on_train = _evaluated(run, path, eval_source, data)
 
     guard.enter('restore')
     checkpoints = _checkpoints(path, config, stack)
@@ -100,13 +98,12 @@ def train(
     stack.callback(writer.close)
     stack.push(guard.verdict)  # first: the others would wait for a lost host
     loop = _Loop(
-      run, path, guard, checkpoints, writer, evaluator, quarantine, began
-    )
+      run, path, guard, checkpoints, writer, examples.evaluator, quarantine,
+      began,
+    )  # fmt: skip
     state = loop.train(source, start, state)
 
     guard.nothing_to_save('all steps are done and saved, the evaluation is not')
-    own = provenance.of_result(run.spec, data, config.dataset.data_dir)
-    examples = evaluations.Examples(evaluator, own, data)
     return summary.write_results(
       run, path, examples, on_train, state, writer, guard, loop.progress
     )
@@ -130,15 +127,18 @@ def _open(
   return path, data, source, eval_source
 
 
-def _on_train(
-  run: Run, quarantine: Quarantine, data: provenance.Data
-) -> evaluations.Examples | None:
-  """The examples of `eval.train_split`, if any are asked for."""
-  part = evaluations.train_part(run.config)
-  if part is None:
-    return None
-  spec = dataclasses.replace(run.spec, eval_split=part.eval_split)
-  return evaluations.examples_of(run, spec, part, quarantine, data)
+def _evaluated(
+  run: Run, path: epath.Path, source: Source, data: provenance.Data
+) -> tuple[Quarantine, evaluations.Examples, evaluations.Examples | None]:
+  """The eval split, `source`, and examples of `eval.train_split`, if any."""
+  quarantine = workdir.quarantine(path, run.config)
+  evaluator = Evaluator(run, source, quarantine)
+  own = provenance.of_result(run.spec, data, run.config.dataset.data_dir)
+  examples, on_train = evaluations.Examples(evaluator, own, data), None
+  if part := evaluations.train_part(run.config):
+    spec = dataclasses.replace(run.spec, eval_split=part.eval_split)
+    on_train = evaluations.examples_of(run, spec, part, quarantine, data)
+  return quarantine, examples, on_train
 
 
 def _checkpoints(
@@ -234,7 +234,7 @@ class _Loop:
     """What is done between steps, in order; the end saves and evaluates."""
     config, stop = self.run.config, self.run.steps.stop
     stats = config.attack_stats_every_steps if config.staleness_steps else 0
-    saves, evaluations = config.checkpoint.every_steps, config.eval.every_steps
+    saves, tests = config.checkpoint.every_steps, config.eval.every_steps
     shown = start + 1 if self.guard.timeline.wanted else None
     return [
       every(0, self._say_timeline, also_at=shown),
@@ -242,7 +242,7 @@ class _Loop:
       every(1, self._say_sometimes),
       every(stats, self._paused(self._log_attack)),
       every(saves, self._paused(self._save), before=stop),
-      every(evaluations, self._paused(self._evaluate), before=stop),
+      every(tests, self._paused(self._evaluate), before=stop),
     ]
 
   def _paused(self, hook: Hook) -> Hook:

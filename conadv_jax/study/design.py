@@ -92,6 +92,7 @@ class Study:
     large: that at the large batch.
     recover: arms that may give back what the large batch loses.
     equivalent: (arm, arm, margin in points) that are asked to be equal.
+    min_train_top1: percentage of the training examples that an arm is to fit.
     figures: by name.
     analyse: what `conadv_jax.analysis` measures of each arm's run.
   """
@@ -106,6 +107,7 @@ class Study:
   large: str = ''
   recover: tuple[str, ...] = ()
   equivalent: tuple[tuple[str, str, float], ...] = ()
+  min_train_top1: float = 0.0
   figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
   analyse: tuple[str, ...] = ()
 

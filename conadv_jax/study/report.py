@@ -14,7 +14,7 @@ from conadv_jax.base.page import page
 from conadv_jax.study import plots, statistics
 from conadv_jax.study.design import FINAL, SEARCH, Arm, Study
 from conadv_jax.study.record import DONE, Record, Row
-from conadv_jax.study.statistics import Interval
+from conadv_jax.study.statistics import Interval, Values
 
 # Columns of the table of arms: title, name in a row, digits after the point.
 _BUDGET = ('arm', 'seeds', 'steps', 'epochs', 'PFLOP', 's')
@@ -37,10 +37,12 @@ _ANALYSED = (
 def write(study: Study, record: Record) -> str:
   """Writes the report of what has been run so far; returns its text."""
   arms = values_by_arm(record.rows(FINAL))
+  top1 = {name: arms[name]['top1'] for name in study.arms}
   parts = [
     f'# Study `{record.name}`\n\n{_measured_on(study, record)}',
-    *_answers(study, arms),
-    *_table_of_arms(study, record, arms),
+    *_gap(study, top1),
+    *_equivalence(study, top1),
+    *_table_of_arms(study, arms),
     *_tuning(study, record),
     *_commands(study),
     *_without_result(record),
@@ -50,10 +52,7 @@ def write(study: Study, record: Record) -> str:
   text = '\n\n'.join(parts) + '\n'
   storage.write_text(record.path / 'report.md', text)
   body = markdown.markdown(text, extensions=['tables'])
-  storage.write_text(
-    record.path / 'report.html',
-    page(record.name, body),
-  )
+  storage.write_text(record.path / 'report.html', page(record.name, body))
   return text
 
 
@@ -105,43 +104,40 @@ def _measured_on(study: Study, record: Record) -> str:
   )
 
 
-def _answers(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
-  """What was to be found out."""
-  top1 = {name: arms[name]['top1'] for name in study.arms if name in arms}
-  of = _values_of(top1)
-  if study.small:
-    gap = statistics.difference(of(study.small), of(study.large))
-    text = (
-      f'The gap G = {study.small} - {study.large} is {shown(gap)} points '
-      f'({gap.count} pairs).'
-    )
-    if not math.isnan(gap.low) and not gap.low > 0:
-      text += ' **It may be 0, so the test of recovery is void.**'
-    rows = []
-    for name in study.arms:
-      if name not in (study.small, study.large) and name in top1:
-        gain = statistics.difference(of(name), of(study.large))
-        share = statistics.recovery(of(name), of(study.large), of(study.small))
-        asked = 'yes' if name in study.recover else ''
-        rows.append([name, str(gain.count), shown(gain), shown(share), asked])
-    yield f'## The gap, and what gives it back\n\n{text}'
-    yield table(
-      (
-        'arm', 'pairs', f'- {study.large}, points', 'recovery R',
-        'asked beforehand',
-      ),
-      rows,
-    )  # fmt: skip
+def _gap(study: Study, top1: Mapping[str, Values]) -> Iterator[str]:
+  """What the large batch loses, and which arms give it back."""
+  if not study.small:
+    return
+  small, large = top1[study.small], top1[study.large]
+  gap = statistics.difference(small, large)
+  text = (
+    f'The gap G = {study.small} - {study.large} is {shown(gap)} points '
+    f'({gap.count} pairs).'
+  )
+  if not math.isnan(gap.low) and not gap.low > 0:
+    text += ' **It may be 0, so the test of recovery is void.**'
+  yield f'## The gap, and what gives it back\n\n{text}'
+  rows = []
+  for name, values in top1.items():
+    if name not in (study.small, study.large) and values:
+      gain = statistics.difference(values, large)
+      share = statistics.recovery(values, large, small)
+      asked = 'yes' if name in study.recover else ''
+      rows.append([name, str(gain.count), shown(gain), shown(share), asked])
+  gain = f'- {study.large}, points'
+  yield table(('arm', 'pairs', gain, 'recovery R', 'asked beforehand'), rows)
+
+
+def _equivalence(study: Study, top1: Mapping[str, Values]) -> Iterator[str]:
+  """Which arms are equal, within the margins that were stated."""
   rows = []
   for a, b, margin in study.equivalent:
-    found = statistics.equivalence(of(a), of(b), margin)
+    found = statistics.equivalence(top1[a], top1[b], margin)
+    points, pairs = shown(found.difference), str(found.difference.count)
     verdict = 'equivalent' if found.holds else 'not shown'
     rows.append(
-      [
-        f'{a} - {b}', str(found.difference.count), shown(found.difference),
-        f'{margin:g}', f'{found.p:.3f}', verdict,
-      ]
-    )  # fmt: skip
+      [f'{a} - {b}', pairs, points, f'{margin:g}', f'{found.p:.3f}', verdict]
+    )
   if rows:
     yield '## Equivalence\n\nTwo one-sided tests at 5 %; intervals are 90 %.'
     yield table(
@@ -149,22 +145,13 @@ def _answers(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _values_of(top1: Mapping[str, Any]):
-  return lambda name: top1.get(name, {})
-
-
-def _table_of_arms(
-  study: Study, record: Record, arms: Mapping[str, Any]
-) -> Iterator[str]:
+def _table_of_arms(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
   """All measures of all arms: accuracy first, then what analyses found."""
-  for title, measures in (
-    ('Arms', _MEASURED), ('Minima', _ANALYSED)
-  ):  # fmt: skip
+  for title, measures in (('Arms', _MEASURED), ('Minima', _ANALYSED)):
     present = [
-      (head, name, digits)
-      for head, key, digits in measures
-      for name in sorted({name for arm in arms.values() for name in arm})
-      if name == key
+      measure
+      for measure in measures
+      if any(measure[1] in arm for arm in arms.values())
     ]
     if not present:
       continue
@@ -172,10 +159,24 @@ def _table_of_arms(
       [name, *_budget(study.arms[name], arms[name])]
       + [shown(statistics.mean(arms[name][key]), d) for _, key, d in present]
       for name in study.arms
-      if name in arms
+      if arms[name]['top1']
     ]
-    yield f'## {title}'
+    yield f'## {title}{_unfit(study, arms) if title == "Arms" else ""}'
     yield table((*_BUDGET, *(head for head, _, _ in present)), rows)
+
+
+def _unfit(study: Study, arms: Mapping[str, Any]) -> str:
+  """Names the arms that are too short to be compared."""
+  means = {
+    name: statistics.mean(arms[name]['train_top1']).value for name in study.arms
+  }
+  unfit = [name for name, mean in means.items() if mean < study.min_train_top1]
+  if not unfit:
+    return ''
+  return (
+    f'\n\n**Fit less than {study.min_train_top1:g} % of the training examples, '
+    f'so their length binds as well: {", ".join(unfit)}.**'
+  )
 
 
 def _budget(arm: Arm, found: Mapping[str, Mapping[int, float]]) -> list[str]:

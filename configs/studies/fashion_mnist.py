@@ -127,6 +127,7 @@ STUDY = Study(
   large='baseline_1280',
   recover=('conadv_1280',),
   equivalent=(('conadv_1280', 'disadv_1280', 0.3),),
+  min_train_top1=99.0,
   figures={
     'batch_size': Figure(
       tuple(a for a in ARMS if a.startswith(('baseline_', 'conadv_')))[:7]

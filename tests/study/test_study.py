@@ -83,6 +83,7 @@ STUDY = Study(
   },
   small='baseline_64',
   large='baseline_640',
+  min_train_top1=99.6,
   recover=('conadv_640',),
   equivalent=(('conadv_640', 'baseline_64', 0.5),),
   figures={'batch_size': Figure(('baseline_64', 'baseline_640', 'conadv_640'))},
@@ -421,6 +422,8 @@ def test_the_report_answers_what_was_asked(study):
   assert '78.10 ± 0.25' in text
   assert '| small | optimizer.learning_rate | 8 | 99.50 | **90.00** |' in text
   assert '- final/autoaugment_640/seed=0: non-finite' in text
+  unfit = 'baseline_64, baseline_640, conadv_640'
+  assert f'so their length binds as well: {unfit}.' in text
   assert (path / 'batch_size.png').stat().st_size > 10_000
   page = (path / 'report.html').read_text()
   assert '<td>conadv_640</td>' in page and 'batch_size.png' in page

@@ -22,6 +22,7 @@ from conadv_jax.data.slices import Piece
 from conadv_jax.data.sources.source import Source, data_root, hide_gpus
 
 if TYPE_CHECKING:
+  from conadv_jax.data.sources.records import ShardedRecords
   from conadv_jax.data.spec import DatasetSpec
 
 
@@ -38,12 +39,14 @@ class Prepared:
     first_label: name of label 0, and
     last_label: of the last one. They tell an offset or another order of the
       classes; '' is not checked.
+    label: the feature that is the label.
   """
 
   tfds_name: str
   command: str
   first_label: str = ''
   last_label: str = ''
+  label: str = 'label'
 
   def resolve(self, spec: DatasetSpec, data_dir: str) -> DatasetSpec:
     """The spec with the sizes that dataset_info.json records, if there is one.
@@ -75,7 +78,10 @@ class Prepared:
     self._check_info(spec, builder.info, pieces, config.pool, directory)
     hide_gpus()
     if spec.encoded:
-      return _records(spec, builder, pieces, config.shuffle_window_shards)
+      source = _records(spec, builder, pieces, config.shuffle_window_shards)
+      source.label = self.label
+      source.class_names = tuple(builder.info.features[self.label].names)
+      return source
     from conadv_jax.data.sources import in_memory
 
     found = None
@@ -160,12 +166,13 @@ class Prepared:
     directory: epath.Path,
   ) -> None:
     """Compares the data set's own description with `spec`."""
-    label, image = info.features['label'], info.features['image']
+    label, image = info.features[self.label], info.features['image']
     *sides, channels = spec.image_shape
     sides = [None if spec.encoded else pool * side for side in sides]
+    found = [None if spec.encoded else side for side in image.shape[:2]]
     checks = [
       ('classes', label.num_classes, spec.num_classes),
-      ('image shape', tuple(image.shape), (*sides, channels)),
+      ('image shape', (*found, image.shape[-1]), (*sides, channels)),
     ] + [
       (f'{p.split} examples', info.splits[p.split].num_examples,
        spec.splits[p.split]) for p in pieces
@@ -191,7 +198,7 @@ def _has_version(directory: epath.Path) -> bool:
 
 def _records(
   spec: DatasetSpec, builder, pieces: tuple[Piece, ...], window_shards: int
-) -> Source:
+) -> ShardedRecords:
   from conadv_jax.data.sources import records
 
   parts = []
@@ -202,17 +209,14 @@ def _records(
   if file_format == 'array_record':
     from conadv_jax.data.sources import array_record
 
-    source = array_record.ArrayRecords(*zip(*parts, strict=True))
-  elif file_format == 'tfrecord':
+    return array_record.ArrayRecords(*zip(*parts, strict=True))
+  if file_format == 'tfrecord':
     from conadv_jax.data.sources import tfrecord
 
-    source = tfrecord.TfRecords(
+    return tfrecord.TfRecords(
       *zip(*parts, strict=True), window_shards=window_shards
     )
-  else:
-    raise ConfigError(
-      f'dataset.name={spec.name!r}: {builder.data_dir} holds {file_format}'
-      ' files; need array_record or tfrecord; see scripts/prepare_imagenet.md'
-    )
-  source.class_names = tuple(builder.info.features['label'].names)
-  return source
+  raise ConfigError(
+    f'dataset.name={spec.name!r}: {builder.data_dir} holds {file_format}'
+    ' files; need array_record or tfrecord; see scripts/prepare_imagenet.md'
+  )

@@ -34,7 +34,10 @@ class ShardedRecords(Encoded):
     num_examples: N.
     nbytes: bytes of what is used of the files; a little more than those of the
       records.
+    label: the feature of TFDS's schema that is the label.
   """
+
+  label = 'label'
 
   def __init__(
     self,
@@ -120,7 +123,7 @@ class ShardedRecords(Encoded):
     """The image and label of one TFDS record, inside `tf.data.Dataset.map`.
 
     Args:
-      record: string scalar tensor: a tf.train.Example with 'image' and 'label'.
+      record: string scalar tensor: a tf.train.Example with 'image' and `label`.
       example_id: int64 scalar tensor, not used.
 
     Returns:
@@ -135,10 +138,10 @@ class ShardedRecords(Encoded):
       record,
       {
         'image': tf.io.FixedLenFeature([], tf.string, default_value=''),
-        'label': tf.io.FixedLenFeature([], tf.int64, default_value=-1),
+        self.label: tf.io.FixedLenFeature([], tf.int64, default_value=-1),
       },
     )
-    return features['image'], tf.cast(features['label'], tf.int32)
+    return features['image'], tf.cast(features[self.label], tf.int32)
 
   def describe(self, example_id: int) -> str:
     """File and place of a record."""

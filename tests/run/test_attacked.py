@@ -1,0 +1,212 @@
+"""Robust accuracy of a trained network: against Foolbox, AutoAttack, itself."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from conadv_jax import evaluate, experiment, methods, train
+from conadv_jax.config import from_config_dict
+from conadv_jax.method.state import Snapshot
+from conadv_jax.run import autoattack, summary, workdir
+from conadv_jax.run.evaluator import judged
+from conadv_jax.run.reopen import restore_newest
+from configs import digits
+
+EPSILON = 24.0
+
+
+def settings(**fields):
+  values = digits.get_config('method=disadv,batch_size=64')
+  values.update_from_flattened_dict(
+    {
+      'epochs': 10.0,
+      'schedule.warmup_epochs': 2.0,
+      'eval.attack': 'none',
+      'eval.every_steps': 0,
+      'eval.epsilon': EPSILON,
+      'attack_stats_every_steps': 0,
+      **fields,
+    }
+  )
+  return from_config_dict(values)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """(work directory, run, weights, test images, labels) of a ResNet-8."""
+  path = tmp_path_factory.mktemp('trained')
+  build = functools.partial(experiment.build, devices=jax.devices()[:1])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(experiment, 'build', build)
+    patch.setattr(summary, '_draw', lambda *_: None)
+    clean = methods.Attack('clean_start', steps=5)
+    patch.setitem(methods.ATTACKS, 'clean_start', clean)
+    result = train.train(settings(), str(path))
+    assert result['top1'] > 95
+    run = experiment.build(settings())
+    _, state = restore_newest(workdir.path_of(str(path)), run)
+    weights = Snapshot(state.params, state.batch_stats)
+    weights = jax.device_get(weights)
+    images, labels = run.spec.store.splits['test']
+    yield path, run, weights, images, labels
+
+
+def evaluated(trained, *flags):
+  path, *_ = trained
+  return evaluate.evaluate(['prog', f'--workdir={path}', *flags])
+
+
+def top1(rows, **wanted):
+  (row,) = [r for r in rows if all(r[k] == x for k, x in wanted.items())]
+  return row['top1']
+
+
+# ---- By itself --------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_accuracy_falls_with_the_radius_and_is_the_clean_one_at_0(
+  norm, trained
+):
+  radii = (
+    [0, 4, 8, 16, 32, 64] if norm == 'linf' else [0, 32, 64, 128, 256, 512]
+  )
+  rows = evaluated(
+    trained,
+    f'--epsilons={",".join(map(str, radii))}',
+    f'--config.eval.norm={norm}',
+    '--config.eval.attack=fgsm,pgd',
+    '--config.eval.attack_steps=5',
+  )
+  path, *_ = trained
+  for attack in ('fgsm', 'pgd'):
+    found = [top1(rows, attack=attack, epsilon=radius) for radius in radii]
+    assert found[0] == rows[0]['top1']
+    assert found == sorted(found, reverse=True) and found[-1] < found[0] - 30
+    file = path / 'plots' / f'robustness_{attack}_{norm}.json'
+    points = json.loads(file.read_text())['points']
+    assert [point['top1'] for point in points] == found
+    assert [point['epsilon'] for point in points] == radii
+    png = file.with_suffix('.png').read_bytes()
+    assert png.startswith(b'\x89PNG') and len(png) > 10_000
+
+
+@pytest.mark.slow
+def test_accuracy_falls_with_steps_and_with_restarts(trained):
+  found = {}
+  for steps, restarts in ((1, 1), (3, 1), (20, 1), (20, 4)):
+    rows = evaluated(
+      trained,
+      '--config.eval.attack=pgd',
+      f'--config.eval.attack_steps={steps}',
+      f'--config.eval.restarts={restarts}',
+    )
+    assert (rows[1]['attack_steps'], rows[1]['restarts']) == (steps, restarts)
+    found[steps, restarts] = rows[1]['top1'], rows[1]['loss']
+  (one, _), (three, _), (more, loss), (again, worse) = found.values()
+  assert one >= three >= more >= again and one > again
+  assert worse > loss
+
+
+# ---- Foolbox ----------------------------------------------------------------
+
+
+def foolbox_top1(trained, name, norm, steps):
+  foolbox = pytest.importorskip('foolbox')
+  torch = pytest.importorskip('torch')
+  _, run, weights, images, labels = trained
+  network = autoattack.torch_network(run, weights)
+
+  class Module(torch.nn.Module):
+    def forward(self, x):
+      return network(x)
+
+  model = foolbox.PyTorchModel(Module().eval(), bounds=(0, 1), device='cpu')
+  x = torch.from_numpy(np.float32(images).transpose(0, 3, 1, 2) / 255)
+  if name == 'fgsm':
+    kind = {'linf': 'LinfFastGradientAttack', 'l2': 'L2FastGradientAttack'}
+    attack = getattr(foolbox.attacks, kind[norm])(random_start=False)
+  else:
+    kind = {'linf': 'LinfPGD', 'l2': 'L2PGD'}[norm]
+    attack = getattr(foolbox.attacks, kind)(
+      abs_stepsize=2.5 * radius_of(norm) / steps / 255,
+      steps=steps,
+      random_start=name == 'pgd',
+    )
+  torch.manual_seed(0)
+  y = torch.from_numpy(np.int64(labels))
+  _, _, success = attack(model, x, y, epsilons=[radius_of(norm) / 255])
+  return 100 * (1 - success.numpy().mean())
+
+
+def radius_of(norm):
+  return EPSILON if norm == 'linf' else 150.0
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+@pytest.mark.parametrize(
+  'name, steps', [('fgsm', 1), ('clean_start', 10), ('pgd', 40)]
+)
+def test_robust_accuracy_agrees_with_foolbox(name, steps, norm, trained):
+  expected = foolbox_top1(trained, name, norm, steps)
+  clean, row = evaluated(
+    trained,
+    f'--config.eval.attack={name}',
+    f'--config.eval.attack_steps={steps}',
+    f'--config.eval.norm={norm}',
+    f'--config.eval.epsilon={radius_of(norm)}',
+  )
+  assert abs(row['top1'] - expected) <= 0.5
+  assert 5 < row['top1'] < clean['top1'] - 10
+
+
+# ---- AutoAttack -------------------------------------------------------------
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_autoattack_agrees_with_us_and_is_stronger_than_pgd(norm, trained):
+  pytest.importorskip('pyautoattack')
+  path, run, weights, images, labels = trained
+  images, labels = images[:100], labels[:100]
+  adversarial, predicted = autoattack.attack(
+    run,
+    weights,
+    images,
+    labels,
+    norm=norm,
+    epsilon=radius_of(norm),
+  )
+  delta = adversarial - images
+  size = {
+    'linf': np.abs(delta).max((1, 2, 3)),
+    'l2': np.sqrt((delta**2).sum((1, 2, 3))),
+  }[norm]
+  assert size.max() < radius_of(norm) * 1.001 and size.max() > 1
+  assert adversarial.min() >= 0 and adversarial.max() <= 255.001
+  made = judged(run, weights, adversarial, labels)
+  assert (made.first[:, 0] == predicted).all()
+
+  flags = (
+    '--config.dataset.eval_split=test[:100]',
+    f'--config.eval.norm={norm}',
+    f'--config.eval.epsilon={radius_of(norm)}',
+  )
+  rows = evaluated(
+    trained,
+    *flags,
+    '--config.eval.attack=pgd',
+    '--config.eval.attack_steps=50',
+    '--config.eval.restarts=5',
+    '--autoattack=standard',
+  )
+  clean, pgd, ours = (row['top1'] for row in rows)
+  assert rows[2]['attack'] == 'autoattack'
+  assert ours == 100 * (predicted == labels).mean()
+  assert ours <= pgd < clean - 10
+  assert pgd - ours < 10
