@@ -215,7 +215,8 @@ class _Evaluation:
         )
       if self._options.epsilons and len(found) > 1:
         title = f'{self._run.config.model}, {examples.data["name"]}'
-        rows = [row for row, _ in found]
+        names = ('none', *self._run.config.eval.attacks)
+        rows = [row for row, _ in found if row['attack'] in names]
         paths = reports.write_curves(rows, title, self._folder / 'plots')
         lines += [f'drawn: {path}' for path in paths]
       return ''.join(f'{line}\n' for line in lines)
