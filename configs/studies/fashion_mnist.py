@@ -120,7 +120,7 @@ STUDY = Study(
     'nesterov': search(
       (0.25, 0.5, 1.0), DECAY, fields('baseline', **NESTEROV)
     ),
-    'lamb': search((0.005, 0.01, 0.02), DECAY, fields('baseline', **LAMB)),
+    'lamb': search((0.01, 0.02, 0.04), DECAY, fields('baseline', **LAMB)),
   },
   arms=ARMS,
   small='baseline_128',
