@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -166,7 +166,7 @@ class Evaluator:
       self._fns[attack, route] = make_eval_fn(self._run, spec, route)
     totals = collections.Counter()
     ticker = Ticker()
-    for index, batch in enumerate(self._batches()):
+    for index, batch in enumerate(self.batches()):
       before_batch()
       sums = self._fns[attack, route](weights, batch, jnp.int32(index))
       for name, value in jax.device_get(sums).items():
@@ -201,16 +201,22 @@ class Evaluator:
         break
     return np.stack(images[:count]), np.stack(labels[:count])
 
-  def _batches(self) -> Iterable[Mapping[str, jax.Array]]:
+  def batches(
+    self, example_ids: np.ndarray | None = None
+  ) -> Iterator[dict[str, jax.Array]]:
+    """Batches of `make_eval_fn` on the devices: of some examples, or of all."""
     layout = (self._sharding, self._groups, self._group_size)
     positions = local_positions(*layout)
     size = self._groups * self._group_size
-    for local in self._host_batches(size, positions.reshape(-1)):
+    for local in self._host_batches(size, positions.reshape(-1), example_ids):
       local['is_example'] = local.pop('id') >= 0
       yield put_batch(*layout, local)
 
   def _host_batches(
-    self, batch_size: int, positions: np.ndarray | None = None
+    self,
+    batch_size: int,
+    positions: np.ndarray | None = None,
+    example_ids: np.ndarray | None = None,
   ) -> Iterator[dict[str, np.ndarray]]:
     # The only import of tensorflow in this file is behind this line.
     from conadv_jax.data import pipeline
@@ -222,6 +228,7 @@ class Evaluator:
       batch_size=batch_size,
       positions=positions,
       quarantine=self._quarantine,
+      example_ids=example_ids,
     )
 
 
