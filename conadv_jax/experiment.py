@@ -31,7 +31,7 @@ from conadv_jax.devices.mesh import (
   replicated,
   state_shardings,
 )
-from conadv_jax.method import optim, schedules
+from conadv_jax.method import noise, optim, schedules
 from conadv_jax.method.setup import Setup
 from conadv_jax.method.spikes import no_spikes
 from conadv_jax.method.staleness import StepFn
@@ -280,6 +280,7 @@ def build(
   )
   _check_groups(config, mesh)
   sharded_optimizer.check_shards(config, mesh)
+  noise.check_parts(config, mesh)
   _check_network(config)
   options = {f'network.{k}': v for k, v in vars(config.network).items()}
   model = models.create(

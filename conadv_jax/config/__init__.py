@@ -136,6 +136,9 @@ class Config(Group):
   attack_stats_every_steps: int = number(
     100, '>= 0', 'stale against fresh perturbation; 0 = off'
   )
+  noise_scale: bool = setting(
+    False, 'log the gradient noise scale; needs several devices or microbatches'
+  )
   max_nonfinite_steps: int = number(
     5, '>= 1', 'stop after so many non-finite steps in a row'
   )

@@ -16,6 +16,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 
 from conadv_jax.config import Config
 from conadv_jax.devices import loops, sharded_optimizer, sums
@@ -44,6 +45,7 @@ class Means:
     attack_stats: after the attack, or None.
     loss_V: of each view.
     top1_V: percentage, of each view.
+    square: squared norm of the gradients of a part, or None.
   """
 
   grads: Any
@@ -51,6 +53,7 @@ class Means:
   attack_stats: Any
   loss_V: jax.Array
   top1_V: jax.Array
+  square: jax.Array | None = None
 
 
 def weighted_loss(
@@ -151,9 +154,13 @@ def over_devices(
 
     def one_microbatch(part, delta):
       batch, next_batch, places = part
-      return sub_steps(
+      means, delta = sub_steps(
         setup, step, weights, attacker, batch, next_batch, delta, places
       )
+      if config.noise_scale:
+        square = jnp.square(optax.tree.norm(means.grads))
+        means = means.replace(square=square)
+      return means, delta
 
     means, pending = over_microbatches(
       config.microbatches,
@@ -171,7 +178,7 @@ def over_devices(
       mesh,
       on_device,
       in_specs=(REPLICATED,) * 3 + (BATCH,) * 3,
-      out_specs=(Means(grads, *(REPLICATED,) * 4), BATCH),
+      out_specs=(Means(grads, *(REPLICATED,) * 5), BATCH),
     )(step, weights, *args)
 
   return program
@@ -235,6 +242,7 @@ def _no_means(config: Config, weights: Snapshot) -> Means:
     attack_stats=zeros.batch_stats if moves_stats else None,
     loss_V=per_view,
     top1_V=per_view,
+    square=per_view[0] if config.noise_scale else None,
   )
 
 

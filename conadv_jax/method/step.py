@@ -22,7 +22,7 @@ import optax
 from conadv_jax.config import Config
 from conadv_jax.devices import sharded_optimizer
 from conadv_jax.devices.mesh import Places
-from conadv_jax.method import fast_advprop, optim, spikes, staleness
+from conadv_jax.method import fast_advprop, noise, optim, spikes, staleness
 from conadv_jax.method.attack import attack_batch
 from conadv_jax.method.gradients import (
   Means,
@@ -63,6 +63,13 @@ def train_step(
   )
   with jax.named_scope('optimizer'):
     new, metrics = update(setup, state, means)
+    if config.noise_scale:
+      metrics |= noise.estimates(
+        config.batch_size,
+        noise.parts(config, setup.mesh),
+        means.square,
+        jnp.square(metrics['grad_norm']),
+      )
   return new.replace(
     step=state.step + 1,
     snapshots=staleness.aged(config, state),
