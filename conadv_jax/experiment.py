@@ -246,6 +246,23 @@ def _check_trace(config: Config, steps: Steps) -> None:
   check(end <= steps.stop + 1, 'profile.steps', config.profile.steps, fix)
 
 
+def _make_model(
+  config: Config, spec: datasets.DatasetSpec, mesh: jax.sharding.Mesh
+) -> Any:
+  options = {f'network.{k}': v for k, v in vars(config.network).items()}
+  return models.create(
+    config.model,
+    {'remat': config.remat} | options,
+    num_classes=spec.num_classes,
+    num_routes=len(config.routes),
+    bn_axis=bn_axis(mesh),
+    bn_momentum=config.bn_momentum,
+    bn_epsilon=config.bn_epsilon,
+    dtype=jnp.dtype(config.dtype),
+    platform=mesh.devices.flat[0].platform,
+  )
+
+
 def build(
   config: Config,
   devices: Sequence[jax.Device] | None = None,
@@ -282,21 +299,10 @@ def build(
   sharded_optimizer.check_shards(config, mesh)
   noise.check_parts(config, mesh)
   _check_network(config)
-  options = {f'network.{k}': v for k, v in vars(config.network).items()}
-  model = models.create(
-    config.model,
-    {'remat': config.remat} | options,
-    num_classes=spec.num_classes,
-    num_routes=len(config.routes),
-    bn_axis=bn_axis(mesh),
-    bn_momentum=config.bn_momentum,
-    bn_epsilon=config.bn_epsilon,
-    dtype=jnp.dtype(config.dtype),
-    platform=mesh.devices.flat[0].platform,
-  )
   peak = config.optimizer.peak_learning_rate(config.batch_size)
   schedule = schedules.make_schedule(config.schedule, steps, peak)
   optimizer = optim.make_optimizer(config.optimizer, schedule)
+  model = _make_model(config, spec, mesh)
   return Run(
     config=config,
     spec=spec,

@@ -13,8 +13,10 @@ from jax.flatten_util import ravel_pytree
 
 from conadv_jax.devices.mesh import replicated
 from conadv_jax.experiment import Run
+from conadv_jax.method import losses
+from conadv_jax.method.pixels import wide_dtype
 from conadv_jax.method.state import Snapshot
-from conadv_jax.run.evaluator import make_eval_fn
+from conadv_jax.run.evaluator import make_logits_fn
 
 Vector = jax.Array | np.ndarray
 
@@ -60,10 +62,17 @@ class Surface:
     self._dtype = flat.dtype
     self.weights = self.put(flat)
     self._stats = jax.device_put(stats, self._sharding)
-    eval_fn = make_eval_fn(run, None, route)
 
     def sums(w, stats, batch):
-      return eval_fn(Snapshot(self.unravel(w), stats), batch, jnp.int32(0))
+      logits_of = make_logits_fn(run, Snapshot(self.unravel(w), stats), route)
+      logits = logits_of(batch['clean'].astype(wide_dtype(run.config)))
+      label, mask = batch['label'], batch['mask']
+      loss = losses.cross_entropy(logits, label)
+      return {
+        'count': mask.sum(),
+        'correct': (losses.top1(logits, label) * mask).sum(),
+        'loss': jnp.where(mask, loss, 0).sum(),
+      }
 
     def loss(w, stats, batch):
       return sums(w, stats, batch)['loss']
