@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import networks
 import numpy as np
 import pytest
+from references import make
 
 from conadv_jax import experiment
 from conadv_jax.config import from_config_dict
@@ -60,7 +61,7 @@ def test_a_file_of_export_has_the_weights_of_its_route(
 @pytest.mark.parity
 @pytest.mark.parametrize('model, epsilon', MODELS)
 def test_weights_of_timm_have_timms_logits(model, epsilon, tmp_path):
-  timm = pytest.importorskip('timm')
+  timm = make.import_timm()
   torch = pytest.importorskip('torch')
   safetensors = pytest.importorskip('safetensors.torch')
   torch.manual_seed(0)
