@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import runpy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -238,10 +237,7 @@ def load(text: str) -> tuple[str, Study]:
     path = known[text]
   if not path.is_file():
     raise ConfigError(f'--study={text}: there is no such file')
-  try:
-    study = runpy.run_path(str(path)).get('STUDY')
-  except ConfigError as error:
-    raise ConfigError(f'--study={text}: {error}') from error
+  study = getattr(recipes.run_file(path, f'--study={text}'), 'STUDY', None)
   if not isinstance(study, Study):
     raise ConfigError(f'--study={text}: defines no STUDY')
   return path.stem, study

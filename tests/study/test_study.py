@@ -307,6 +307,12 @@ def test_a_file_without_a_study_is_refused(tmp_path):
     design.load(str(tmp_path / 's.py'))
 
 
+def test_an_error_in_a_study_file_has_its_line(tmp_path):
+  (tmp_path / 's.py').write_text('x = 1\nSTUDY = x.y\n')
+  with pytest.raises(ConfigError, match='s.py, line 2: AttributeError'):
+    design.load(str(tmp_path / 's.py'))
+
+
 @pytest.mark.parametrize('name', design.shipped())
 def test_shipped_studies_have_valid_cells(name):
   _, study = design.load(name)
