@@ -147,7 +147,8 @@ def test_every_command_is_a_module_that_runs(monkeypatch):
     command, target = script.split(' = ')
     name, function = target.split(':')
     assert callable(getattr(importlib.import_module(name), function))
-    module = f'conadv_jax.{command.removeprefix("conadv-")}'
+    room = {'conadv-analyse': 'analysis'}.get(command)
+    module = f'conadv_jax.{room or command.removeprefix("conadv-")}'
     assert name.removesuffix('.__main__') == module
     path = pathlib.Path(importlib.util.find_spec(name).origin)
     assert f"if __name__ == '__main__':\n  {function}()" in path.read_text()
