@@ -33,7 +33,9 @@ setup: $(STAMP)
 
 # The stamp goes first and comes back last: an interrupted install starts again.
 # uv installs in seconds what takes pip a minute; pip is the way out where uv
-# has no build or does not know the package index that pip is set up for.
+# has no build or does not know the package index that pip is set up for. As pip
+# does, it compiles to bytecode: where Python may not write that itself, every
+# process would compile again what it imports, for seconds.
 $(STAMP): requirements.lock setup.py $(SETUP_AGAIN)
 	@echo 'Setting up .venv with the versions in requirements.lock ...'
 	@rm -f $(STAMP)
@@ -46,7 +48,8 @@ $(STAMP): requirements.lock setup.py $(SETUP_AGAIN)
 	|| $(VENV_PYTHON) -m ensurepip > /dev/null
 	@uv=$$(sed -n 's/^\(uv==[^ ;]*\).*/\1/p' requirements.lock); \
 	{ $(VENV_PYTHON) -m pip install -qq "$$uv" && $(VENV_PYTHON) -m uv \
-	  pip install -q --python $(VENV_PYTHON) -r requirements.lock; } \
+	  pip install -q --compile-bytecode --python $(VENV_PYTHON) \
+	  -r requirements.lock; } \
 	|| { echo 'uv could not install; trying pip (a few minutes) ...'; \
 	  $(VENV_PYTHON) -m pip install -q -r requirements.lock; }
 	@$(VENV_PYTHON) -m pip install -qq --no-deps --no-build-isolation -e .
