@@ -43,7 +43,7 @@ INSTALL_REQUIRES = [
   'orbax-checkpoint>=0.11.30',
   'pillow>=10.1',
   'safetensors>=0.5',
-  'scipy>=1.13',
+  'scipy>=1.14',
   'tensorboard>=2.18',
   f'tensorflow-cpu>=2.20; {HAS_TENSORFLOW_CPU}',
   f'tensorflow>=2.20; {NO_TENSORFLOW_CPU}',
@@ -78,6 +78,7 @@ COMMANDS = {
   'audit': 'audit.__main__',
   'study': 'study.__main__',
   'models': 'models.__main__',
+  'analyse': 'analysis.__main__',
   'supervise': 'supervise',
 }
 

@@ -31,7 +31,7 @@ from conadv_jax.devices.mesh import (
   replicated,
   state_shardings,
 )
-from conadv_jax.method import optim, schedules
+from conadv_jax.method import noise, optim, schedules
 from conadv_jax.method.setup import Setup
 from conadv_jax.method.spikes import no_spikes
 from conadv_jax.method.staleness import StepFn
@@ -153,8 +153,10 @@ class Run:
       V * (3 F - S) + k * 2 F
 
     where S is the gradient of the pixels through the first layer, which
-    training does not need. `remat` adds a forward pass to each. A multiply-add
-    counts as two, on padding too, as in papers; XLA does not count padding.
+    training does not need. `remat` adds a forward pass to each. A view that
+    only a share of the examples has counts as that share, and so does its
+    attack, whose backward pass is whole then: 3 F. A multiply-add counts as
+    two, on padding too, as in papers; XLA does not count padding.
 
     Args:
       again: whether to count what `remat` computes a second time.
@@ -163,9 +165,10 @@ class Run:
     layers = summary.multiply_adds(self.model, self.spec.image_shape)
     forward, stem = 2 * sum(layers), 2 * layers[0]
     once_more = forward if again and config.remat != 'none' else 0
-    attack = config.attack.steps if config.is_adversarial else 0
     view = 3 * forward - stem + once_more
-    per_example = len(config.views) * view + attack * (2 * forward + once_more)
+    gradient = (3 if config.adv_every else 2) * forward + once_more
+    attack = config.shares.get('adv', 0) * config.attack.steps
+    per_example = sum(config.shares.values()) * view + attack * gradient
     return config.batch_size / self.mesh.size * per_example
 
   def local_positions(self) -> np.ndarray:
@@ -224,10 +227,40 @@ def _check_network(config: Config) -> None:
     )
 
 
+def _check_groups(config: Config, mesh: jax.sharding.Mesh) -> None:
+  """Refuses parts of a batch that cannot be divided between views."""
+  parts = config.microbatches * mesh.shape['data']
+  groups, every = config.batch_size // config.bn_group_size, config.adv_every
+  fix = (
+    f'method {config.method!r} attacks one of {every} batch-norm groups, and '
+    f'each of {parts} devices and microbatches has {groups / parts:g}; set a '
+    f'multiple of {every * parts * config.bn_group_size}, or smaller groups'
+  )
+  ok = not every or groups % (every * parts) == 0
+  check(ok, 'batch_size', config.batch_size, fix)
+
+
 def _check_trace(config: Config, steps: Steps) -> None:
   _, end = config.profile.span
   fix = f'the run has steps 1 to {steps.stop}'
   check(end <= steps.stop + 1, 'profile.steps', config.profile.steps, fix)
+
+
+def _make_model(
+  config: Config, spec: datasets.DatasetSpec, mesh: jax.sharding.Mesh
+) -> Any:
+  options = {f'network.{k}': v for k, v in vars(config.network).items()}
+  return models.create(
+    config.model,
+    {'remat': config.remat} | options,
+    num_classes=spec.num_classes,
+    num_routes=len(config.routes),
+    bn_axis=bn_axis(mesh),
+    bn_momentum=config.bn_momentum,
+    bn_epsilon=config.bn_epsilon,
+    dtype=jnp.dtype(config.dtype),
+    platform=mesh.devices.flat[0].platform,
+  )
 
 
 def build(
@@ -262,30 +295,20 @@ def build(
   mesh = make_mesh(
     config.batch_size, config.bn_group_size, devices, config.microbatches
   )
+  _check_groups(config, mesh)
   sharded_optimizer.check_shards(config, mesh)
+  noise.check_parts(config, mesh)
   _check_network(config)
-  options = {f'network.{k}': v for k, v in vars(config.network).items()}
-  model = models.create(
-    config.model,
-    {'remat': config.remat} | options,
-    num_classes=spec.num_classes,
-    num_routes=len(config.routes),
-    bn_axis=bn_axis(mesh),
-    bn_momentum=config.bn_momentum,
-    bn_epsilon=config.bn_epsilon,
-    dtype=jnp.dtype(config.dtype),
-    platform=mesh.devices.flat[0].platform,
-  )
   peak = config.optimizer.peak_learning_rate(config.batch_size)
   schedule = schedules.make_schedule(config.schedule, steps, peak)
   optimizer = optim.make_optimizer(config.optimizer, schedule)
-  apply_fn = models.make_apply_fn(model)
+  model = _make_model(config, spec, mesh)
   return Run(
     config=config,
     spec=spec,
     steps=steps,
     mesh=mesh,
-    apply_fn=apply_fn,
+    apply_fn=models.make_apply_fn(model),
     optimizer=optimizer,
     schedule=schedule,
     model=model,

@@ -28,11 +28,18 @@ class Method:
       perturbation; None where there is no `adv` view.
     attacked: the view that the perturbation is made from. It is fed to the
       step even if it is not trained on.
+    attack: a name in ATTACKS, of a method that stands for one attack; with
+      None `attack.preset` chooses.
+    adv_every: n of `method.fast_advprop`: of any n batch-norm groups, one is
+      trained on in the view `adv` and the others in `clean`. 0: every example
+      in all views.
   """
 
   views: tuple[tuple[str, str], ...]
   staleness_steps: int | None = None
   attacked: str = 'clean'
+  attack: str | None = None
+  adv_every: int = 0
 
   def __post_init__(self):
     names = [view for view, _ in self.views]
@@ -45,6 +52,23 @@ class Method:
       )
     if self.attacked == 'adv':
       raise ConfigError("attacked='adv': attack another view, such as 'clean'")
+    if self.adv_every and (
+      self.adv_every < 2
+      or (names, len(self.routes)) != (['clean', 'adv'], 2)
+      or (self.staleness_steps, self.attacked) != (0, 'clean')
+    ):
+      raise ConfigError(
+        f'adv_every={self.adv_every}: needs 2 or more, and the views clean and '
+        'adv on routes of their own, with staleness_steps=0'
+      )
+
+  @property
+  def shares(self) -> dict[str, float]:
+    """{view: share of the examples that is trained on in it}."""
+    shares = {view: 1.0 for view, _ in self.views}
+    if self.adv_every:
+      shares = {'clean': 1 - 1 / self.adv_every, 'adv': 1 / self.adv_every}
+    return shares
 
   @property
   def routes(self) -> tuple[str, ...]:
@@ -68,6 +92,16 @@ METHODS = {
   'disadv': Method((('clean', 'clean'), ('adv', 'adv')), 0),
   'conadv': Method((('clean', 'clean'), ('adv', 'adv')), 1),
   'conadv_aa': Method((('clean', 'clean'), ('aa', 'aa'), ('adv', 'adv')), 1),
+  # Rivals: AdvProp with five steps (arXiv:1911.09665); Fast AdvProp, which
+  # attacks a fifth of the examples (arXiv:2204.09838); a random sign for each
+  # pixel in place of the gradient's.
+  'advprop': Method((('clean', 'clean'), ('adv', 'adv')), 0, attack='pgd'),
+  'fast_advprop': Method(
+    (('clean', 'clean'), ('adv', 'adv')), 0, attack='rs_fgsm', adv_every=5
+  ),
+  'noise': Method(
+    (('clean', 'clean'), ('adv', 'adv')), 0, attack='random_signs'
+  ),
   # Ablations: one batch norm for both views; no clean view; AutoAugment in its
   # place; a perturbation of the AutoAugment view.
   'conadv_shared_bn': Method((('clean', 'clean'), ('adv', 'clean')), 1),
@@ -93,7 +127,12 @@ class Attack(Group):
 
   prefix = 'attack.'
 
-  preset: str = setting('fgsm', 'a name in ATTACKS; fills the fields left None')
+  preset: str = setting(
+    'fgsm',
+    "a name in ATTACKS; fills the fields left None. None = the method's, or "
+    'fgsm',
+    preset=True,
+  )
   rule: str = setting(
     'gradient', 'a name in conadv_jax.method.attack.RULES', preset=True
   )
@@ -177,6 +216,9 @@ ATTACKS = {
   'fgsm': Attack('fgsm'),
   'paper': Attack('paper', targeted=True, random_start_prob=0.8),
   'pgd': Attack('pgd', steps=5, random_start_prob=1.0),
+  # One step from a random start (Wong et al. 2020, arXiv:2001.03994), with the
+  # size of Fast AdvProp.
+  'rs_fgsm': Attack('rs_fgsm', epsilon=1.0, random_start_prob=1.0),
   # A control without a gradient: epsilon times a random sign for each pixel.
   'random_signs': Attack(
     'random_signs', steps=0, random_start='extreme', random_start_prob=1.0

@@ -96,9 +96,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   set_imagenet(c, image_size_px=size_px)
   c.dataset.eval_crop_ratio = size_px / (size_px + 32)
 
-  c.attack.preset = 'paper'
-  c.eval.epsilon = 4.0
-
   c.ema.decay = EMA_DECAY ** (batch_size / 4096)
   c.eval.use_ema = True
   c.optimizer.scaling = 'linear'

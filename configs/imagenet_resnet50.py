@@ -86,9 +86,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   c.dtype = 'bfloat16'
   set_imagenet(c, models.get(args['model']).resolution_px)
 
-  c.attack.preset = 'paper'
-  c.eval.epsilon = 4.0
-
   c.optimizer.name = 'lars'
   scale = min(1, batch_size / MIN_BATCH_SIZE)
   c.optimizer.learning_rate = recipe.learning_rate * scale

@@ -95,9 +95,11 @@ class TinyNet(nn.Module):
     return layout.unfold(logits)
 
 
-def tiny_net(config: Config) -> tuple[nn.Module, models.ApplyFn]:
-  """`TinyNet` for `SPEC` and `config`, and its `apply_fn`."""
-  model = TinyNet(
+def tiny_net(
+  config: Config, network: type[TinyNet] = TinyNet
+) -> tuple[nn.Module, models.ApplyFn]:
+  """`network` for `SPEC` and `config`, and its `apply_fn`."""
+  model = network(
     num_classes=SPEC.num_classes,
     num_routes=len(config.routes),
     bn_momentum=config.bn_momentum,
@@ -107,9 +109,11 @@ def tiny_net(config: Config) -> tuple[nn.Module, models.ApplyFn]:
   return model, models.make_apply_fn(model)
 
 
-def random_weights(config: Config, seed: int = 0) -> Snapshot:
-  """Weights and statistics of `TinyNet`, every row of them different."""
-  model, _ = tiny_net(config)
+def random_weights(
+  config: Config, seed: int = 0, network: type[TinyNet] = TinyNet
+) -> Snapshot:
+  """Weights and statistics of `network`, every row of them different."""
+  model, _ = tiny_net(config, network)
   routes = tuple(range(len(config.routes)))
   image = jax.ShapeDtypeStruct(
     (1, len(routes), 1, *SPEC.image_shape), jnp.dtype(config.dtype)

@@ -194,7 +194,7 @@ def evaluation(config):
   """The programs that evaluate, and which weights they are given."""
   run = experiment.build(config)
   source = run.spec.open('eval', config.dataset)
-  batch = next(iter(evaluator.Evaluator(run, source, Quarantine())._batches()))
+  batch = next(iter(evaluator.Evaluator(run, source, Quarantine()).batches()))
   state = run.abstract_state()
   weights = evaluator.weights_of(config, state)
   texts = {}

@@ -28,6 +28,7 @@ ROOMS = {
   'cli': 'command lines, and how a command ends',
   'run': 'the training loop; work directory, metrics, evaluator, summary',
   'debug': 'replay of a bad step',
+  'analysis': 'curvature, sharpness, landscape, staleness (command)',
   'supervise': 'start a run again (command)',
   'evaluate': 'clean and robust accuracy (command)',
   'train': 'train one configuration (command)',
@@ -312,7 +313,14 @@ def test_the_step_loads_neither_tensorflow_nor_plotting():
 @pytest.mark.parametrize('flag', ['--help', '--version'])
 @pytest.mark.parametrize(
   'command',
-  ['train', 'evaluate', 'export.__main__', 'audit.__main__', 'supervise'],
+  [
+    'train',
+    'evaluate',
+    'export.__main__',
+    'audit.__main__',
+    'supervise',
+    'analysis.__main__',
+  ],  # fmt: skip
 )
 def test_help_and_version_come_before_the_imports(command, flag):
   code = f'from conadv_jax.{command} import console; console()'
@@ -332,6 +340,7 @@ def test_help_and_version_come_before_the_imports(command, flag):
     ),
     ('train', ['--workdir=/none/such', '--replay=3'], 'no run'),
     ('evaluate', ['--workdir=/none/such'], 'no run'),
+    ('analysis.__main__', ['--workdir=/none/such'], 'no run'),
   ],
 )
 @pytest.mark.slow

@@ -392,6 +392,25 @@ def test_the_attack_preset_fills_only_what_is_none():
   assert not attack.targeted and attack.random_start_prob == 0.0
 
 
+def test_a_method_may_stand_for_an_attack():
+  # AdvProp: five steps of 1 grey level in a ball of 4, from a random start.
+  attack = load({'method': 'advprop'}).attack
+  assert attack == ATTACKS['pgd'].resolved()
+  assert (attack.steps, attack.step_size, attack.epsilon) == (5, 1.0, 4.0)
+  assert load({'method': 'noise'}).attack == ATTACKS['random_signs']
+  assert load({'method': 'disadv'}).attack == ATTACKS['fgsm'].resolved()
+  # Its fields may differ, its name may not.
+  attack = load({'method': 'advprop', 'attack.steps': 3}).attack
+  assert (attack.preset, attack.steps) == ('pgd', 3)
+  attack = load({'method': 'fast_advprop'}).attack
+  assert (attack.steps, attack.step_size, attack.epsilon) == (1, 1.0, 1.0)
+  message = error_of({'method': 'fast_advprop', 'attack.targeted': True})
+  assert message.startswith('attack.targeted=True: ') and 'unset' in message
+  message = error_of({'method': 'advprop', 'attack.preset': 'fgsm'})
+  assert "attack.preset='fgsm': method 'advprop' stands for 'pgd'" in message
+  assert "use method 'disadv'" in message
+
+
 def test_steps_are_sized_by_the_ball_unless_set():
   attack = load({'attack.preset': 'fgsm', 'attack.epsilon': 9.0}).attack
   assert attack.step_size == 9.0
@@ -449,8 +468,12 @@ def test_a_method_of_your_own_needs_nothing_else(tau, monkeypatch):
   config = load({'method': 'own'})
   assert config.staleness_steps == tau and config.routes == ('b', 'a')
   assert config.fed_views == ('aa', 'mine') and config.eval.route == 'b'
-  assert config.loss.weights_of(('mine', 'adv')) == (0.5, 0.5)
+  assert config.loss.weights_of({'mine': 1, 'adv': 1}) == (0.5, 0.5)
   assert from_config_dict(to_dict(config)) == config
+
+
+PAIR = (('clean', 'clean'), ('adv', 'adv'))
+ONE_ROUTE = (('clean', 'clean'), ('adv', 'clean'))
 
 
 @pytest.mark.parametrize(
@@ -460,6 +483,10 @@ def test_a_method_of_your_own_needs_nothing_else(tau, monkeypatch):
     (((('aa', 'a'), ('aa', 'b')), None), 'each of them once'),
     (((('adv', 'adv'),),), "needs a number with a view 'adv'"),
     (((('clean', 'clean'),), 1), 'else None'),
+    (((('clean', 'clean'),), None, 'clean', None, 5), 'adv_every=5: needs'),
+    ((PAIR, 1, 'clean', None, 5), 'with staleness_steps=0'),
+    ((PAIR, 0, 'clean', None, 1), 'adv_every=1: needs 2'),
+    ((ONE_ROUTE, 0, 'clean', None, 5), 'on routes of their own'),
     (((('adv', 'adv'),), 1, 'adv'), 'attack another view'),
   ],
 )
@@ -507,8 +534,10 @@ def test_a_step_that_follows_a_whole_epsilon_is_not_warned_of(capsys):
 
 def test_view_weights_sum_to_one():
   loss = load({'loss.view_weights': {'clean': 1, 'aa': 2, 'adv': 3}}).loss
-  assert loss.weights_of(('clean', 'adv')) == (0.25, 0.75)
-  assert sum(loss.weights_of(('clean', 'aa', 'adv'))) == pytest.approx(1)
+  assert loss.weights_of({'clean': 1, 'adv': 1}) == (0.25, 0.75)
+  assert loss.weights_of({'clean': 0.75, 'adv': 0.25}) == (0.5, 0.5)
+  all_views = dict.fromkeys(('clean', 'aa', 'adv'), 1)
+  assert sum(loss.weights_of(all_views)) == pytest.approx(1)
 
 
 # ---- Round trip and arguments ---------------------------------------------
@@ -517,6 +546,8 @@ def test_view_weights_sum_to_one():
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('preset', sorted(ATTACKS))
 def test_round_trip_through_json(method, preset):
+  if METHODS[method].attack:
+    preset = None
   config = load({'method': method, 'attack.preset': preset})
   text = json.dumps(to_dict(config), allow_nan=False)
   assert from_config_dict(json.loads(text)) == config

@@ -4,6 +4,7 @@ UPDATE_GOLDEN=1 makes those files again; look at their diff before it is
 committed.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -88,6 +89,8 @@ def resolved(recipe, args):
   config = from_config_dict(recipes.load(f'{recipe}:{args}', {}))
   size = config.dataset.image_size_px
   spec = datasets.get_spec(config.dataset.name)
+  train_split = config.dataset.train_split or spec.train_split
+  spec = dataclasses.replace(spec, train_split=train_split)
   steps = Steps.of(config, spec.num_train)
   peak = config.optimizer.peak_learning_rate(config.batch_size)
   schedule = schedules.make_schedule(config.schedule, steps, peak)

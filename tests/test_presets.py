@@ -98,6 +98,10 @@ CASES = {
     Method((('aa', 'adv'), ('adv', 'aa')), 1),
     {'eval.attack': 'paper,pgd', 'attack.update_batch_stats': True},
   ),
+  'one_of_five_on_adv': (
+    Method((('clean', 'clean'), ('adv', 'adv')), 0, adv_every=5),
+    {'batch_size': 80, 'bn_group_size': 2, 'attack.preset': 'rs_fgsm'},
+  ),
 }
 
 

@@ -58,7 +58,12 @@ def test_every_model_loads_with_every_method_and_batch(method, batch):
     cfg = load(recipe_of(name), model=name, method=method, batch_size=batch)
     assert cfg.batch_size == BATCHES[batch]
     assert cfg.dataset.image_size_px == models.get(name).resolution_px
-    assert (cfg.attack.preset, cfg.attack.epsilon) == ('paper', 4.0)
+    attack = {
+      'advprop': ('pgd', 4.0),
+      'fast_advprop': ('rs_fgsm', 1.0),
+      'noise': ('random_signs', 4.0),
+    }.get(method, ('paper', 4.0))
+    assert (cfg.attack.preset, cfg.attack.epsilon) == attack
 
 
 @pytest.mark.parametrize('method', METHODS)

@@ -166,6 +166,7 @@ FIELDS = {
   'eval.train_split': Case('train[:8]', evaluated_too),
   'log_every_steps': InRun(2),
   'attack_stats_every_steps': InRun(3),
+  'noise_scale': Case(True, program, BASELINE | {'microbatches': 2}),
   'max_nonfinite_steps': Case(3, bad_steps_in_a_row),
   'spike.sigmas': Case(6.0, program, BASELINE),
   'spike.window_steps': Case(8, program, BASELINE | SPIKE),

@@ -147,7 +147,8 @@ def test_every_command_is_a_module_that_runs(monkeypatch):
     command, target = script.split(' = ')
     name, function = target.split(':')
     assert callable(getattr(importlib.import_module(name), function))
-    module = f'conadv_jax.{command.removeprefix("conadv-")}'
+    room = {'conadv-analyse': 'analysis'}.get(command)
+    module = f'conadv_jax.{room or command.removeprefix("conadv-")}'
     assert name.removesuffix('.__main__') == module
     path = pathlib.Path(importlib.util.find_spec(name).origin)
     assert f"if __name__ == '__main__':\n  {function}()" in path.read_text()
@@ -193,12 +194,12 @@ def test_a_wheel_trains_a_shipped_recipe_in_another_folder(tmp_path):
 SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 # Arguments of scripts that are no paths.
 NO_PATHS = {
-  'axes', 'batch_size', 'batch_sizes', 'check', 'compile_peer', 'count',
-  'devices', 'dtype', 'file_format', 'folder', 'memory_batches', 'methods',
-  'microbatches', 'model', 'name', 'no_peer', 'num_eval', 'num_shards',
-  'num_train', 'optimizer', 'policy', 'quick', 'repeats', 'resolution',
-  'resolutions', 'resume', 'root', 'seconds', 'seed', 'seeds', 'staleness',
-  'task', 'tolerance',
+  'axes', 'balanced', 'batch_size', 'batch_sizes', 'check', 'compile_peer',
+  'count', 'devices', 'dtype', 'file_format', 'folder', 'memory_batches',
+  'methods', 'microbatches', 'model', 'name', 'no_peer', 'num_eval',
+  'num_shards', 'num_train', 'optimizer', 'policy', 'quick', 'repeats',
+  'resolution', 'resolutions', 'resume', 'root', 'seconds', 'seed', 'seeds',
+  'staleness', 'task', 'tolerance',
 }  # fmt: skip
 
 

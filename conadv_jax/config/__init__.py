@@ -5,9 +5,10 @@ A recipe (`configs/*.py`) changes a few fields of `default_config()`, an
 exactly once; everything after it reads attributes, so a misspelt field cannot
 fall back to a default. Epochs become steps in one place, `Steps`.
 
-A field that is None takes the value of its preset then: `staleness_steps` and
-`eval.route` the method's, the fields of `attack` those of `attack.preset`,
-`optimizer.eps` the optimizer's, `grad_buckets` that of `xla_flags`.
+A field that is None takes the value of its preset then: `staleness_steps`,
+`attack.preset` and `eval.route` the method's, the other fields of `attack`
+those of `attack.preset`, `optimizer.eps` the optimizer's, `grad_buckets` that
+of `xla_flags`.
 """
 
 from __future__ import annotations
@@ -135,6 +136,9 @@ class Config(Group):
   attack_stats_every_steps: int = number(
     100, '>= 0', 'stale against fresh perturbation; 0 = off'
   )
+  noise_scale: bool = setting(
+    False, 'log the gradient noise scale; needs several devices or microbatches'
+  )
   max_nonfinite_steps: int = number(
     5, '>= 1', 'stop after so many non-finite steps in a row'
   )
@@ -154,6 +158,7 @@ class Config(Group):
     check_no_credentials('compile_cache', self.compile_cache)
     self._check_read()
     self._check_staleness()
+    self._check_attack()
     self._check_loss()
     self._check_batch()
     self._check_schedule()
@@ -224,8 +229,24 @@ class Config(Group):
     tau = self.staleness_steps
     fix = f'method {self.method!r} has no adversarial view; leave it unset'
     check(self.is_adversarial or tau == 0, 'staleness_steps', tau, fix)
-    fix = "method 'disadv' is staleness 0; use method 'conadv' for more"
-    check(self.method != 'disadv' or tau == 0, 'staleness_steps', tau, fix)
+    fix = f"method {self.method!r} is staleness 0; use method 'conadv' for more"
+    own = METHODS[self.method].staleness_steps
+    check(own != 0 or tau == 0, 'staleness_steps', tau, fix)
+
+  def _check_attack(self):
+    own, preset = METHODS[self.method].attack, self.attack.preset
+    fix = (
+      f'method {self.method!r} stands for {own!r}; leave it unset, or use '
+      "method 'disadv' for other attacks"
+    )
+    check(own in (None, preset), 'attack.preset', preset, fix)
+    if self.adv_every:
+      fix = f'method {self.method!r} trains with its attack; leave it unset'
+      for name in (
+        'rule', 'steps', 'targeted', 'train_mode', 'update_batch_stats',
+      ):  # fmt: skip
+        value = getattr(self.attack, name)
+        check(value == getattr(Attack, name), f'attack.{name}', value, fix)
 
   def _check_loss(self):
     weights = self.loss.view_weights
@@ -244,6 +265,16 @@ class Config(Group):
   def attacked(self) -> str:
     """The view that the perturbation is made from."""
     return METHODS[self.method].attacked
+
+  @property
+  def adv_every(self) -> int:
+    """See `Method`."""
+    return METHODS[self.method].adv_every
+
+  @property
+  def shares(self) -> dict[str, float]:
+    """{view: share of the examples that is trained on in it}."""
+    return METHODS[self.method].shares
 
   @property
   def fed_views(self) -> tuple[str, ...]:
@@ -346,6 +377,8 @@ def _fill_presets(values: dict[str, Any]) -> None:
   groups = {k: v for k, v in values.items() if isinstance(v, dict)}
   if 'attack' in groups:
     attack = groups['attack']
+    if attack['preset'] is None:
+      attack['preset'] = method.attack or Attack.preset
     check_choice('attack.preset', attack['preset'], ATTACKS)
     preset = ATTACKS[attack['preset']]
     for field, value in dataclasses.asdict(preset).items():

@@ -162,10 +162,10 @@ class Loss(Group):
       check_choice('loss.view_weights', view, _every_view())
       check(weight >= 0, f'loss.view_weights.{view}', weight, 'must be >= 0')
 
-  def weights_of(self, views: tuple[str, ...]) -> tuple[float, ...]:
-    """Weights of `views`, summing to 1."""
-    total = sum(self.view_weights[v] for v in views)
-    return tuple(self.view_weights[v] / total for v in views)
+  def weights_of(self, shares: Mapping[str, float]) -> tuple[float, ...]:
+    """Weights of the views of `shares`, times their share, summing to 1."""
+    weights = [self.view_weights[v] * share for v, share in shares.items()]
+    return tuple(weight / sum(weights) for weight in weights)
 
 
 # What shipped optimizers do not read; one of your own may read any field.

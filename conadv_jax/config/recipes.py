@@ -22,6 +22,7 @@ import ml_collections
 from conadv_jax.base import fields
 from conadv_jax.base.errors import ConfigError, unknown
 from conadv_jax.config import Config, check_not_renamed
+from conadv_jax.methods import METHODS
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 # In a wheel recipes are in the package, in a checkout beside it.
@@ -51,19 +52,22 @@ def load(text: str, overrides: Mapping[str, str]) -> dict[str, Any]:
   """
   name, _, arg = text.partition(':')
   path = _find(name)
-  module = _run(path, text)
+  flag = f'--config={text}'
+  module = run_file(path, flag)
+  if not callable(getattr(module, 'get_config', None)):
+    raise ConfigError(f'{flag}: {path} defines no get_config()')
   arguments = getattr(module, 'ARGUMENTS', {})
   given = [f'{k}={v}' for k, v in overrides.items() if k in arguments]
   arg = ','.join(filter(None, [arg, *given]))
   takes_one = inspect.signature(module.get_config).parameters
   if arg and not takes_one:
-    raise ConfigError(f'--config={text}: {path.name} takes no arguments')
+    raise ConfigError(f'{flag}: {path.name} takes no arguments')
   try:
     values = module.get_config(arg) if arg else module.get_config()
   except ConfigError:
     raise
   except Exception as error:
-    raise _file_error(text, path, error) from error
+    raise _file_error(flag, path, error) from error
   others = {k: v for k, v in overrides.items() if k not in arguments}
   return override(fields.plain(values), others)
 
@@ -134,7 +138,12 @@ def batch_size_of(text: str) -> int:
 
 
 def set_imagenet(c: ml_collections.ConfigDict, image_size_px: int) -> None:
-  """Sets ImageNet, resized without antialiasing as in the paper's code."""
+  """Sets ImageNet, resized and attacked as in the paper's code.
+
+  Without antialiasing; methods that stand for an attack keep theirs.
+  """
+  fields.check_choice('method', c.method, METHODS)
+  c.attack.preset = METHODS[c.method].attack or 'paper'
   c.dataset.name = 'imagenet2012'
   c.dataset.image_size_px = image_size_px
   c.dataset.random_flip = True
@@ -164,26 +173,32 @@ def _find(name: str) -> pathlib.Path:
   return path.absolute()
 
 
-def _run(path: pathlib.Path, text: str) -> types.ModuleType:
-  """The module of a recipe's file; a changed file is read anew."""
+def run_file(path: pathlib.Path, flag: str) -> types.ModuleType:
+  """The module of a file of Python; a changed file is read anew.
+
+  Args:
+    path: the file.
+    flag: that names it, such as '--config=NAME', for the error text.
+
+  Raises:
+    ConfigError: the file does not run, or raises one itself.
+  """
   name = f'recipe_{path.stem}'
   spec = importlib.util.spec_from_file_location(name, path)
   if spec is None or spec.loader is None:
-    raise ConfigError(f'--config={text}: must be a file of Python, NAME.py')
+    raise ConfigError(f'{flag}: must be a file of Python, NAME.py')
   module = sys.modules[name] = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
   except Exception as error:
-    raise _file_error(text, path, error) from error
+    raise _file_error(flag, path, error) from error
   finally:
     del sys.modules[name]
-  if not callable(getattr(module, 'get_config', None)):
-    raise ConfigError(f'--config={text}: {path} defines no get_config()')
   return module
 
 
-def _file_error(text: str, path: pathlib.Path, error: Exception) -> ConfigError:
+def _file_error(flag: str, path: pathlib.Path, error: Exception) -> ConfigError:
   frames = traceback.extract_tb(error.__traceback__)
   lines = [f.lineno for f in frames if f.filename == str(path)]
   line = f', line {lines[-1]}' if lines else ''
-  return ConfigError(f'--config={text}{line}: {type(error).__name__}: {error}')
+  return ConfigError(f'{flag}{line}: {type(error).__name__}: {error}')

@@ -73,6 +73,7 @@ def eval_batches(
   positions: np.ndarray | None = None,
   quarantine: Quarantine | None = None,
   name: str = 'eval',
+  example_ids: np.ndarray | None = None,
 ) -> Iterator[Batch]:
   """Every example once, in order of id, in ceil(N / B) batches on every host.
 
@@ -84,6 +85,7 @@ def eval_batches(
     positions: places in the global batch that this host feeds, as in `Share`.
     quarantine: gets the examples that cannot be used; None allows none.
     name: of the examples, for the quarantine.
+    example_ids: int [N], of a part of the examples; None is all of them.
 
   Returns:
     Iterator over {'clean': uint8 [L, H, W, C], 'label': int32 [L], 'id': int64
@@ -97,9 +99,12 @@ def eval_batches(
   """
   hide_gpus()
   positions = check_positions(positions, batch_size)
-  starts = np.arange(0, source.num_examples, batch_size)
-  ids = (starts[:, None] + positions).ravel()
-  ids[ids >= source.num_examples] = -1
+  if example_ids is None:
+    example_ids = np.arange(source.num_examples)
+  padded = np.pad(
+    example_ids, (0, -len(example_ids) % batch_size), constant_values=-1
+  )
+  ids = padded.reshape(-1, batch_size)[:, positions].ravel()
   order = tf.data.Dataset.from_tensor_slices(
     {'id': ids, 'epoch': np.zeros_like(ids)}
   )

@@ -30,7 +30,8 @@ from conadv_jax.method.state import Snapshot, Stream, TrainState, stream_key
 def make_diagnosis_fn(run: Run):
   """(state_t, batch_t) -> (what is found, the perturbation of the batch).
 
-  The forward and backward passes of the step, with a gradient for each view:
+  The forward and backward passes of the step, with a gradient for each view,
+  and all examples in all views, also those that the step trains on in one view:
 
     loss, predicted  of each example and view, [G, b, V]; label [G, b]
     norm             of the gradient of each view's mean loss, [V]

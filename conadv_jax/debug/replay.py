@@ -25,10 +25,9 @@ from etils import epath
 
 from conadv_jax import cli, experiment, hosts
 from conadv_jax.base import storage
-from conadv_jax.base.errors import CheckpointError, ConfigError
+from conadv_jax.base.errors import ConfigError
 from conadv_jax.base.usage import answered
 from conadv_jax.checkpoints import checksum
-from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.data import datasets
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.debug import diagnosis
@@ -43,12 +42,11 @@ from conadv_jax.run import (
   metrics,
   plots,
   preflight,
-  provenance,
   workdir,
 )
 from conadv_jax.run.bad_steps import to_json
 from conadv_jax.run.guard import Guard
-from conadv_jax.run.reopen import parse_args
+from conadv_jax.run.reopen import open_trained, parse_args, restore_before
 from conadv_jax.run.timeline import Ticker
 
 Row = dict[str, Any]
@@ -98,12 +96,12 @@ class _Replay:
     self._path, self._run, self._step = path, run, step
     self._guard = guard
     guard.enter('data')
-    self._source = run.spec.open('train', run.config.dataset)
-    self._check_run(origin)
+    self._source = open_trained(origin, run)
     self._known = hosts.on_writer('what is known of the step', self._read)
 
   def report(self) -> Row:
-    start, state = self._restored()
+    self._guard.enter('restore')
+    start, state = restore_before(self._path, self._run, self._step)
     example_ids = feed.ExampleIds(start, keep=8)
     before, after, values, batch, next_batch = self._repeated(
       start, state, example_ids
@@ -132,26 +130,6 @@ class _Replay:
 
   # ---- The run, up to the step ----------------------------------------------
 
-  def _check_run(self, origin: Row) -> None:
-    """Raises ConfigError for other data; tells of what may change last bits."""
-    now = provenance.of_examples(
-      self._run.spec, self._run.config.dataset.data_dir, train=self._source
-    )
-    if lines := provenance.changes(origin.get('data', {}), now):
-      raise ConfigError(
-        'the run was trained on other examples:\n  '
-        + '\n  '.join(lines)
-        + '\ngive its data with --config.dataset.data_dir=DIR'
-      )
-    devices = origin.get('devices', {}).get('count')
-    if devices != jax.device_count():
-      hosts.say(
-        f'the run has {devices} devices, this is on {jax.device_count()}: '
-        'last bits may differ'
-      )
-    if origin.get('versions') != workdir.versions():
-      hosts.say('versions are not those of the run: last bits may differ')
-
   def _read(self) -> Row:
     """On host 0: the record of the step, else its row of metrics.jsonl."""
     file = bad_steps.path_of(self._path, self._step)
@@ -160,24 +138,6 @@ class _Replay:
     rows = metrics.read_metrics(self._path)
     here = [r for r in rows if (r['step'], r['split']) == (self._step, 'train')]
     return here[0] if here else {}
-
-  def _restored(self) -> tuple[int, TrainState]:
-    """The newest good checkpoint before the step, or the initial state."""
-    self._guard.enter('restore')
-    steps: list[int] = []
-    if (self._path / 'checkpoints').exists():
-      checkpoints = Checkpoints(self._path, read_only=True)
-      steps = [s for s in checkpoints.steps() if s < self._step]
-    for step in reversed(steps):
-      try:
-        _, state, _ = checkpoints.restore(self._run.abstract_state(), step)
-      except CheckpointError as error:
-        hosts.say(f'damaged, skipped: {error}')
-      else:
-        hosts.say(f'replaying from the checkpoint of step {step}')
-        return step, state
-    hosts.say('replaying from step 0: no checkpoint is older')
-    return 0, self._run.init_state()
 
   def _repeated(
     self, start: int, state: TrainState, example_ids: feed.ExampleIds

@@ -117,7 +117,6 @@ def sample_start(
   them from 0.
   """
   use_key, noise_key, scale_key, target_key = jax.random.split(key, 4)
-  dtype = image.dtype
   places = places or Places.of(*image.shape[:2])
 
   def per_example(draw: Callable[[jax.Array], jax.Array], key: jax.Array):
@@ -132,25 +131,7 @@ def sample_start(
   if not attack.random_start_prob:
     return Start(jnp.zeros_like(image), labels)
 
-  shape, extreme = image.shape[2:], attack.random_start == 'extreme'
-  if attack.norm == 'linf' and extreme:
-    noise = per_example(
-      lambda key: jax.random.rademacher(key, shape, dtype), noise_key
-    )
-  elif attack.norm == 'linf':
-    noise = per_example(
-      lambda key: jax.random.uniform(key, shape, dtype, -1, 1), noise_key
-    )
-  else:
-    gauss = per_example(
-      lambda key: jax.random.normal(key, shape, dtype), noise_key
-    )
-    noise = gauss / _l2_norm(gauss)
-    if not extreme:
-      share = per_example(
-        lambda key: jax.random.uniform(key, (), dtype), scale_key
-      )
-      noise *= (share ** (1 / math.prod(shape)))[..., None, None, None]
+  noise = _noise(attack, image, per_example, noise_key, scale_key)
 
   def uses_noise(group: jax.Array) -> jax.Array:
     key = jax.random.fold_in(use_key, group)
@@ -158,6 +139,34 @@ def sample_start(
 
   use = jax.vmap(uses_noise)(places.group)[:, None, None, None, None]
   return Start(jnp.where(use, attack.epsilon * noise, 0), labels)
+
+
+def _noise(
+  attack: Attack,
+  image: jax.Array,
+  per_example: Callable[..., jax.Array],
+  key: jax.Array,
+  radius_key: jax.Array,
+) -> jax.Array:
+  """Draws points of the ball of radius 1, or its extreme points, as `image`."""
+  shape, dtype = image.shape[2:], image.dtype
+  extreme = attack.random_start == 'extreme'
+  if attack.norm == 'linf' and extreme:
+    return per_example(
+      lambda key: jax.random.rademacher(key, shape, dtype), key
+    )
+  if attack.norm == 'linf':
+    return per_example(
+      lambda key: jax.random.uniform(key, shape, dtype, -1, 1), key
+    )
+  gauss = per_example(lambda key: jax.random.normal(key, shape, dtype), key)
+  on_sphere = gauss / _l2_norm(gauss)
+  if extreme:
+    return on_sphere
+  share = per_example(
+    lambda key: jax.random.uniform(key, (), dtype), radius_key
+  )
+  return on_sphere * (share ** (1 / math.prod(shape)))[..., None, None, None]
 
 
 def perturb(

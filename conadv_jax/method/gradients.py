@@ -10,12 +10,13 @@ G, V, b: batch-norm groups, views, examples per group, all of one device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 
 from conadv_jax.config import Config
 from conadv_jax.devices import loops, sharded_optimizer, sums
@@ -44,6 +45,7 @@ class Means:
     attack_stats: after the attack, or None.
     loss_V: of each view.
     top1_V: percentage, of each view.
+    square: squared norm of the gradients of a part, or None.
   """
 
   grads: Any
@@ -51,12 +53,53 @@ class Means:
   attack_stats: Any
   loss_V: jax.Array
   top1_V: jax.Array
+  square: jax.Array | None = None
 
 
-def weighted_loss(config: Config, loss_V: jax.Array) -> jax.Array:
-  """Computes the mean over views [V], with the weights of the config."""
-  weights = config.loss.weights_of(tuple(view for view, _ in config.views))
+def weighted_loss(
+  config: Config, views: Iterable[str], loss_V: jax.Array
+) -> jax.Array:
+  """Computes the mean over `views` [V], with the weights of the config."""
+  weights = config.loss.weights_of({v: config.shares[v] for v in views})
   return jnp.dot(jnp.array(weights, loss_V.dtype), loss_V)
+
+
+def training_loss(
+  setup: Setup,
+  params: Any,
+  batch_stats: Any,
+  images: dict[str, jax.Array],
+  label: jax.Array,
+  step: jax.Array,
+  places: Places,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Any]]:
+  """Computes the training loss of `images`, in one pass over their views.
+
+  Returns:
+    The loss, and of each view loss and accuracy [V], and batch statistics; see
+    `loss_gradient`.
+  """
+  config = setup.config
+  routes = tuple(config.route_of(view) for view in images)
+  key = stream_key(config.seed, Stream.DROPOUT, step)
+  x_GVbHWC = jnp.stack(
+    [normalize(setup.spec, image) for image in images.values()], 1
+  )
+  logits, stats = setup.apply_fn(
+    {'params': params, 'batch_stats': batch_stats},
+    x_GVbHWC,
+    routes,
+    True,
+    key,
+    places.example,
+  )
+  labels_GVb = jnp.broadcast_to(label[:, None], logits.shape[:-1])
+  loss_GVb = losses.cross_entropy(
+    logits, labels_GVb, config.loss.label_smoothing
+  )
+  loss_V = loss_GVb.mean((0, 2))
+  top1_V = 100 * losses.top1(logits, labels_GVb).mean((0, 2))
+  return weighted_loss(config, images, loss_V), (loss_V, top1_V, stats)
 
 
 def loss_gradient(
@@ -82,29 +125,9 @@ def loss_gradient(
   Returns:
     This device's `Means`; there are no `attack_stats`.
   """
-  config = setup.config
-  routes = tuple(config.route_of(view) for view, _ in config.views)
-  key = stream_key(config.seed, Stream.DROPOUT, step)
-
-  def loss_fn(params, batch_stats):
-    variables = {'params': params, 'batch_stats': batch_stats}
-    x_GVbHWC = jnp.stack(
-      [normalize(setup.spec, image) for image in images.values()], 1
-    )
-    logits, stats = setup.apply_fn(
-      variables, x_GVbHWC, routes, True, key, places.example
-    )
-    labels_GVb = jnp.broadcast_to(label[:, None], logits.shape[:-1])
-    loss_GVb = losses.cross_entropy(
-      logits, labels_GVb, config.loss.label_smoothing
-    )
-    loss_V = loss_GVb.mean((0, 2))
-    top1_V = 100 * losses.top1(logits, labels_GVb).mean((0, 2))
-    return weighted_loss(config, loss_V), (loss_V, top1_V, stats)
-
-  (_, (loss_V, top1_V, stats)), grads = jax.value_and_grad(
-    loss_fn, has_aux=True
-  )(weights.params, weights.batch_stats)
+  grads, (loss_V, top1_V, stats) = jax.grad(training_loss, 1, has_aux=True)(
+    setup, weights.params, weights.batch_stats, images, label, step, places
+  )
   return Means(grads, stats, None, loss_V, top1_V)
 
 
@@ -131,9 +154,13 @@ def over_devices(
 
     def one_microbatch(part, delta):
       batch, next_batch, places = part
-      return sub_steps(
+      means, delta = sub_steps(
         setup, step, weights, attacker, batch, next_batch, delta, places
       )
+      if config.noise_scale:
+        square = jnp.square(optax.tree.norm(means.grads))
+        means = means.replace(square=square)
+      return means, delta
 
     means, pending = over_microbatches(
       config.microbatches,
@@ -151,7 +178,7 @@ def over_devices(
       mesh,
       on_device,
       in_specs=(REPLICATED,) * 3 + (BATCH,) * 3,
-      out_specs=(Means(grads, *(REPLICATED,) * 4), BATCH),
+      out_specs=(Means(grads, *(REPLICATED,) * 5), BATCH),
     )(step, weights, *args)
 
   return program
@@ -215,6 +242,7 @@ def _no_means(config: Config, weights: Snapshot) -> Means:
     attack_stats=zeros.batch_stats if moves_stats else None,
     loss_V=per_view,
     top1_V=per_view,
+    square=per_view[0] if config.noise_scale else None,
   )
 
 

@@ -97,28 +97,29 @@ def make_attack_stats_fn(
   theta_t from the same random start:
 
     delta_agreement  percentage of pixels at which both have the same sign
+    delta_cosine     of the angle between both, mean over examples
     loss_stale       loss of theta_t on image + delta_t, no smoothing
-    loss_fresh       the same with the fresh perturbation: what a sequential
-                     attack would have reached
+    top1_stale       its accuracy there, in percent
+    loss_fresh,      the same with the fresh perturbation: what a sequential
+    top1_fresh       attack would have reached
   """
-  config, spec, mesh = setup.config, setup.spec, setup.mesh
+  config, mesh = setup.config, setup.mesh
   wide = wide_dtype(config)
-  names = ('delta_agreement', 'loss_stale', 'loss_fresh')
+  names = (
+    'delta_agreement', 'delta_cosine', 'loss_stale', 'top1_stale',
+    'loss_fresh', 'top1_fresh',
+  )  # fmt: skip
 
   def one_microbatch(step, now, part):
     batch, stale, places = part
     fresh, _ = attack_batch(setup, now, batch, step, places)
-    variables = {'params': now.params, 'batch_stats': now.batch_stats}
-    route = (config.route_of('adv'),)
-
-    def loss(delta):
-      image = batch[config.attacked].astype(wide)
-      x = normalize(spec, perturbed(image, delta))[:, None]
-      logits, _ = setup.apply_fn(variables, x, route, config.attack.train_mode)
-      return losses.cross_entropy(logits[:, 0], batch['label']).mean()
-
     same = jnp.sign(stale) == jnp.sign(fresh)
-    values = (100 * same.mean(dtype=wide), loss(stale), loss(fresh))
+    values = (
+      100 * same.mean(dtype=wide),
+      _cosine(stale.astype(wide), fresh.astype(wide)).mean(),
+      *_loss_and_top1(setup, now, batch, stale),
+      *_loss_and_top1(setup, now, batch, fresh),
+    )
     return dict(zip(names, values, strict=True)), None
 
   def on_device(step, now, delta, batch):
@@ -139,3 +140,26 @@ def make_attack_stats_fn(
     return fn(state.step, now, state.perturbation, batch)
 
   return attack_stats
+
+
+def _loss_and_top1(
+  setup: Setup, weights: Snapshot, batch: Batch, delta: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Of `weights` on image + delta, as the attack sees them."""
+  config = setup.config
+  variables = {'params': weights.params, 'batch_stats': weights.batch_stats}
+  route, label = (config.route_of('adv'),), batch['label']
+  image = batch[config.attacked].astype(wide_dtype(config))
+  x = normalize(setup.spec, perturbed(image, delta))[:, None]
+  logits, _ = setup.apply_fn(variables, x, route, config.attack.train_mode)
+  loss = losses.cross_entropy(logits[:, 0], label).mean()
+  top1 = losses.top1(logits[:, 0], label).mean(dtype=loss.dtype)
+  return loss, 100 * top1
+
+
+def _cosine(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Of each example of [G, b, H, W, C]; 0 where one is 0."""
+  axes = (-3, -2, -1)
+  product = jnp.square(a).sum(axes) * jnp.square(b).sum(axes)
+  cosine = (a * b).sum(axes) / jnp.sqrt(jnp.where(product > 0, product, 1))
+  return jnp.where(product > 0, cosine, 0)

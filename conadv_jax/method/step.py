@@ -22,7 +22,7 @@ import optax
 from conadv_jax.config import Config
 from conadv_jax.devices import sharded_optimizer
 from conadv_jax.devices.mesh import Places
-from conadv_jax.method import optim, spikes, staleness
+from conadv_jax.method import fast_advprop, noise, optim, spikes, staleness
 from conadv_jax.method.attack import attack_batch
 from conadv_jax.method.gradients import (
   Means,
@@ -52,7 +52,8 @@ def train_step(
   """
   config = setup.config
   now = Snapshot(state.params, state.batch_stats)
-  means, pending = over_devices(setup, sub_steps)(
+  passes = fast_advprop.sub_steps if config.adv_every else sub_steps
+  means, pending = over_devices(setup, passes)(
     state.step,
     now,
     staleness.attacker(config, state),
@@ -62,6 +63,13 @@ def train_step(
   )
   with jax.named_scope('optimizer'):
     new, metrics = update(setup, state, means)
+    if config.noise_scale:
+      metrics |= noise.estimates(
+        config.batch_size,
+        noise.parts(config, setup.mesh),
+        means.square,
+        jnp.square(metrics['grad_norm']),
+      )
   return new.replace(
     step=state.step + 1,
     snapshots=staleness.aged(config, state),
@@ -129,7 +137,7 @@ def update(
     state.opt_state,
     state.params,
   )
-  loss = weighted_loss(config, means.loss_V)
+  loss = weighted_loss(config, config.shares, means.loss_V)
   grad_norm = optax.tree.norm(means.grads)
   finite = spikes.is_finite(loss, grad_norm, means.batch_stats)
   applied, seen, spike_metrics = spikes.judge_loss(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -263,7 +263,7 @@ class Evaluator:
     total = self._source.num_examples
     count = -(-total // (self._groups * self._group_size))
     parts, ticker, seen = [], Ticker(), 0
-    for index, batch in enumerate(self._batches()):
+    for index, batch in enumerate(self.batches()):
       tries = []
       for restart in range(restarts):
         before_batch()
@@ -296,16 +296,22 @@ class Evaluator:
         break
     return np.stack(images[:count]), np.stack(labels[:count])
 
-  def _batches(self) -> Iterable[Mapping[str, jax.Array]]:
+  def batches(
+    self, example_ids: np.ndarray | None = None
+  ) -> Iterator[dict[str, jax.Array]]:
+    """Batches of `make_eval_fn` on the devices: of some examples, or of all."""
     layout = (self._sharding, self._groups, self._group_size)
     positions = local_positions(*layout)
     size = self._groups * self._group_size
-    for local in self._host_batches(size, positions.reshape(-1)):
+    for local in self._host_batches(size, positions.reshape(-1), example_ids):
       local['is_example'] = local.pop('id') >= 0
       yield put_batch(*layout, local)
 
   def _host_batches(
-    self, batch_size: int, positions: np.ndarray | None = None
+    self,
+    batch_size: int,
+    positions: np.ndarray | None = None,
+    example_ids: np.ndarray | None = None,
   ) -> Iterator[dict[str, np.ndarray]]:
     # The only import of tensorflow in this file is behind this line.
     from conadv_jax.data import pipeline
@@ -318,6 +324,7 @@ class Evaluator:
       positions=positions,
       quarantine=self._quarantine,
       name=self._name,
+      example_ids=example_ids,
     )
 
 

@@ -24,7 +24,7 @@ def training_curves(
   train = [r for r in rows if r['split'] == 'train']
   test = [r for r in rows if r['split'] == 'test']
   stale = [r for r in rows if r['split'] == 'attack']
-  figure, axes = _subplots(2, 2, (10, 6.5))
+  figure, axes = subplots(2, 2, (10, 6.5))
   figure.suptitle(title)
   for view, color in _COLORS.items():
     for axis, name in ((axes[0, 0], 'loss'), (axes[0, 1], 'top1')):
@@ -43,7 +43,7 @@ def training_curves(
       axis.legend(frameon=False, fontsize=8)
     else:
       axis.set_visible(False)
-  _save(figure, path)
+  save(figure, path)
 
 
 def adversarial_grid(
@@ -67,7 +67,7 @@ def adversarial_grid(
     path: file to write.
   """
   count = len(clean)
-  figure, axes = _subplots(3, count, (_width(count), 4.6))
+  figure, axes = subplots(3, count, (_width(count), 4.6))
   figure.suptitle(title, wrap=True)
   largest = max(float(np.abs(delta).max()), 1e-9)
   images = (
@@ -92,7 +92,7 @@ def adversarial_grid(
           text[column], fontsize=9, color='black' if right else '#d62728'
         )
     axes[row, 0].set_ylabel(name, fontsize=9)
-  _save(figure, path)
+  save(figure, path)
 
 
 def robustness_curve(
@@ -113,14 +113,14 @@ def robustness_curve(
     [point[name] for point in points]
     for name in ('epsilon', 'top1', 'top1_low', 'top1_high')
   )
-  figure, axes = _subplots(1, 1, (8, 4.6))
+  figure, axes = subplots(1, 1, (8, 4.6))
   figure.suptitle(title, wrap=True)
   axis = axes[0, 0]
   axis.fill_between(epsilon, low, high, color='#d62728', alpha=0.2, lw=0)
   axis.plot(epsilon, top1, color='#d62728', lw=1.3, marker='o', markersize=4)
   axis.set(xlabel=label, ylabel='top-1 (%), 95 % interval', ylim=(0, 102))
   axis.grid(alpha=0.3)
-  _save(figure, path)
+  save(figure, path)
 
 
 def images_by_row(
@@ -139,7 +139,7 @@ def images_by_row(
     path: file to write.
   """
   count = len(captions)
-  figure, axes = _subplots(
+  figure, axes = subplots(
     len(rows), count, (_width(count), 1.3 * len(rows) + 1.2)
   )
   figure.suptitle(title, wrap=True)
@@ -152,7 +152,7 @@ def images_by_row(
     axes[row, 0].set_ylabel(name, fontsize=9)
   for axis, caption in zip(axes[0], captions, strict=True):
     axis.set_title(caption, fontsize=8)
-  _save(figure, path)
+  save(figure, path)
 
 
 def _width(images: int) -> float:
@@ -160,7 +160,8 @@ def _width(images: int) -> float:
   return max(1.15 * images + 1, 8)
 
 
-def _subplots(rows: int, columns: int, size: tuple[float, float]):
+def subplots(rows: int, columns: int, size: tuple[float, float]):
+  """Makes a figure of `size` in inches, and its axes [rows, columns]."""
   # matplotlib's pyplot keeps global state and may look for a display.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
@@ -185,7 +186,8 @@ def _line(axis, rows, name, label, color, marker='') -> None:
   axis.plot(steps, values, label=label, color=color, lw=1.3, **style)
 
 
-def _save(figure, path: epath.Path) -> None:
+def save(figure, path: epath.Path) -> None:
+  """Writes a figure as PNG."""
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('wb') as file:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from conadv_jax.base.errors import ConfigError, printable
 from conadv_jax.data.sources.source import Source
@@ -46,15 +46,20 @@ def of_examples(spec: DatasetSpec, data_dir: str, **sources: Source) -> Data:
   return data
 
 
-def of_result(spec: DatasetSpec, data: Data, data_dir: str) -> Data:
-  """What the examples of a result are: `data` of the eval split, by name."""
+def of_result(
+  spec: DatasetSpec,
+  data: Data,
+  data_dir: str,
+  part: Literal['train', 'eval'] = 'eval',
+) -> Data:
+  """What the examples of a result are: `data` of one split, by name."""
   return {
     'name': spec.name,
-    'split': spec.eval_split,
+    'split': {'train': spec.train_split, 'eval': spec.eval_split}[part],
     'version': data['version'],
-    'num_examples': data['num_eval'],
-    'digest': data['eval_digest'],
-    'content': data['eval_content'],
+    'num_examples': data[f'num_{part}'],
+    'digest': data[f'{part}_digest'],
+    'content': data[f'{part}_content'],
     'data_dir': data_dir,
   }
 

@@ -1,19 +1,21 @@
-"""Opens a run that was trained: its configuration and newest weights."""
+"""Opens a run that was trained: its configuration, weights and examples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
-from conadv_jax import cli
-from conadv_jax.base.errors import ConfigError
+from conadv_jax import cli, hosts
+from conadv_jax.base.errors import CheckpointError, ConfigError
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import Config, changes, from_config_dict
+from conadv_jax.data.sources.source import Source
 from conadv_jax.experiment import Run
 from conadv_jax.method.state import TrainState
-from conadv_jax.run import compile_cache, workdir
+from conadv_jax.run import compile_cache, provenance, workdir
 
 
 def parse_args(
@@ -45,14 +47,70 @@ def restore_newest(path: epath.Path, run: Run) -> tuple[int, TrainState]:
   Raises:
     ConfigError: if there is none.
   """
-  step = None
-  if (path / 'checkpoints').exists():
-    checkpoints = Checkpoints(path, read_only=True)
-    step = checkpoints.latest_step()
-  if step is None:
+  if not saved_steps(path):
     raise ConfigError(f'workdir={str(path)!r}: holds no checkpoint yet')
+  checkpoints = Checkpoints(path, read_only=True)
   step, state, _ = checkpoints.restore(run.abstract_state())
   return step, state
+
+
+def saved_steps(path: epath.Path) -> list[int]:
+  """Steps of the checkpoints of the run in `path`, ascending."""
+  if not (path / 'checkpoints').exists():
+    return []
+  return Checkpoints(path, read_only=True).steps()
+
+
+def restore_before(
+  path: epath.Path, run: Run, step: int
+) -> tuple[int, TrainState]:
+  """Step and state of the newest good checkpoint before `step`.
+
+  Without one, those that the run began with.
+  """
+  for older in reversed([s for s in saved_steps(path) if s < step]):
+    checkpoints = Checkpoints(path, read_only=True)
+    try:
+      _, state, _ = checkpoints.restore(run.abstract_state(), older)
+    except CheckpointError as error:
+      hosts.say(f'damaged, skipped: {error}')
+    else:
+      hosts.say(f'repeating from the checkpoint of step {older}')
+      return older, state
+  hosts.say('repeating from step 0: no checkpoint is older')
+  return 0, run.init_state()
+
+
+def open_trained(origin: Mapping[str, Any], run: Run) -> Source:
+  """Opens the examples that the run was trained on.
+
+  Tells of what may change last bits when its steps are repeated.
+
+  Args:
+    origin: content of its config.json.
+    run: as built here.
+
+  Raises:
+    ConfigError: for other examples.
+  """
+  dataset = run.config.dataset
+  source = run.spec.open('train', dataset)
+  now = provenance.of_examples(run.spec, dataset.data_dir, train=source)
+  if lines := provenance.changes(origin.get('data', {}), now):
+    raise ConfigError(
+      'the run was trained on other examples:\n  '
+      + '\n  '.join(lines)
+      + '\ngive its data with --config.dataset.data_dir=DIR'
+    )
+  devices = origin.get('devices', {}).get('count')
+  if devices != jax.device_count():
+    hosts.say(
+      f'the run has {devices} devices, this is on {jax.device_count()}: '
+      'last bits may differ'
+    )
+  if origin.get('versions') != workdir.versions():
+    hosts.say('versions are not those of the run: last bits may differ')
+  return source
 
 
 def _check_overrides(

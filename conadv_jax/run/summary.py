@@ -146,6 +146,7 @@ def _summarized(
     'robust_top1_by_attack': robust,
     'robust_epsilon': config.eval.epsilon,
     'images_per_sec': float(np.median(rates)) if rates else None,
+    'flops': run.flops_per_device() * run.mesh.size * run.steps.stop,
     'seconds': seconds,
     'nonfinite_steps': int(jax.device_get(state.nonfinite_steps)),
     'spike_steps': int(jax.device_get(spikes.steps)) if spikes else 0,

@@ -33,7 +33,7 @@ _TRACED = ('config', 'git_commit', 'versions', 'devices')
 # Fields that a rerun may change: they do not alter the weights of any step, but
 # for rounding, as the number of devices does.
 _FREE = (
-  'max_steps', 'log_every_steps', 'attack_stats_every_steps',
+  'max_steps', 'log_every_steps', 'attack_stats_every_steps', 'noise_scale',
   'max_nonfinite_steps', 'microbatches', 'remat', 'xla_flags', 'grad_buckets',
   'dataset.data_dir', 'dataset.cache',
   'dataset.max_bad_share', 'checkpoint.', 'eval.', 'hang_timeout_seconds',
@@ -216,6 +216,18 @@ def versions() -> dict[str, str]:
   return found
 
 
+def built_with() -> dict[str, dict[str, Any]]:
+  """Returns what the last bits of a run depend on, besides its config."""
+  return {
+    'versions': versions(),
+    'devices': {
+      'kind': jax.devices()[0].device_kind,
+      'count': jax.device_count(),
+      'hosts': hosts.count(),
+    },
+  }
+
+
 def _write_config(
   path: epath.Path, run: Run, data: Mapping[str, Any], start: dict[str, Any]
 ) -> str:
@@ -225,7 +237,7 @@ def _write_config(
     'data': dict(data),
     'steps': vars(run.steps),
     'git_commit': git_commit(),
-  } | _built_with()
+  } | built_with()
   file = path / 'config.json'
   before = read_run(path) if file.exists() else now
   starts = before.get('starts', [])
@@ -308,7 +320,7 @@ def _check_same(
       + '\n  '.join(lines)
       + '\nuse another --workdir, or the configuration and data of that run'
     )
-  built = _built_with()
+  built = built_with()
   rebuilt = {
     f'{group}.{name}': (content.get(group, {}).get(name), value)
     for group, values in built.items()
@@ -326,15 +338,3 @@ def _diff(differences: Mapping[str, tuple[Any, Any]]) -> list[str]:
   return [
     f'{name}: {old!r} -> {new!r}' for name, (old, new) in differences.items()
   ]
-
-
-def _built_with() -> dict[str, dict[str, Any]]:
-  """Returns what the last bits of a run depend on, besides its config."""
-  return {
-    'versions': versions(),
-    'devices': {
-      'kind': jax.devices()[0].device_kind,
-      'count': jax.device_count(),
-      'hosts': hosts.count(),
-    },
-  }

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import runpy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -92,6 +91,7 @@ class Study:
     large: that at the large batch.
     recover: arms that may give back what the large batch loses.
     equivalent: (arm, arm, margin in points) that are asked to be equal.
+    min_train_top1: percentage of the training examples that an arm is to fit.
     figures: by name.
     analyse: what `conadv_jax.analysis` measures of each arm's run.
   """
@@ -106,6 +106,7 @@ class Study:
   large: str = ''
   recover: tuple[str, ...] = ()
   equivalent: tuple[tuple[str, str, float], ...] = ()
+  min_train_top1: float = 0.0
   figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
   analyse: tuple[str, ...] = ()
 
@@ -131,14 +132,6 @@ class Study:
         'tuned longer wins for that alone'
       )
 
-  @property
-  def varied(self) -> tuple[str, ...]:
-    """The fields that runs differ in, sorted."""
-    names = {'seed', *self.fields}
-    for part in (*self.arms.values(), *self.searches.values()):
-      names |= {*part.fields, *getattr(part, 'grid', ())}
-    return tuple(sorted(names - set(self.fields)))
-
   def final_cells(self, choices: Mapping[str, Fields]) -> Iterator[Cell]:
     """The runs of all arms, with what the searches chose, seed by seed."""
     most = max((arm.seeds for arm in self.arms.values()), default=0)
@@ -160,7 +153,8 @@ class Study:
 
   def _cell(self, phase, arm, run, fields, split) -> Cell:
     fields = {**self.fields, **fields, 'dataset.eval_split': split}
-    return Cell(self.config, phase, arm, run, fields)
+    axes = {f.axis for f in self.figures.values() if arm in f.arms} - {''}
+    return Cell(self.config, phase, arm, run, fields, tuple(sorted(axes)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +167,7 @@ class Cell:
     arm: or the name of the search.
     run: the seed of an arm, or the value that a search tries.
     fields: over the recipe.
+    axes: fields that it is drawn along.
   """
 
   recipe: str
@@ -180,6 +175,7 @@ class Cell:
   arm: str
   run: str
   fields: Fields
+  axes: tuple[str, ...] = ()
 
   @property
   def name(self) -> str:
@@ -241,10 +237,7 @@ def load(text: str) -> tuple[str, Study]:
     path = known[text]
   if not path.is_file():
     raise ConfigError(f'--study={text}: there is no such file')
-  try:
-    study = runpy.run_path(str(path)).get('STUDY')
-  except ConfigError as error:
-    raise ConfigError(f'--study={text}: {error}') from error
+  study = getattr(recipes.run_file(path, f'--study={text}'), 'STUDY', None)
   if not isinstance(study, Study):
     raise ConfigError(f'--study={text}: defines no STUDY')
   return path.stem, study

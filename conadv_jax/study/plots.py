@@ -30,7 +30,11 @@ def draw(
   done = [row for row in rows if row['status'] == DONE]
   drawn = {}
   for name, figure in study.figures.items():
-    shown = [row for row in done if row['arm'] in figure.arms]
+    shown = [
+      row
+      for row in done
+      if row['arm'] in figure.arms and (not figure.axis or figure.axis in row)
+    ]
     panels = [p for p in _PANELS if any(p in row for row in shown)]
     if panels:
       drawn[name] = f'{name}.png'

@@ -14,33 +14,31 @@ from conadv_jax.base.page import page
 from conadv_jax.study import plots, statistics
 from conadv_jax.study.design import FINAL, SEARCH, Arm, Study
 from conadv_jax.study.record import DONE, Record, Row
-from conadv_jax.study.statistics import Interval
+from conadv_jax.study.statistics import Interval, Values
 
-# Columns of the table of arms: title, name in a row, digits after the point.
+# Columns of the table of arms: title, and name in a row.
 _BUDGET = ('arm', 'seeds', 'steps', 'epochs', 'PFLOP', 's')
 _MEASURED = (
-  ('train, %', 'train_top1', 2),
-  ('test, %', 'top1', 2),
-  ('train - test', 'gap', 2),
-  ('FGSM, %', 'top1_fgsm', 2),
-  ('PGD, %', 'top1_pgd', 2),
+  ('train, %', 'train_top1'),
+  ('test, %', 'top1'),
+  ('train - test', 'gap'),
+  ('FGSM, %', 'top1_fgsm'),
+  ('PGD, %', 'top1_pgd'),
 )
-_ANALYSED = (
-  ('λ max', 'lambda_max', 3),
-  ('trace', 'trace', 3),
-  ('adaptive sharpness', 'sharpness_adaptive', 3),
-  ('sharpness', 'sharpness', 3),
-  ('weight norm', 'weight_norm', 3),
-)
+# What analyses find, by the beginning of the name.
+_ANALYSED = ('lambda_max', 'trace', 'sharpness', 'weight_norm')
 
 
 def write(study: Study, record: Record) -> str:
   """Writes the report of what has been run so far; returns its text."""
   arms = values_by_arm(record.rows(FINAL))
+  top1 = {name: arms[name]['top1'] for name in study.arms}
   parts = [
     f'# Study `{record.name}`\n\n{_measured_on(study, record)}',
-    *_answers(study, arms),
-    *_table_of_arms(study, record, arms),
+    *_gap(study, top1),
+    *_equivalence(study, top1),
+    *_accuracies(study, arms),
+    *_minima(study, arms),
     *_tuning(study, record),
     *_commands(study),
     *_without_result(record),
@@ -50,10 +48,7 @@ def write(study: Study, record: Record) -> str:
   text = '\n\n'.join(parts) + '\n'
   storage.write_text(record.path / 'report.md', text)
   body = markdown.markdown(text, extensions=['tables'])
-  storage.write_text(
-    record.path / 'report.html',
-    page(record.name, body),
-  )
+  storage.write_text(record.path / 'report.html', page(record.name, body))
   return text
 
 
@@ -105,43 +100,40 @@ def _measured_on(study: Study, record: Record) -> str:
   )
 
 
-def _answers(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
-  """What was to be found out."""
-  top1 = {name: arms[name]['top1'] for name in study.arms if name in arms}
-  of = _values_of(top1)
-  if study.small:
-    gap = statistics.difference(of(study.small), of(study.large))
-    text = (
-      f'The gap G = {study.small} - {study.large} is {shown(gap)} points '
-      f'({gap.count} pairs).'
-    )
-    if not math.isnan(gap.low) and not gap.low > 0:
-      text += ' **It may be 0, so the test of recovery is void.**'
-    rows = []
-    for name in study.arms:
-      if name not in (study.small, study.large) and name in top1:
-        gain = statistics.difference(of(name), of(study.large))
-        share = statistics.recovery(of(name), of(study.large), of(study.small))
-        asked = 'yes' if name in study.recover else ''
-        rows.append([name, str(gain.count), shown(gain), shown(share), asked])
-    yield f'## The gap, and what gives it back\n\n{text}'
-    yield table(
-      (
-        'arm', 'pairs', f'- {study.large}, points', 'recovery R',
-        'asked beforehand',
-      ),
-      rows,
-    )  # fmt: skip
+def _gap(study: Study, top1: Mapping[str, Values]) -> Iterator[str]:
+  """What the large batch loses, and which arms give it back."""
+  if not study.small:
+    return
+  small, large = top1[study.small], top1[study.large]
+  gap = statistics.difference(small, large)
+  text = (
+    f'The gap G = {study.small} - {study.large} is {shown(gap)} points '
+    f'({gap.count} pairs).'
+  )
+  if not math.isnan(gap.low) and not gap.low > 0:
+    text += ' **It may be 0, so the test of recovery is void.**'
+  yield f'## The gap, and what gives it back\n\n{text}'
+  rows = []
+  for name, values in top1.items():
+    if name not in (study.small, study.large) and values:
+      gain = statistics.difference(values, large)
+      share = statistics.recovery(values, large, small)
+      asked = 'yes' if name in study.recover else ''
+      rows.append([name, str(gain.count), shown(gain), shown(share), asked])
+  gain = f'- {study.large}, points'
+  yield table(('arm', 'pairs', gain, 'recovery R', 'asked beforehand'), rows)
+
+
+def _equivalence(study: Study, top1: Mapping[str, Values]) -> Iterator[str]:
+  """Which arms are equal, within the margins that were stated."""
   rows = []
   for a, b, margin in study.equivalent:
-    found = statistics.equivalence(of(a), of(b), margin)
+    found = statistics.equivalence(top1[a], top1[b], margin)
+    points, pairs = shown(found.difference), str(found.difference.count)
     verdict = 'equivalent' if found.holds else 'not shown'
     rows.append(
-      [
-        f'{a} - {b}', str(found.difference.count), shown(found.difference),
-        f'{margin:g}', f'{found.p:.3f}', verdict,
-      ]
-    )  # fmt: skip
+      [f'{a} - {b}', pairs, points, f'{margin:g}', f'{found.p:.3f}', verdict]
+    )
   if rows:
     yield '## Equivalence\n\nTwo one-sided tests at 5 %; intervals are 90 %.'
     yield table(
@@ -149,33 +141,60 @@ def _answers(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _values_of(top1: Mapping[str, Any]):
-  return lambda name: top1.get(name, {})
-
-
-def _table_of_arms(
-  study: Study, record: Record, arms: Mapping[str, Any]
-) -> Iterator[str]:
-  """All measures of all arms: accuracy first, then what analyses found."""
-  for title, measures in (
-    ('Arms', _MEASURED), ('Minima', _ANALYSED)
-  ):  # fmt: skip
-    present = [
-      (head, name, digits)
-      for head, key, digits in measures
-      for name in sorted({name for arm in arms.values() for name in arm})
-      if name == key
-    ]
-    if not present:
-      continue
-    rows = [
+def _accuracies(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
+  """What every arm cost, and how accurate it is."""
+  yield f'## Arms{_unfit(study, arms)}'
+  present = [m for m in _MEASURED if any(m[1] in arm for arm in arms.values())]
+  yield table(
+    (*_BUDGET, *(head for head, _ in present)),
+    (
       [name, *_budget(study.arms[name], arms[name])]
-      + [shown(statistics.mean(arms[name][key]), d) for _, key, d in present]
+      + [shown(statistics.mean(arms[name][key])) for _, key in present]
       for name in study.arms
-      if name in arms
+      if arms[name]['top1']
+    ),
+  )
+
+
+def _minima(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
+  """What analyses of the weights found, and whether it tells the accuracy."""
+  found = sorted({name for arm in arms.values() for name in arm})
+  names = [n for n in found if n.startswith(_ANALYSED) and 'stderr' not in n]
+  if not names:
+    return
+  rows = [
+    [arm, *(shown(statistics.mean(arms[arm][name]), 3) for name in names)]
+    for arm in study.arms
+    if any(arms[arm][name] for name in names)
+  ]
+  ranks = ['*correlation*']
+  for name in names:
+    pairs = [
+      (value, arm['top1'][seed])
+      for arm in arms.values()
+      for seed, value in arm[name].items()
     ]
-    yield f'## {title}'
-    yield table((*_BUDGET, *(head for head, _, _ in present)), rows)
+    ranks.append(f'*{statistics.rank_correlation(pairs):.2f}*')
+  yield (
+    '## Minima\n\nOf the final weights, on training examples. The last line is '
+    "Spearman's rank correlation with the test accuracy over all runs. With "
+    'batch norm, only adaptive measures are comparable between networks.'
+  )
+  yield table(('arm', *(n.replace('_', ' ') for n in names)), [*rows, ranks])
+
+
+def _unfit(study: Study, arms: Mapping[str, Any]) -> str:
+  """Names the arms that are too short to be compared."""
+  means = {
+    name: statistics.mean(arms[name]['train_top1']).value for name in study.arms
+  }
+  unfit = [name for name, mean in means.items() if mean < study.min_train_top1]
+  if not unfit:
+    return ''
+  return (
+    f'\n\n**Fit less than {study.min_train_top1:g} % of the training examples, '
+    f'so their length binds as well: {", ".join(unfit)}.**'
+  )
 
 
 def _budget(arm: Arm, found: Mapping[str, Mapping[int, float]]) -> list[str]:

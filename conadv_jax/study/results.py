@@ -8,6 +8,8 @@ from typing import Any
 
 from etils import epath
 
+from conadv_jax.base.fields import flatten
+from conadv_jax.config import to_dict
 from conadv_jax.run import workdir
 from conadv_jax.study.design import Cell
 
@@ -21,15 +23,16 @@ def row_of(cell: Cell, path: epath.Path, status: str) -> dict[str, Any]:
   """The row of `cell`, which ended with `status` in `path`.
 
   Returns:
-    What it was, its settings in `cell.fields`, and what was measured: numbers
-    of summary.json, the gap train_top1 - top1 in points, `robust_top1` under
-    each attack, and what its analyses found.
+    What it was, its settings in `cell.fields` and `cell.axes`, and what was
+    measured: numbers of summary.json, the gap train_top1 - top1 in points, the
+    top-1 under each attack, and what its analyses found.
   """
   row = {
     'cell': cell.name, 'phase': cell.phase, 'arm': cell.arm,
     'seed': cell.config.seed, 'status': status, 'digest': cell.digest,
   }  # fmt: skip
-  row |= cell.fields
+  resolved = flatten(to_dict(cell.config))
+  row |= {name: resolved[name] for name in (*cell.fields, *cell.axes)}
   if (path / 'config.json').exists():
     started = workdir.read_run(path)
     row['git_commit'] = started.get('git_commit', '')
@@ -43,7 +46,8 @@ def row_of(cell: Cell, path: epath.Path, status: str) -> dict[str, Any]:
   for attack, top1 in summary['robust_top1_by_attack'].items():
     row[f'top1_{attack}'] = top1
   for file in sorted(path.glob('analysis/*.json')):
-    row |= json.loads(file.read_text())['values']
+    found = json.loads(file.read_text())['values']
+    row |= {k: v for k, v in found.items() if k not in ('loss', 'top1')}
   return row
 
 

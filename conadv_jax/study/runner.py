@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import os
-import pathlib
 import queue
 import signal
 import subprocess
@@ -14,8 +13,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from etils import epath
+
 from conadv_jax.base import errors
 from conadv_jax.base.errors import ConfigError, Preempted
+from conadv_jax.run.lock import RunLock
 from conadv_jax.run.metrics import clock
 from conadv_jax.study import results
 from conadv_jax.study.design import FINAL, Cell
@@ -24,6 +26,7 @@ from conadv_jax.study.record import DONE, FAILED, NON_FINITE, Record, Row
 _TRAIN = (sys.executable, '-m', 'conadv_jax.train')
 _ANALYSE = (sys.executable, '-m', 'conadv_jax.analysis')
 _SAY_SECONDS = 60
+_LOCK_SECONDS = 5
 _ATTEMPTS = 3  # of a run that a signal ended, or that hung
 _AGAIN = {errors.HANG, errors.HOST, errors.PREEMPTED}
 
@@ -87,7 +90,13 @@ class Runner:
     for cell in cells:
       _ = cell.config  # Wrong settings are errors before anything runs.
       self._copy_same(cell)
-    left = [cell for cell in cells if self._is_left(cell)]
+    left = {cell.digest: cell for cell in cells if self._is_left(cell)}
+    self._run([*left.values()])
+    for cell in cells:
+      self._copy_same(cell)
+    return [self._record.row(cell) for cell in cells]
+
+  def _run(self, left: Sequence[Cell]) -> None:
     waiting: queue.SimpleQueue[Cell] = queue.SimpleQueue()
     for cell in left:
       waiting.put(cell)
@@ -106,7 +115,6 @@ class Runner:
       for thread in threads:
         thread.join()
     self._stopped.clear()
-    return [self._record.row(cell) for cell in cells]
 
   def _is_left(self, cell: Cell) -> bool:
     row = self._record.row(cell)
@@ -116,7 +124,7 @@ class Runner:
     """Takes the row of another run of the very same settings, if any."""
     if self._record.row(cell) is None:
       for row in self._record.rows(cell.phase):
-        if row['digest'] == cell.digest and row['status'] == DONE:
+        if row['digest'] == cell.digest:
           self._record.add(row | {'cell': cell.name, 'arm': cell.arm})
           return
 
@@ -178,11 +186,12 @@ class Runner:
     row = results.row_of(cell, directory, status)
     return row | {'wall': time.monotonic() - start}
 
-  def _call(self, cell: Cell, command, directory: pathlib.Path) -> int:
+  def _call(self, cell: Cell, command, directory: epath.Path) -> int:
     """Runs `command` until it ends for good; returns its exit code."""
     directory.mkdir(parents=True, exist_ok=True)
     code = 0
     for _ in range(_ATTEMPTS):
+      self._wait_for_lock(directory)
       if self._stopped.is_set():
         return errors.PREEMPTED
       with open(directory / 'log.txt', 'ab') as log:
@@ -202,6 +211,19 @@ class Runner:
       if code >= 0 and code not in _AGAIN:
         break
     return code
+
+  def _wait_for_lock(self, directory: epath.Path) -> None:
+    """Waits for a run that a study which was killed has left behind."""
+    said = False
+    while not self._stopped.is_set():
+      try:
+        with RunLock(directory):
+          return
+      except ConfigError as error:
+        if not said:
+          print(f'waiting: {error}', flush=True)
+        said = True
+        self._stopped.wait(_LOCK_SECONDS)
 
   def _stop(self, *_) -> None:
     self._stopped.set()

@@ -8,7 +8,7 @@ percent, and differences in percentage points.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import scipy.stats
@@ -143,6 +143,14 @@ def equivalence(a: Values, b: Values, margin: float) -> Equivalence:
     return Equivalence(found, margin, 0.0 if room > 0 else 1.0)
   p = scipy.stats.t.sf(room / error, len(diffs) - 1)
   return Equivalence(found, margin, float(p))
+
+
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
+  """Computes Spearman's correlation; nan where one of the two is constant."""
+  columns = np.array(pairs, float).T
+  if len(pairs) < 2 or any(len(set(column)) == 1 for column in columns):
+    return float('nan')
+  return float(scipy.stats.spearmanr(*columns).statistic)
 
 
 def _shared(*arms: Values) -> list[int]:

@@ -57,11 +57,12 @@ def floor(config: Config) -> float:
   """Arithmetic of a step of `config` over that of one clean view.
 
   A forward pass and the two halves of a backward pass cost F each: 3 F for each
-  view that is trained on, and 2 F, with no gradient of weights, for each
-  gradient of the attack.
+  view that is trained on, and 2 F, with no gradient of weights unless it
+  trains, for each gradient of the attack.
   """
-  attacks = config.attack.steps if config.is_adversarial else 0
-  return (3 * len(config.views) + 2 * attacks) / 3
+  shares, cost = config.shares, 3 if config.adv_every else 2
+  attacks = shares.get('adv', 0) * config.attack.steps
+  return (3 * sum(shares.values()) + cost * attacks) / 3
 
 
 def random_batch(run: experiment.Run) -> dict[str, np.ndarray]:

@@ -63,6 +63,9 @@ def test_flops_of_a_step_by_hand(tiny_model):
   assert pgd.flops_per_device() == examples * (2 * (3 * f - s) + 5 * 2 * f)
   noise = build(method='conadv', **{'attack.preset': 'random_signs'})
   assert noise.flops_per_device() == examples * 2 * (3 * f - s)
+  fast = build(1, method='fast_advprop', batch_size=40)
+  each = 0.8 * (3 * f - s) + 0.2 * (3 * f + 3 * f - s)
+  assert fast.flops_per_device() == pytest.approx(40 * each)
 
 
 def test_remat_costs_a_forward_pass_of_every_view_and_attack():

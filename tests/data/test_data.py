@@ -656,6 +656,16 @@ def test_evaluation_feeds_all_positions_by_default():
   assert [batch['id'].tolist() for batch in batches] == [[0, 1, 2], [3, 4, -1]]
 
 
+def test_evaluation_of_a_part_sees_its_examples_in_order():
+  source, part = make_source(9), np.array([7, 2, 3, 8, 0])
+  batches = evaluation(
+    source, batch_size=4, positions=np.array([1, 3]), example_ids=part
+  )
+  assert [batch['id'].tolist() for batch in batches] == [[2, 8], [-1, -1]]
+  np.testing.assert_array_equal(batches[0]['label'], source.labels[[2, 8]])
+  assert not batches[1]['mask'].any()
+
+
 # ---- scripts/prepare_fashion_mnist.py ---------------------------------------
 
 

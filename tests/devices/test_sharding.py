@@ -114,6 +114,23 @@ def test_a_run_does_not_depend_on_the_devices(devices, group_size):
 
 
 @pytest.mark.usefixtures('tiny_model', 'x64')
+@pytest.mark.parametrize(
+  ('devices', 'microbatches'),
+  ((8, 1), (1, 4), pytest.param(2, 2, marks=SLOW)),
+)
+def test_a_share_of_the_batch_does_not_depend_on_the_devices(
+  devices, microbatches
+):
+  fields = {
+    'method': 'fast_advprop', 'staleness_steps': 0, 'attack.preset': None,
+    'batch_size': 80,
+  }  # fmt: skip
+  expected, _ = trajectory(1, 2, **fields)
+  actual, _ = trajectory(devices, 2, microbatches=microbatches, **fields)
+  assert_same_run(actual, expected)
+
+
+@pytest.mark.usefixtures('tiny_model', 'x64')
 def test_random_signs_do_not_depend_on_the_devices():
   fields = {'attack.preset': 'random_signs', 'staleness_steps': 1}
   expected, _ = trajectory(1, 2, **fields)

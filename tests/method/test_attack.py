@@ -431,7 +431,7 @@ def test_without_steps_the_projected_start_is_the_perturbation(norm):
   image = batch['clean'].astype(np.float32)
   key = stream_key(config.seed, Stream.ATTACK, 2)
   start = sample_start(config.attack, key, image, batch['label'], 5).delta
-  np.testing.assert_array_equal(delta, np.clip(image + start, 0, 255) - image)
+  np.testing.assert_allclose(delta, np.clip(start, -image, 255 - image), 1e-6)
   assert (delta != delta_of(3)).any()
 
 

@@ -42,6 +42,8 @@ NORM_OF_SUM = {'optimizer.lars_denominator': 'norm_of_sum'}
 SUM_OF_NORMS = {'optimizer.lars_denominator': 'sum_of_norms'}
 SGD = {'optimizer.name': 'sgd', 'optimizer.learning_rate': 0.3}
 EMA = {'ema.decay': 0.9}
+# Two groups of ten are attacked.
+FAST = {'method': 'fast_advprop', 'batch_size': 30, 'attack.epsilon': 6.0}
 
 
 def conadv(tau, *, aa=False):
@@ -71,6 +73,15 @@ CASES = {
   | SUM_OF_NORMS
   | {'attack.update_batch_stats': True},
   'tau3-aa-l2-sgd': conadv(3, aa=True) | L2 | SGD,
+  'fast_advprop-lars': FAST | NORM_OF_SUM | EMA,
+  'fast_advprop-l2-sgd-weights': FAST
+  | SGD
+  | {
+    'attack.norm': 'l2',
+    'attack.epsilon': 40.0,
+    'attack.random_start_prob': 0.5,
+    'loss.view_weights': {'clean': 1.0, 'aa': 1.0, 'adv': 3.0},
+  },
 }
 
 
@@ -116,6 +127,7 @@ def setting_of(config):
     ema_batch_stats=config.ema.batch_stats,
     bn_momentum=0.9,
     bn_epsilon=1e-5,
+    adv_every=config.adv_every,
   )
 
 

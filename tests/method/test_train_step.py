@@ -282,6 +282,15 @@ def test_random_signs_ask_nothing_of_the_network(tau):
   assert contractions(flow(tau).jaxpr) > contractions(update)
 
 
+def test_fast_advprop_wastes_no_pass():
+  """One pass of the attack yields both of its gradients."""
+  fields = {'method': 'fast_advprop', 'attack.preset': None, 'batch_size': 15}
+  this = Flow(**fields, staleness_steps=0)
+  convs, denses = (sum(len(k) == n for k in this.kernels) for n in (4, 2))
+  # Forward, pixels and kernels; without the pixels of what is trained on.
+  assert contractions(this.jaxpr) == (3 * (3 * convs) - 2, 3 * (3 * denses))
+
+
 # ---- What a step does ------------------------------------------------------
 
 

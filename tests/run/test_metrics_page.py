@@ -75,6 +75,7 @@ def test_the_page_has_every_key_that_a_run_with_everything_on_writes(
     method='conadv',
     attack_stats_every_steps=1,
     spike__sigmas=6.0,
+    noise_scale=True,
     eval__attack='fgsm',
   )
   rows = evaluate.evaluate(

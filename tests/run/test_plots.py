@@ -64,7 +64,7 @@ def drawn(monkeypatch, tmp_path):
   """Draws rows of metrics.jsonl; returns the lines by label."""
   figures = []
   monkeypatch.setattr(
-    plots, '_save', lambda figure, path: figures.append(figure)
+    plots, 'save', lambda figure, path: figures.append(figure)
   )
 
   def draw(rows):

@@ -107,3 +107,11 @@ def test_equal_arms_are_equivalent_and_one_pair_shows_nothing():
   assert equivalence(same, by_seed([2, 3, 4]), 0.5).p == 1
   one = equivalence({0: 1.0}, {0: 1.0}, 0.5)
   assert np.isnan(one.p) and not one.holds
+
+
+def test_rank_correlation_sees_order_only():
+  pairs = [(1, 10), (2, 100), (3, 1000), (4, 5)]
+  # Ranks 1 2 3 4 and 2 3 4 1: 1 - 6 * (1 + 1 + 1 + 9) / (4 * 15).
+  assert statistics.rank_correlation(pairs) == pytest.approx(-0.2)
+  assert np.isnan(statistics.rank_correlation([(1, 2), (1, 3)]))
+  assert np.isnan(statistics.rank_correlation([]))

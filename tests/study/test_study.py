@@ -6,12 +6,17 @@ Whole trainings are in test_study_runs.py.
 
 import csv
 import json
+import os
+import signal
 import sys
 import textwrap
+import threading
+import time
 
 import pytest
 
 from conadv_jax.base.errors import ConfigError, Preempted
+from conadv_jax.run.lock import RunLock
 from conadv_jax.study import command, compare, design, report, results, runner
 from conadv_jax.study.design import Arm, Figure, Search, Study
 from conadv_jax.study.record import Record
@@ -78,6 +83,7 @@ STUDY = Study(
   },
   small='baseline_64',
   large='baseline_640',
+  min_train_top1=99.6,
   recover=('conadv_640',),
   equivalent=(('conadv_640', 'baseline_64', 0.5),),
   figures={'batch_size': Figure(('baseline_64', 'baseline_640', 'conadv_640'))},
@@ -217,8 +223,6 @@ def test_rows_of_other_settings_are_refused(study, tmp_path):
 
 def test_two_at_once_in_a_directory_are_refused(study, tmp_path):
   path = study()
-  from conadv_jax.run.lock import RunLock
-
   with RunLock(path), pytest.raises(ConfigError, match='in use'):
     study()
 
@@ -303,6 +307,12 @@ def test_a_file_without_a_study_is_refused(tmp_path):
     design.load(str(tmp_path / 's.py'))
 
 
+def test_an_error_in_a_study_file_has_its_line(tmp_path):
+  (tmp_path / 's.py').write_text('x = 1\nSTUDY = x.y\n')
+  with pytest.raises(ConfigError, match='s.py, line 2: AttributeError'):
+    design.load(str(tmp_path / 's.py'))
+
+
 @pytest.mark.parametrize('name', design.shipped())
 def test_shipped_studies_have_valid_cells(name):
   _, study = design.load(name)
@@ -357,11 +367,6 @@ time.sleep(60)
 
 
 def test_a_signal_saves_the_runs_and_says_how_to_go_on(tmp_path, monkeypatch):
-  import os
-  import signal
-  import threading
-  import time
-
   fake = tmp_path / 'sleep.py'
   fake.write_text(SLEEPER)
   monkeypatch.setattr(runner, '_TRAIN', (sys.executable, str(fake)))
@@ -382,6 +387,32 @@ def test_a_signal_saves_the_runs_and_says_how_to_go_on(tmp_path, monkeypatch):
   assert record.rows() == []
 
 
+def test_a_run_that_is_left_behind_is_waited_for(tmp_path, monkeypatch, capfd):
+  monkeypatch.setattr(runner, '_TRAIN', (sys.executable, '-c', ''))
+  monkeypatch.setattr(runner, '_LOCK_SECONDS', 0.1)
+  monkeypatch.setattr(results, 'row_of', lambda cell, *_: fake_row(cell))
+  record = Record(tmp_path / 'w', 'mine')
+  cell = next(make().final_cells({}))
+  directory = tmp_path / 'w' / 'cells' / cell.name
+  directory.mkdir(parents=True)
+  held = RunLock(directory)
+  held.__enter__()
+  threading.Timer(1.0, held.release).start()
+  start = time.monotonic()
+  with runner.Runner(record, 1, [], []) as running:
+    running.run([cell])
+  assert time.monotonic() - start > 1
+  assert capfd.readouterr().out.count('waiting: workdir=') == 1
+
+
+def fake_row(cell):
+  return {
+    'cell': cell.name, 'phase': cell.phase, 'arm': cell.arm, 'seed': 0,
+    'status': 'done', 'digest': cell.digest, 'top1': 1.0, 'steps': 1,
+    'seconds': 1.0,
+  }  # fmt: skip
+
+
 # ---- The report -------------------------------------------------------------
 
 
@@ -397,9 +428,45 @@ def test_the_report_answers_what_was_asked(study):
   assert '78.10 ± 0.25' in text
   assert '| small | optimizer.learning_rate | 8 | 99.50 | **90.00** |' in text
   assert '- final/autoaugment_640/seed=0: non-finite' in text
+  unfit = 'baseline_64, baseline_640, conadv_640'
+  assert f'so their length binds as well: {unfit}.' in text
   assert (path / 'batch_size.png').stat().st_size > 10_000
   page = (path / 'report.html').read_text()
   assert '<td>conadv_640</td>' in page and 'batch_size.png' in page
+
+
+def test_what_analyses_found_becomes_columns_but_not_the_accuracy(tmp_path):
+  path = tmp_path / 'cell'
+  (path / 'analysis').mkdir(parents=True)
+  (path / 'analysis' / 'sharpness.json').write_text(
+    json.dumps({'values': {'sharpness_0.1': 2.5, 'top1': 100.0, 'loss': 0.0}})
+  )
+  (path / 'summary.json').write_text(
+    json.dumps({'top1': 80.0, 'robust_top1_by_attack': {}})
+  )
+  cell = next(make().final_cells({}))
+  row = results.row_of(cell, path, 'done')
+  assert row['sharpness_0.1'] == 2.5 and row['top1'] == 80.0
+  assert 'loss' not in row
+
+
+def test_minima_are_set_beside_the_accuracy(tmp_path):
+  record = Record(tmp_path / 'w', 'mine')
+  for arm, seed, top1, sharpness in (
+    ('a', 0, 80.0, 3.0), ('a', 1, 81.0, 2.0), ('b', 0, 82.0, 1.0)
+  ):  # fmt: skip
+    record.add(
+      {
+        'cell': f'final/{arm}/seed={seed}', 'phase': 'final', 'arm': arm,
+        'seed': seed, 'status': 'done', 'digest': 'x', 'top1': top1,
+        'steps': 1, 'epochs': 1.0, 'flops': 1e15, 'seconds': 1.0,
+        'sharpness_0.1': sharpness,
+      }
+    )  # fmt: skip
+  text = report.write(make(), record)
+  assert '| arm | sharpness 0.1 |' in text
+  assert '| b | 1.000 |' in text
+  assert '| *correlation* | *-1.00* |' in text
 
 
 def test_the_report_of_nothing_yet_says_so(tmp_path):

@@ -209,30 +209,33 @@ class Arrays:
 
 
 def read(
-  builder, pieces: tuple[slices.Piece, ...], num_classes: int, pool: int = 1
+  builder,
+  pieces: tuple[slices.Piece, ...],
+  num_classes: int,
+  pool: int = 1,
+  records: Sequence[bytes] | None = None,
 ) -> InMemory:
   """Pieces of a prepared TFDS data set, in file order; images are `pooled`.
+
+  Args:
+    builder: of TFDS.
+    pieces: what to read.
+    num_classes: labels are below it.
+    pool: see `pooled`.
+    records: of `pieces`, where TFDS has no tf.data of the file format.
 
   Raises:
     ConfigError: the files are damaged, or a label is out of range.
   """
   import tensorflow as tf
-  import tensorflow_datasets as tfds
 
-  split = slices.to_text(pieces)
-  options = tf.data.Options()
-  options.deterministic = True
-  dataset = builder.as_dataset(
-    split=split,
-    shuffle_files=False,
-    read_config=tfds.ReadConfig(
-      options=options,
-      try_autocache=False,
-      interleave_cycle_length=1,  # One file after the other.
-    ),
-  )
+  split, features = slices.to_text(pieces), builder.info.features
+  if records is None:
+    dataset = _in_file_order(builder, split)
+  else:
+    dataset = tf.data.Dataset.from_tensor_slices(records)
+    dataset = dataset.map(features.deserialize_example)
   dataset = dataset.map(lambda example: (example['image'], example['label']))
-  features = builder.info.features
   num_examples, height, width, channels = (
     slices.count(pieces),
     *features['image'].shape,
@@ -257,6 +260,23 @@ def read(
     return InMemory(images, labels, num_classes, names)
   except ConfigError as error:
     raise ConfigError(f'{builder.data_dir}, split {split}: {error}') from error
+
+
+def _in_file_order(builder, split: str) -> tf.data.Dataset:
+  import tensorflow as tf
+  import tensorflow_datasets as tfds
+
+  options = tf.data.Options()
+  options.deterministic = True
+  return builder.as_dataset(
+    split=split,
+    shuffle_files=False,
+    read_config=tfds.ReadConfig(
+      options=options,
+      try_autocache=False,
+      interleave_cycle_length=1,  # One file after the other.
+    ),
+  )
 
 
 def pooled(images: np.ndarray, pool: int) -> np.ndarray:

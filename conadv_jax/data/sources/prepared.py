@@ -13,6 +13,7 @@ import re
 import shlex
 from typing import TYPE_CHECKING
 
+import numpy as np
 from etils import epath
 
 from conadv_jax.base.errors import ConfigError
@@ -83,7 +84,11 @@ class Prepared:
       return source
     from conadv_jax.data.sources import in_memory
 
-    return in_memory.read(builder, pieces, spec.num_classes, config.pool)
+    found = None
+    if builder.info.file_format.value == 'array_record':
+      source = _records(spec, builder, pieces, config.shuffle_window_shards)
+      found = source.fetch(np.arange(source.num_examples))
+    return in_memory.read(builder, pieces, spec.num_classes, config.pool, found)
 
   def _find(self, name: str, root: epath.Path) -> epath.Path:
     """The directory of the newest prepared version."""

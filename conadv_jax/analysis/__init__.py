@@ -1,0 +1,1 @@
+"""What the loss of a trained network is like around its weights."""
