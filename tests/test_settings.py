@@ -158,7 +158,9 @@ FIELDS = {
   'eval.norm': Case('l2', evaluation),
   'eval.epsilon': Case(8.0, evaluation),
   'eval.attack_steps': Case(3, evaluation, {'eval.attack': 'pgd'}),
-  'eval.restarts': Case(3, attempts, {'eval.attack': 'pgd'}),
+  'eval.restarts': Case(
+    3, attempts, {'eval.attack': 'pgd', 'eval.attack_steps': 1}
+  ),
   'eval.route': Case('adv', evaluation),
   'eval.use_ema': Case(True, evaluation, EMA),
   'eval.train_split': Case('train[:8]', evaluated_too),

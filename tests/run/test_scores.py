@@ -49,6 +49,9 @@ def test_the_calibration_error_by_hand():
   # Their gaps have opposite signs: in one bin they would cancel.
   confidence, correct = np.array([0.1, 0.9]), np.array([True, False])
   assert scores.ece(confidence, correct) == pytest.approx(90.0)
+  # A confidence of 1 is in the last bin, with all that are above 14/15.
+  confidence, correct = np.array([1.0, 0.96]), np.array([False, True])
+  assert scores.ece(confidence, correct) == pytest.approx(100 * (1 - 0.04) / 2)
 
 
 def test_the_calibration_error_by_its_definition():
