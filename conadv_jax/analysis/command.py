@@ -17,7 +17,7 @@ from conadv_jax.analysis import (
   sharpness,
   staleness,
 )
-from conadv_jax.analysis.options import Options, parse
+from conadv_jax.analysis.options import parse
 from conadv_jax.analysis.results import Found
 from conadv_jax.analysis.subject import Lacks, Subject
 from conadv_jax.base import storage
@@ -26,8 +26,8 @@ from conadv_jax.run import preflight
 from conadv_jax.run.guard import Guard
 from conadv_jax.run.reopen import parse_args
 
-# Each has `asked(subject, options)`, what its result depends on, `measure` of
-# the same, and a function of its name in `plots`.
+# Each has `asked(subject)`, what its result depends on, `measure(subject)`, and
+# a function of its name in `plots`.
 ANALYSES = {
   'curvature': curvature,
   'sharpness': sharpness,
@@ -56,14 +56,14 @@ def analyse(argv: Sequence[str]) -> dict[str, Found]:
     output = path / 'analysis'
     if options.output:
       output = storage.expand(options.output)
-    asked = _asked(subject, options)
+    asked = _asked(subject)
     files = {name: output / f'{name}.json' for name in asked}
     known = {name: results.known(files[name], asked[name]) for name in asked}
     for name, found in known.items():
       hosts.say(f'\n{name}{": is there already" if found else " ..."}')
       if found is None:
         start = time.monotonic()
-        found = ANALYSES[name].measure(subject, options)
+        found = ANALYSES[name].measure(subject)
         seconds = time.monotonic() - start
         found = results.write(files[name], asked[name], found, seconds)
         _draw(subject, name, found, files[name].with_suffix('.png'))
@@ -74,16 +74,17 @@ def analyse(argv: Sequence[str]) -> dict[str, Found]:
     return known
 
 
-def _asked(subject: Subject, options: Options) -> dict[str, dict]:
+def _asked(subject: Subject) -> dict[str, dict]:
   """What is to be measured, by analysis."""
-  names = list(ANALYSES) if options.what == 'all' else options.what.split(',')
+  what = subject.options.what
+  names = list(ANALYSES) if what == 'all' else what.split(',')
   asked = {}
   for name in names:
     check_choice('what', name, ANALYSES)
     try:
-      asked[name] = ANALYSES[name].asked(subject, options)
+      asked[name] = ANALYSES[name].asked(subject)
     except Lacks as error:
-      if options.what != 'all':
+      if what != 'all':
         raise
       hosts.say(f'left out: {error}')
   return asked

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from scipy.sparse import linalg
 
-from conadv_jax.analysis.options import Options
 from conadv_jax.analysis.results import Found
 from conadv_jax.analysis.subject import Subject
 
@@ -19,14 +18,15 @@ _LANCZOS_VECTORS = 20
 _MAX_RESTARTS = 30
 
 
-def asked(subject: Subject, options: Options) -> dict[str, Any]:
+def asked(subject: Subject) -> dict[str, Any]:
   """What is measured, on what."""
-  return subject.asked(options, 'eigenvalues', 'probes')
+  return subject.asked('eigenvalues', 'probes')
 
 
-def measure(subject: Subject, options: Options) -> Found:
+def measure(subject: Subject) -> Found:
   """Computes the largest eigenvalues of the Hessian, and its trace."""
-  surface = subject.surface('curvature', 60 + options.probes)
+  options = subject.options
+  surface = subject.surface('curvature', 20 + options.probes)
   product, size = surface.hessian_product, surface.weights.size
   loss, top1 = surface.loss(surface.weights)
   top = top_eigenvalues(product, size, options.eigenvalues, options.seed)

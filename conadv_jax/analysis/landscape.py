@@ -9,19 +9,19 @@ import jax
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from conadv_jax.analysis.options import Options
 from conadv_jax.analysis.results import Found
 from conadv_jax.analysis.subject import Subject
 from conadv_jax.method.optim import is_kernel, path_name
 
 
-def asked(subject: Subject, options: Options) -> dict[str, Any]:
+def asked(subject: Subject) -> dict[str, Any]:
   """What is measured, on what."""
-  return subject.asked(options, 'span', 'points', 'grid')
+  return subject.asked('span', 'points', 'grid')
 
 
-def measure(subject: Subject, options: Options) -> Found:
+def measure(subject: Subject) -> Found:
   """Computes loss and top-1 on a line, and on a plane that contains it."""
+  options = subject.options
   surface = subject.surface('landscape', options.points + options.grid**2)
   w = np.asarray(surface.weights)
   loss, top1 = surface.loss(w)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from conadv_jax import hosts
-from conadv_jax.analysis.options import Options
 from conadv_jax.analysis.results import Found
 from conadv_jax.analysis.subject import Lacks, Subject
 from conadv_jax.run import metrics
@@ -16,26 +15,24 @@ _WINDOWS = 10
 _COLUMNS = ('step', 'noise_square', 'noise_trace')
 
 
-def asked(subject: Subject, options: Options) -> dict[str, Any]:
+def asked(subject: Subject) -> dict[str, Any]:
   """What is averaged.
 
   Raises:
     Lacks: if the run has not logged it.
   """
-  del options
   steps = _table(subject)[:, 0]
   if not len(steps):
     raise Lacks('noise: the run has not logged it; train with noise_scale=True')
   return {'rows': len(steps), 'steps': [steps[0], steps[-1]]}
 
 
-def measure(subject: Subject, options: Options) -> Found:
+def measure(subject: Subject) -> Found:
   """Averages |G|^2 and tr(Sigma) over steps, then divides.
 
   Over the whole run, over its last quarter, and over windows for the picture;
   `conadv_jax.method.noise` has the formulas.
   """
-  del options
   table = _table(subject)
   windows = np.array_split(table, min(_WINDOWS, len(table)))
   means = np.array([window.mean(0) for window in windows])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from etils import epath
 
@@ -78,10 +77,10 @@ def staleness(curves: Curves, title: str, path: epath.Path) -> None:
   taus = sorted({row['tau'] for row in rows})
   steps = sorted({row['step'] for row in rows})
   for axis, (name, label) in zip(axes.flat, labels.items(), strict=True):
-    for i, step in enumerate(steps):
-      color = mpl.colormaps['viridis'](i / len(steps))
+    for i, step in enumerate(steps, start=1):
       line = [row[name] for row in rows if row['step'] == step]
-      axis.plot(line, color=color, marker='o', ms=3, label=f'step {step}')
+      style = {'color': 'C0', 'alpha': i / len(steps), 'marker': 'o', 'ms': 3}
+      axis.plot(line, label=f'step {step}', **style)
     axis.set_xticks(range(len(taus)), taus)
     axis.set(xlabel='staleness τ (steps)', ylabel=label)
     axis.grid(alpha=0.3)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from conadv_jax.analysis.options import Options
 from conadv_jax.analysis.results import Found
 from conadv_jax.analysis.subject import Subject
 from conadv_jax.method.optim import kernel_mask
@@ -19,13 +18,14 @@ from conadv_jax.method.optim import kernel_mask
 _START = 1e-3
 
 
-def asked(subject: Subject, options: Options) -> dict[str, Any]:
+def asked(subject: Subject) -> dict[str, Any]:
   """What is measured, on what."""
-  return subject.asked(options, 'rho', 'rho_adaptive', 'ascent_steps')
+  return subject.asked('rho', 'rho_adaptive', 'ascent_steps')
 
 
-def measure(subject: Subject, options: Options) -> Found:
+def measure(subject: Subject) -> Found:
   """Computes the worst case at each radius, and the norm of the kernels."""
+  options = subject.options
   surface = subject.surface('sharpness', 4 * options.ascent_steps)
   w = surface.weights
   loss, top1 = surface.loss(w)

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from conadv_jax.analysis.options import Options
 from conadv_jax.analysis.results import Found
 from conadv_jax.analysis.subject import Lacks, Subject
 from conadv_jax.base import fields
@@ -64,7 +63,7 @@ def make_attack_fn(
   return per_device(mesh, on_device, (REPLICATED,) * 2 + (BATCH,), BATCH)
 
 
-def asked(subject: Subject, options: Options) -> dict[str, Any]:
+def asked(subject: Subject) -> dict[str, Any]:
   """What is measured: at which steps t, of which ages.
 
   Steps are those of `--at`, else the 16th after the start and after each
@@ -75,7 +74,8 @@ def asked(subject: Subject, options: Options) -> dict[str, Any]:
     ConfigError: for a step that the run has not, or that is too early, or if
       the examples are not those of the run.
   """
-  config, stop = subject.config, subject.run.steps.stop
+  config, options = subject.config, subject.options
+  stop = subject.run.steps.stop
   if not config.is_adversarial:
     raise Lacks(f'staleness: {config.method!r} has no adversarial view')
   if stop < _OLDEST:
@@ -91,7 +91,7 @@ def asked(subject: Subject, options: Options) -> dict[str, Any]:
   return {'steps': steps, 'taus': TAUS, 'data': data}
 
 
-def measure(subject: Subject, options: Options) -> Found:
+def measure(subject: Subject) -> Found:
   """Measures perturbations of each age at each step.
 
   For each tau of `TAUS`, delta of batch_t is made with theta_{t-tau}:
@@ -104,7 +104,7 @@ def measure(subject: Subject, options: Options) -> Found:
   Attacks start at the same random points whatever tau is.
   """
   run, rows = subject.run, []
-  steps = asked(subject, options)['steps']
+  steps = asked(subject)['steps']
   subject.begin('staleness', _OLDEST * len(steps))
   step_fn = run.compile_step()
   attack = jax.jit(make_attack_fn(run.setup))

@@ -39,15 +39,16 @@ class Subject:
   Attributes:
     path: its work directory.
     config: its configuration, and how it is evaluated.
+    options: what is asked for.
     origin: content of its config.json.
   """
 
   def __init__(
     self, path: epath.Path, config: Config, options: Options, guard: Guard
   ):
-    self.path, self.config = path, config
+    self.path, self.config, self.options = path, config, options
     self.origin = workdir.read_run(path)
-    self._options, self._guard = options, guard
+    self._guard = guard
 
   @functools.cached_property
   def run(self) -> Run:
@@ -62,27 +63,29 @@ class Subject:
   def begin(self, name: str, steps: int) -> None:
     """Begins the analysis `name`, of about so many steps."""
     self._guard.enter('compile')
-    self._name, self._done = name, 0
-    self._progress, self._ticker = Progress(0, steps, 1), Ticker()
+    self._name, self._steps, self._done = name, steps, 0
+    self._ticker = Ticker()
 
   def tick(self) -> None:
     """One more is done."""
     self._done += 1
     self._guard.enter('evaluate', self._done)
+    if self._done == 1:  # which has compiled
+      self._progress = Progress(1, self._steps, 1)
     if self._ticker.due():
       line = log.short_line(self._done, self._progress)
       hosts.say(f'{self._name}: {line}')
 
   # ---- The loss around the newest weights ------------------------------------
 
-  def asked(self, options: Options, *names: str) -> dict[str, Any]:
-    """What the loss is of, and the `options` called `names`.
+  def asked(self, *names: str) -> dict[str, Any]:
+    """What the loss is of, and the options called `names`.
 
     Raises:
       ConfigError: if there is no checkpoint, or examples are of other classes.
     """
     spec, _, data = self._examples
-    data_dir = self.config.dataset.data_dir
+    options, data_dir = self.options, self.config.dataset.data_dir
     return {
       'step': self._restored[0],
       'route': self.config.eval.route,
@@ -128,7 +131,7 @@ class Subject:
 
   @functools.cached_property
   def _examples(self) -> tuple[DatasetSpec, Source, provenance.Data]:
-    dataset, part = self.config.dataset, self._options.split
+    dataset, part = self.config.dataset, self.options.split
     spec = datasets.resolve(dataset, eval_only=part == 'eval')
     source = spec.open(part, dataset)
     data = provenance.of_examples(spec, dataset.data_dir, **{part: source})
@@ -140,8 +143,8 @@ class Subject:
   def _ids(self) -> np.ndarray:
     """Drawn by the seed; of files that are read in windows, the first ones."""
     _, source, _ = self._examples
-    count = min(source.num_examples, self._options.examples)
+    count = min(source.num_examples, self.options.examples)
     if source.in_windows:
       return np.arange(count)
-    rng = np.random.default_rng(self._options.seed)
+    rng = np.random.default_rng(self.options.seed)
     return np.sort(rng.choice(source.num_examples, count, replace=False))

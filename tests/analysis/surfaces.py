@@ -87,5 +87,7 @@ def written_out(surface, run, weights, route=0):
 
 def measured(module, surface, **fields):
   """What `module.measure` finds on `surface`."""
-  subject = types.SimpleNamespace(surface=lambda *_: surface)
-  return module.measure(subject, options.Options(**fields))
+  subject = types.SimpleNamespace(
+    surface=lambda *_: surface, options=options.Options(**fields)
+  )
+  return module.measure(subject)
