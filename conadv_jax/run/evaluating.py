@@ -234,6 +234,7 @@ def _output(
   """
   file, head = storage.expand(output), {'config': to_dict(config)}
   del head['config']['eval']  # is in the rows
+  del head['config']['dataset']['data_dir']  # a place, and in them
 
   def prepare() -> None:
     try:

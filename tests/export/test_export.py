@@ -363,7 +363,8 @@ def test_a_later_evaluation_is_in_the_card(directory, tmp_path):
   try:
     rows = evaluate.evaluate(
       ['prog', f'--workdir={directory}', '--config.eval.route=adv',
-       '--config.eval.attack=pgd', '--config.eval.attack_steps=2']
+       '--config.eval.attack=pgd', '--config.eval.attack_steps=2',
+       '--config.eval.norm=l2', '--config.eval.restarts=3']
     )  # fmt: skip
     output = tmp_path / 'm.safetensors'
     run_export(directory, output, '--config.eval.route=adv')
@@ -375,6 +376,8 @@ def test_a_later_evaluation_is_in_the_card(directory, tmp_path):
   del row['data']['data_dir']
   assert card['evaluations'][1] == row
   assert (row['epsilon'], row['attack_steps']) == (16.0, 2)
+  ball = f'| pgd | 16 in L2 | 2, 3 restarts | {row["top1"]:.2f} |'
+  assert ball in (tmp_path / 'm.md').read_text()
 
 
 @pytest.mark.parametrize('size', [(50, 41), (33, 120)])
