@@ -20,7 +20,9 @@ def explicit(surface, run, weights, route=0):
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize(('devices', 'route'), [(1, 0), (8, 1)])
+@pytest.mark.parametrize(
+  ('devices', 'route'), [pytest.param(1, 0, marks=pytest.mark.slow), (8, 1)]
+)
 def test_the_derivatives_are_those_of_the_loss(monkeypatch, devices, route):
   weights = surfaces.weights_of(**FLOAT64)
   name = ('clean', 'adv')[route]
@@ -34,7 +36,9 @@ def test_the_derivatives_are_those_of_the_loss(monkeypatch, devices, route):
   helpers.assert_close(surface.hessian_product(v), hessian @ v, 1e-12)
 
 
-@pytest.mark.parametrize('devices', [1, 8])
+@pytest.mark.parametrize(
+  'devices', [1, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_lanczos_is_eigh_of_the_explicit_hessian(monkeypatch, devices):
   """In float32, as it is measured."""
   weights = surfaces.weights_of()

@@ -68,9 +68,9 @@ def a_step(run):
 @pytest.mark.parametrize(
   ('devices', 'microbatches', 'method'),
   [
-    (1, 4, 'conadv'),
-    (4, 1, 'conadv'),
-    (2, 2, 'baseline'),
+    (2, 2, 'conadv'),
+    pytest.param(1, 4, 'conadv', marks=pytest.mark.slow),
+    pytest.param(4, 1, 'baseline', marks=pytest.mark.slow),
   ],
 )
 def test_a_step_logs_what_the_gradients_of_four_parts_say(
@@ -109,6 +109,7 @@ def test_a_step_logs_what_the_gradients_of_four_parts_say(
   assert trace > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('tiny', 'x64')
 def test_a_sharded_optimizer_and_buckets_log_the_same():
   fields = {'dtype': 'float64', 'method': 'baseline'}
