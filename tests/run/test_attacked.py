@@ -189,7 +189,7 @@ def test_robust_accuracy_agrees_with_foolbox(name, steps, norm, trained):
 
 @pytest.mark.parity
 @pytest.mark.parametrize(
-  'norm, names', [('linf', 'apgd-ce,apgd-t'), ('l2', 'apgd-ce,square')]
+  'norm, names', [('linf', 'apgd-ce,apgd-t'), ('l2', 'apgd-ce,fab-t')]
 )
 def test_autoattack_agrees_with_us_and_is_stronger_than_pgd(
   norm, names, trained, monkeypatch
