@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -93,6 +94,20 @@ class TinyNet(nn.Module):
       self.num_classes, dtype=self.dtype, param_dtype=self.dtype, name='head'
     )(y.mean((1, 2)))
     return layout.unfold(logits)
+
+
+@contextlib.contextmanager
+def tiny_network() -> Iterator[None]:
+  """Has `TinyNet` under the name `tiny`; no pictures, which compile attacks."""
+  # Not above: processes that import this file may need neither.
+  import pytest
+
+  from conadv_jax.run import summary
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(models.MODELS, 'tiny', models.Entry(TinyNet, 4))
+    patch.setattr(summary, '_draw', lambda *_: None)
+    yield
 
 
 def tiny_net(

@@ -9,21 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conadv_jax import evaluate, experiment, methods, models, train
+from conadv_jax import evaluate, experiment, methods, train
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import from_config_dict
 from conadv_jax.export.export import export
 from conadv_jax.methods import Method
-from conadv_jax.run import summary
 from configs import digits
 
 
 @pytest.fixture(scope='module', autouse=True)
 def tiny_network():
-  """A network that compiles in a second, under the name `tiny`; no plots."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(models.MODELS, 'tiny', models.Entry(helpers.TinyNet, 4))
-    patch.setattr(summary, '_draw', lambda *_: None)
+  with helpers.tiny_network():
     yield
 
 

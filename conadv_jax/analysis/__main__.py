@@ -13,7 +13,7 @@ The first three are of the newest checkpoint. Each writes NAME.json and NAME.png
 to DIR/analysis and prints a table; what is there already is not computed again.
 docs/analysis.md has the formulas.
 
-  --what=all             the default: whatever the run has what it takes for
+  --what=all             the default: all that the run has the data for
   --output=DIR           instead of analysis/ in the work directory
   --examples=2000        in the form of an evaluation
   --split=train          that they are taken from, or eval

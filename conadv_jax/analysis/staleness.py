@@ -74,6 +74,15 @@ def asked(subject: Subject) -> dict[str, Any]:
     ConfigError: for a step that the run has not, or that is too early, or if
       the examples are not those of the run.
   """
+  config, steps = subject.config, _steps(subject)
+  spec, data_dir = subject.run.spec, config.dataset.data_dir
+  data = provenance.of_examples(spec, data_dir, train=subject.trained_on)
+  data = provenance.of_result(spec, data, data_dir, 'train')
+  return {'steps': steps, 'taus': TAUS, 'data': data}
+
+
+def _steps(subject: Subject) -> list[int]:
+  """The steps of `asked`; raises as that does, but for the examples."""
   config, options = subject.config, subject.options
   stop = subject.run.steps.stop
   if not config.is_adversarial:
@@ -85,10 +94,7 @@ def asked(subject: Subject) -> dict[str, Any]:
   steps = options.steps or near
   fix = f'must be steps of the run, from {_OLDEST} to {stop}'
   fields.check(_OLDEST <= steps[0] <= steps[-1] <= stop, 'at', options.at, fix)
-  spec, data_dir = subject.run.spec, config.dataset.data_dir
-  data = provenance.of_examples(spec, data_dir, train=subject.trained_on)
-  data = provenance.of_result(spec, data, data_dir, 'train')
-  return {'steps': steps, 'taus': TAUS, 'data': data}
+  return steps
 
 
 def measure(subject: Subject) -> Found:
@@ -104,7 +110,7 @@ def measure(subject: Subject) -> Found:
   Attacks start at the same random points whatever tau is.
   """
   run, rows = subject.run, []
-  steps = asked(subject)['steps']
+  steps = _steps(subject)
   subject.begin('staleness', _OLDEST * len(steps))
   step_fn = run.compile_step()
   attack = jax.jit(make_attack_fn(run.setup))

@@ -32,9 +32,9 @@ FOLDERS = (_PACKAGE / 'configs', _PACKAGE.parent / 'configs')
 BATCH_SIZES = {f'{k}k': 1024 * k for k in (4, 8, 16, 32, 64, 96)}
 
 
-def shipped() -> dict[str, pathlib.Path]:
-  """{name: file} of the recipes that come with this package."""
-  paths = [path for folder in FOLDERS for path in folder.glob('[!_]*.py')]
+def shipped(folder: str = '') -> dict[str, pathlib.Path]:
+  """{name: file} of what comes with this package: recipes, or in `folder`."""
+  paths = [path for f in FOLDERS for path in (f / folder).glob('[!_]*.py')]
   return {path.stem: path for path in sorted(paths)}
 
 
@@ -51,7 +51,7 @@ def load(text: str, overrides: Mapping[str, str]) -> dict[str, Any]:
       type, or an error of the file.
   """
   name, _, arg = text.partition(':')
-  path = _find(name)
+  path = find('recipe', f'--config={name}', name, shipped())
   flag = f'--config={text}'
   module = run_file(path, flag)
   if not callable(getattr(module, 'get_config', None)):
@@ -161,15 +161,27 @@ def _set(values: dict[str, Any], name: str, value: Any) -> None:
   values[leaf] = value
 
 
-def _find(name: str) -> pathlib.Path:
-  known = shipped()
+def find(
+  kind: str, flag: str, name: str, known: Mapping[str, pathlib.Path]
+) -> pathlib.Path:
+  """The file called `name`: one of `known`, or a path.
+
+  Args:
+    kind: of file, for the error text.
+    flag: that names it, likewise.
+    name: of `known`, or of a file; `~` is the home.
+    known: {name: file} of what comes with this package.
+
+  Raises:
+    ConfigError: there is no such file.
+  """
   if name in known:
     return known[name]
   path = pathlib.Path(name).expanduser()
   if not path.is_file():
     if path.suffix or len(path.parts) > 1:
-      raise ConfigError(f'--config={name}: there is no such file')
-    raise unknown('recipe', name, known)
+      raise ConfigError(f'{flag}: there is no such file')
+    raise unknown(kind, name, known)
   return path.absolute()
 
 

@@ -12,7 +12,7 @@ measured on the test split.
 
 DIR gets study.csv (a row per run), choices.json, study.log, report.md,
 report.html and plots, and each run's work directory in cells/. Run the same
-command again to go on after an interruption: runs that have a row are kept, so
+command again to resume after an interruption: runs that have a row are kept, so
 DIR may lose cells/, or move. A run that failed is tried again; one whose loss
 was not finite is a result.
 

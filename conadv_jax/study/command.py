@@ -51,13 +51,15 @@ def main(argv: Sequence[str]) -> None:
   if args.data_dir:
     flags = [f'--config.dataset.data_dir={storage.expand(args.data_dir)}']
   record = Record(path, name)
-  if not args.report:
-    _run(study, record, args.processes, flags)
-  print(report.write(study, record), flush=True)
+  if args.report:
+    text = report.write(study, record)
+  else:
+    text = _run(study, record, args.processes, flags)
+  print(text, flush=True)
 
 
-def _run(study, record, processes: int, flags: Sequence[str]) -> None:
-  """Runs what is left of the study; its report is kept up to date."""
+def _run(study, record, processes: int, flags: Sequence[str]) -> str:
+  """Runs what is left of the study; returns its report."""
   with (
     RunLock(record.path),
     Runner(record, processes, flags, study.analyse) as runner,
@@ -65,5 +67,6 @@ def _run(study, record, processes: int, flags: Sequence[str]) -> None:
     try:
       choices = search.choose(study, record, runner)
       runner.run(list(study.final_cells(choices)))
-    finally:
-      report.write(study, record)
+    finally:  # also of what an interrupted study has so far
+      text = report.write(study, record)
+    return text

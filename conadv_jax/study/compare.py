@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from matplotlib.figure import Figure
-
 from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.run import metrics, workdir
+from conadv_jax.run.plots import save, subplots
 
 # Panels: title, split and name of the values in metrics.jsonl.
 _PANELS = (
@@ -29,15 +28,14 @@ def draw(directories: Sequence[str], output: str) -> None:
   Raises:
     ConfigError: a directory has no metrics.
   """
-  canvas = Figure(figsize=(9, 6.4), layout='constrained')
-  axes = canvas.subplots(2, 2).flat
+  canvas, axes = subplots(2, 2, (9, 6.4))
   for number, directory in enumerate(directories):
     path = storage.expand(directory)
     rows = metrics.read_metrics(path)
     if not rows:
       raise ConfigError(f'--compare={directory}: holds no metrics.jsonl')
     per_epoch = workdir.read_run(path)['steps']['per_epoch']
-    for axis, (_, split, name) in zip(axes, _PANELS, strict=True):
+    for axis, (_, split, name) in zip(axes.flat, _PANELS, strict=True):
       points = [
         (row['step'] / per_epoch, row[name])
         for row in rows
@@ -54,6 +52,5 @@ def draw(directories: Sequence[str], output: str) -> None:
     axis.grid(alpha=0.3)
   handles, labels = canvas.axes[0].get_legend_handles_labels()
   canvas.legend(handles, labels, loc='outside lower center', frameon=False)
-  with storage.expand(output).open('wb') as file:
-    canvas.savefig(file, dpi=120)
+  save(canvas, storage.expand(output))
   print(f'written: {output}')

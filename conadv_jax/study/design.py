@@ -8,6 +8,7 @@ is for the arms, once all choices are fixed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -181,7 +182,7 @@ class Cell:
   def name(self) -> str:
     return f'{self.phase}/{self.arm}/{self.run}'
 
-  @property
+  @functools.cached_property
   def config(self) -> Config:
     """Its settings.
 
@@ -193,7 +194,7 @@ class Cell:
     except ConfigError as error:
       raise ConfigError(f'{self.name}: {error}') from error
 
-  @property
+  @functools.cached_property
   def digest(self) -> str:
     """Tells its results from those of other settings.
 
@@ -214,7 +215,7 @@ class Cell:
     pairs = [f'--config.{name}={text}' for name, text in self._texts.items()]
     return [f'--config={self.recipe}', *pairs]
 
-  @property
+  @functools.cached_property
   def _values(self) -> dict[str, Any]:
     return recipes.load(self.recipe, self._texts)
 
@@ -229,22 +230,14 @@ def load(text: str) -> tuple[str, Study]:
   Raises:
     ConfigError: there is none, it does not run, or it defines no STUDY.
   """
-  path = pathlib.Path(text)
-  if not path.suffix:
-    known = shipped()
-    if text not in known:
-      raise unknown('study', text, known)
-    path = known[text]
-  if not path.is_file():
-    raise ConfigError(f'--study={text}: there is no such file')
-  study = getattr(recipes.run_file(path, f'--study={text}'), 'STUDY', None)
+  flag = f'--study={text}'
+  path = recipes.find('study', flag, text, shipped())
+  study = getattr(recipes.run_file(path, flag), 'STUDY', None)
   if not isinstance(study, Study):
-    raise ConfigError(f'--study={text}: defines no STUDY')
+    raise ConfigError(f'{flag}: defines no STUDY')
   return path.stem, study
 
 
 def shipped() -> dict[str, pathlib.Path]:
   """{name: file} of the studies that come with this package."""
-  folders = [folder / 'studies' for folder in recipes.FOLDERS]
-  paths = [path for folder in folders for path in folder.glob('[!_]*.py')]
-  return {path.stem: path for path in sorted(paths)}
+  return recipes.shipped('studies')

@@ -6,8 +6,8 @@ import collections
 from collections.abc import Mapping, Sequence
 
 from etils import epath
-from matplotlib.figure import Figure as Canvas
 
+from conadv_jax.run.plots import save, subplots
 from conadv_jax.study import statistics
 from conadv_jax.study.design import Figure, Study
 from conadv_jax.study.record import DONE, Row
@@ -53,8 +53,8 @@ def _figure(
   columns = min(3, len(panels))
   lines = -(-len(panels) // columns)
   size = (_WIDTH * columns, _HEIGHT * lines)
-  canvas = Canvas(figsize=size, layout='constrained')
-  axes = canvas.subplots(lines, columns, squeeze=False).flat
+  canvas, axes = subplots(lines, columns, size)
+  axes = axes.flat
   for panel, axis in zip(panels, axes, strict=False):
     _panel(study, figure, rows, panel, axis)
     axis.set_title(_PANELS[panel], fontsize=10)
@@ -66,8 +66,7 @@ def _figure(
     canvas.legend(
       handles, labels, loc='outside lower center', ncols=4, frameon=False
     )
-  with path.open('wb') as file:
-    canvas.savefig(file, dpi=120)
+  save(canvas, path)
 
 
 def _panel(study, figure: Figure, rows, measure: str, axis) -> None:

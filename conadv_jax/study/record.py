@@ -11,7 +11,6 @@ import csv
 import datetime as dt
 import io
 import json
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,10 +30,7 @@ Row = dict[str, Any]
 
 
 class Record:
-  """The rows, choices and log in the directory of a study.
-
-  Threads may share it.
-  """
+  """The rows, choices and log in the directory of a study."""
 
   def __init__(self, path: epath.Path, name: str):
     """Opens what is in `path`, or begins it.
@@ -43,7 +39,6 @@ class Record:
       ConfigError: it is of another study, or not readable.
     """
     self.path, self.name = path, name
-    self._lock = threading.Lock()
     if storage.is_remote(path):
       raise ConfigError(f'--workdir={path}: a study needs a local directory')
     path.mkdir(parents=True, exist_ok=True)
@@ -53,15 +48,13 @@ class Record:
   def log(self, text: str) -> None:
     """Adds a line with the time, and prints it."""
     now = dt.datetime.now(dt.UTC).isoformat(timespec='seconds')
-    with self._lock:
-      print(text, flush=True)
-      with open(self.path / 'study.log', 'a', encoding='utf-8') as file:
-        file.write(f'{now} {text}\n')
+    print(text, flush=True)
+    with open(self.path / 'study.log', 'a', encoding='utf-8') as file:
+      file.write(f'{now} {text}\n')
 
   def rows(self, phase: str | None = None) -> list[Row]:
     """The rows, sorted by cell; numbers are floats."""
-    with self._lock:
-      found = [self._rows[name] for name in sorted(self._rows)]
+    found = [self._rows[name] for name in sorted(self._rows)]
     return [row for row in found if phase in (None, row['phase'])]
 
   def row(self, cell: Cell) -> Row | None:
@@ -81,9 +74,8 @@ class Record:
 
   def add(self, row: Row) -> None:
     """Keeps `row`, in the place of an older one of the same cell."""
-    with self._lock:
-      self._rows[row['cell']] = row
-      storage.write_text(self.path / 'study.csv', to_csv(self._rows.values()))
+    self._rows[row['cell']] = row
+    storage.write_text(self.path / 'study.csv', to_csv(self._rows.values()))
 
   def choices(self) -> dict[str, Any] | None:
     """What `choose` has kept."""

@@ -23,12 +23,11 @@ from conadv_jax.study import results
 from conadv_jax.study.design import FINAL, Cell
 from conadv_jax.study.record import DONE, FAILED, NON_FINITE, Record, Row
 
-_TRAIN = (sys.executable, '-m', 'conadv_jax.train')
+# Which starts a run again that hung, or that a signal has ended.
+_TRAIN = (sys.executable, '-m', 'conadv_jax.supervise')
 _ANALYSE = (sys.executable, '-m', 'conadv_jax.analysis')
 _SAY_SECONDS = 60
 _LOCK_SECONDS = 5
-_ATTEMPTS = 3  # of a run that a signal ended, or that hung
-_AGAIN = {errors.HANG, errors.HOST, errors.PREEMPTED}
 
 
 class Runner:
@@ -85,15 +84,14 @@ class Runner:
 
     Raises:
       ConfigError: for a cell of a wrong setting, or a row of other settings.
-      Preempted: after a signal. The same command goes on.
+      Preempted: after a signal; run the same command again to resume.
     """
     for cell in cells:
       _ = cell.config  # Wrong settings are errors before anything runs.
-      self._copy_same(cell)
+    self._copy_same(cells)
     left = {cell.digest: cell for cell in cells if self._is_left(cell)}
     self._run([*left.values()])
-    for cell in cells:
-      self._copy_same(cell)
+    self._copy_same(cells)
     return [self._record.row(cell) for cell in cells]
 
   def _run(self, left: Sequence[Cell]) -> None:
@@ -120,20 +118,22 @@ class Runner:
     row = self._record.row(cell)
     return row is None or row['status'] == FAILED
 
-  def _copy_same(self, cell: Cell) -> None:
-    """Takes the row of another run of the very same settings, if any."""
-    if self._record.row(cell) is None:
-      for row in self._record.rows(cell.phase):
-        if row['digest'] == cell.digest:
-          self._record.add(row | {'cell': cell.name, 'arm': cell.arm})
-          return
+  def _copy_same(self, cells: Sequence[Cell]) -> None:
+    """Gives cells without a result the row of another with their settings."""
+    rows = sorted(self._record.rows(), key=lambda row: row['status'] != FAILED)
+    same = {row['digest']: row for row in rows}  # one that failed, if no other
+    for cell in filter(self._is_left, cells):
+      row = same.get(cell.digest)
+      if row is not None and row['cell'] != cell.name:
+        names = {'cell': cell.name, 'phase': cell.phase, 'arm': cell.arm}
+        self._record.add(row | names)
 
   def _watch(self, threads, ended, left: Sequence[Cell]) -> None:
-    """Tells what goes on, until all cells have ended or something stops."""
+    """Reports progress until all cells have ended, or something stops them."""
     done, last = 0, time.monotonic()
     while done < len(left):
       try:
-        cell, row = ended.get(timeout=1)
+        cell, row, seconds = ended.get(timeout=1)
       except queue.Empty:
         if self._stopped.is_set() and not any(t.is_alive() for t in threads):
           raise Preempted(
@@ -147,8 +147,7 @@ class Runner:
       if isinstance(row, Exception):
         raise row
       done += 1
-      self._seconds[cell.arm].append(row['wall'])
-      del row['wall']
+      self._seconds[cell.arm].append(seconds)
       self._record.add(row)
       self._record.log(
         f'{done}/{len(left)} {results.describe(row)}{self._eta(left[done:])}'
@@ -162,17 +161,17 @@ class Runner:
         cell = waiting.get_nowait()
       except queue.Empty:
         return
+      start = time.monotonic()
       try:
         row = self._run_cell(cell)
       except Exception as error:  # noqa: BLE001
         row = error  # which the main thread raises
       if row is not None:
-        ended.put((cell, row))
+        ended.put((cell, row, time.monotonic() - start))
 
   def _run_cell(self, cell: Cell) -> Row | None:
     """Trains and analyses; the row, or None if the study was stopped."""
     directory = self._record.path / 'cells' / cell.name
-    start = time.monotonic()
     command = [*_TRAIN, *cell.flags, *self._flags]
     code = self._call(cell, command, directory)
     if code == 0 and cell.phase == FINAL and self._analyse:
@@ -183,33 +182,28 @@ class Runner:
     if code == errors.USAGE:
       raise ConfigError(f'{cell.name}: {results.last_error(directory)}')
     status = {0: DONE, errors.NONFINITE: NON_FINITE}.get(code, FAILED)
-    row = results.row_of(cell, directory, status)
-    return row | {'wall': time.monotonic() - start}
+    return results.row_of(cell, directory, status)
 
   def _call(self, cell: Cell, command, directory: epath.Path) -> int:
-    """Runs `command` until it ends for good; returns its exit code."""
+    """Runs `command` until it ends; returns its exit code."""
     directory.mkdir(parents=True, exist_ok=True)
-    code = 0
-    for _ in range(_ATTEMPTS):
-      self._wait_for_lock(directory)
-      if self._stopped.is_set():
-        return errors.PREEMPTED
-      with open(directory / 'log.txt', 'ab') as log:
-        # A session of its own: a terminal would send Ctrl-C to it as well.
-        process = subprocess.Popen(
-          [*command, f'--workdir={directory}'],
-          stdin=subprocess.DEVNULL,
-          stdout=log,
-          stderr=subprocess.STDOUT,
-          start_new_session=True,
-        )
-      self._running[cell.name] = process
-      if self._stopped.is_set():  # before there was a process to stop
-        process.send_signal(signal.SIGTERM)
-      code = process.wait()
-      del self._running[cell.name]
-      if code >= 0 and code not in _AGAIN:
-        break
+    self._wait_for_lock(directory)
+    if self._stopped.is_set():
+      return errors.PREEMPTED
+    with open(directory / 'log.txt', 'ab') as log:
+      # A session of its own: a terminal would send Ctrl-C to it as well.
+      process = subprocess.Popen(
+        [*command, f'--workdir={directory}'],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+      )
+    self._running[cell.name] = process
+    if self._stopped.is_set():  # before there was a process to stop
+      process.send_signal(signal.SIGTERM)
+    code = process.wait()
+    del self._running[cell.name]
     return code
 
   def _wait_for_lock(self, directory: epath.Path) -> None:

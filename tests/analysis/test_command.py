@@ -8,12 +8,12 @@ import helpers
 import numpy as np
 import pytest
 
-from conadv_jax import experiment, models, train
+from conadv_jax import experiment, train
 from conadv_jax.analysis import command, curvature, options, staleness
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import from_config_dict
 from conadv_jax.data.quarantine import Quarantine
-from conadv_jax.run import metrics, summary
+from conadv_jax.run import metrics
 from conadv_jax.run.evaluator import Evaluator, weights_of
 from conadv_jax.run.reopen import parse_args, restore_newest
 from configs import digits
@@ -47,9 +47,7 @@ def trained(directory, **fields):
 
 @pytest.fixture(scope='module', autouse=True)
 def tiny():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(models.MODELS, 'tiny', models.Entry(helpers.TinyNet, 4))
-    patch.setattr(summary, '_draw', lambda *_: None)
+  with helpers.tiny_network():
     yield
 
 

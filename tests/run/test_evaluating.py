@@ -10,20 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conadv_jax import evaluate, experiment, models, train
+from conadv_jax import evaluate, experiment, train
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import from_config_dict
 from conadv_jax.export import export
 from conadv_jax.models import weights
-from conadv_jax.run import autoattack, reopen, summary
+from conadv_jax.run import autoattack, reopen
 from configs import digits
 
 
 @pytest.fixture(scope='module', autouse=True)
 def tiny_network():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(models.MODELS, 'tiny', models.Entry(helpers.TinyNet, 4))
-    patch.setattr(summary, '_draw', lambda *_: None)  # compiles an attack
+  with helpers.tiny_network():
     yield
 
 

@@ -200,6 +200,29 @@ def test_a_failed_run_is_a_row_and_is_tried_again(study, monkeypatch):
   assert rows_of(path)[name]['status'] == 'non-finite'
 
 
+def test_arms_of_the_same_settings_share_a_run_and_its_repetition(
+  study, tmp_path, monkeypatch
+):
+  again = "    'again': Arm(fields('conadv', 640), 1, 'conadv'),\n"
+  last = "    'autoaugment_640'"
+  (tmp_path / 'mine.py').write_text(STUDY.replace(last, again + last))
+  path = study()
+  names = ('final/conadv_640/seed=0', 'final/again/seed=0')
+  assert sum(call.endswith(names) for call in calls(path)) == 1
+  rows = rows_of(path)
+  for name in names:
+    rows[name]['status'] = 'failed'
+  fields = list(next(iter(rows.values())))
+  with (path / 'study.csv').open('w', newline='') as file:
+    writer = csv.DictWriter(file, fields, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows.values())
+  before = len(calls(path))
+  study()
+  assert len(calls(path)[before:]) == 1
+  assert {rows_of(path)[name]['status'] for name in names} == {'done'}
+
+
 def test_an_arm_whose_search_fails_wholly_ends_the_study(study, monkeypatch):
   monkeypatch.setenv('FAIL', 'conadv')
   with pytest.raises(ConfigError, match="search 'conadv': every run over opt"):

@@ -69,7 +69,7 @@ def test_a_study_that_was_killed_twice_has_the_same_table(folders):
   out, _ = process.communicate()
   assert process.returncode == 0, out
 
-  # Its run goes on alone, and the next study waits for it.
+  # Its run outlives it, and the next study waits for that run.
   process = start(killed)
   wait_for('cells/search/base/*/checkpoints', killed, process)
   process.kill()
