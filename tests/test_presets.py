@@ -56,6 +56,7 @@ def config_of(method, patch, **fields):
   return from_config_dict(values)
 
 
+@pytest.mark.slow
 @given(
   method=drawn_methods(),
   attack=st.sampled_from(sorted(methods.ATTACKS)),

@@ -89,6 +89,7 @@ def test_the_same_seed_gives_the_same_metrics(unbroken, tmp_path):
   assert len(rows) == 20 + 4 + 2 + 1  # train, attack, test, test at the end
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_metrics(unbroken, tmp_path):
   train.train(settings('batch_size=64,seed=1'), str(tmp_path))
   assert rows_without_timings(tmp_path) != rows_without_timings(unbroken)

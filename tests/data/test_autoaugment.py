@@ -229,6 +229,7 @@ def test_autoaugment_draws_with_the_odds_of_its_table(policy):
     assert_chi_square(observed.sum(others), expected.sum(others))
 
 
+@pytest.mark.slow
 def test_randaugment_draws_uniformly_with_independent_layers():
   first, second = many('randaugment')
   for drawn in (first, second):
@@ -254,6 +255,7 @@ def test_centers_of_cutouts_are_uniform(policy):
     assert_chi_square(grid, np.full_like(grid, DRAWS / 100))
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_bytes_in_any_number_of_threads():
   image = colour_images()[0]
 

@@ -117,6 +117,7 @@ def test_a_class_keeps_away_from_its_neighbours():
   assert worst < 0.4
 
 
+@pytest.mark.slow
 def test_sizes_and_quality_are_like_those_of_imagenet():
   images = [data for _, _, data in make_fake_imagenet._images('train', 200, 0)]
   sizes = collections.Counter(

@@ -28,6 +28,11 @@ from conadv_jax.data.sources.source import Encoded, Share
 from scripts import make_fake_imagenet
 
 FORMATS = ('array_record', 'tfrecord')
+# TFRecord every time, ArrayRecord too where slow tests are run.
+EACH_FORMAT = (
+  'tfrecord',
+  pytest.param('array_record', marks=pytest.mark.slow),
+)
 NUM_TRAIN, NUM_EVAL = 23, 13
 
 
@@ -131,7 +136,7 @@ def by_id(batches):
 # ---- Data set ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', FORMATS)
+@pytest.mark.parametrize('name', EACH_FORMAT)
 def test_batches_hold_the_labels_of_their_images(fake_dirs, name):
   for batch in train(load(fake_dirs / name)):
     assert batch['clean'].shape == batch['aa'].shape == (4, 32, 32, 3)
@@ -315,6 +320,7 @@ CASES = dict(
 )
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=10, deadline=None)
 @hypothesis.given(**CASES)
 def test_hosts_share_one_order(**case):
@@ -332,7 +338,7 @@ def test_two_runs_give_the_same_bytes(fake_dirs, batches):
   helpers.assert_batches_equal(train(load(fake_dirs / 'array_record')), batches)
 
 
-@pytest.mark.parametrize('name', FORMATS)
+@pytest.mark.parametrize('name', EACH_FORMAT)
 def test_a_fresh_pipeline_from_any_step_gives_the_tail(fake_dirs, name):
   steps = dict(batch_size=13, views=('clean',))  # of 23: from epoch 0 to 2
   whole = train(load(fake_dirs / name), num_steps=4, **steps)
@@ -342,7 +348,7 @@ def test_a_fresh_pipeline_from_any_step_gives_the_tail(fake_dirs, name):
     helpers.assert_batches_equal(tail, whole[start:])
 
 
-@pytest.mark.parametrize('name', FORMATS)
+@pytest.mark.parametrize('name', EACH_FORMAT)
 def test_an_image_is_the_same_on_any_number_of_hosts(fake_dirs, name):
   # 5 batches of 4 are within the first epoch of 23, on each of two hosts too.
   steps = dict(num_steps=5, views=('clean',))
@@ -392,6 +398,7 @@ def test_views_have_crops_of_their_own_unless_shared(fake_dirs, batches):
   assert 0 < (images == augmented).all(1).sum() < 32
 
 
+@pytest.mark.slow
 def test_the_policy_of_the_settings_is_applied(fake_dirs, batches):
   made = {'v0': batches}
   for policy in ('reduced_imagenet', 'randaugment'):
@@ -408,7 +415,11 @@ def test_the_policy_of_the_settings_is_applied(fake_dirs, batches):
 
 @pytest.mark.parametrize(
   ('name', 'batch_size', 'num_hosts'),
-  [('array_record', 40, 2), ('array_record', 6, 3), ('tfrecord', 4, 2)],
+  [
+    ('array_record', 40, 2),
+    pytest.param('array_record', 6, 3, marks=pytest.mark.slow),
+    ('tfrecord', 4, 2),
+  ],
 )
 def test_evaluation_sees_each_example_once(
   fake_dirs, name, batch_size, num_hosts
@@ -503,6 +514,7 @@ def test_the_run_stops_when_too_many_are_bad(tmp_path):
     train(damaged(2), ('clean',))
 
 
+@pytest.mark.slow
 def test_the_quarantine_goes_on_after_a_restart(tmp_path):
   path = tmp_path / 'q.jsonl'
   train(damaged(1, 2), ('clean',), quarantine=Quarantine(path, max_share=0.2))
@@ -539,6 +551,7 @@ class Flaky(Folder):
     return super().fetch(ids)
 
 
+@pytest.mark.slow
 def test_an_example_that_can_be_read_later_is_used():
   files = [plain(grey) for grey in GREYS]
   expected = train(Folder(files), ('clean',), num_steps=3)
@@ -606,6 +619,7 @@ def test_a_cache_changes_no_pixel(fake_dirs, batches, kind):
   helpers.assert_batches_equal(train(cached), batches)
 
 
+@pytest.mark.slow
 def test_a_cache_changes_no_pixel_of_the_evaluation(fake_dirs):
   root = fake_dirs / 'array_record'
   cached = evaluation(load(root, 'eval', cache='decoded'))
@@ -624,6 +638,7 @@ def test_a_cache_that_does_not_fit_is_refused(fake_dirs, monkeypatch):
       load(fake_dirs / 'array_record', cache=kind)
 
 
+@pytest.mark.slow
 def test_a_bad_example_stays_bad_in_a_cache(tmp_path):
   source = damaged(2)
   for kind in ('raw', 'decoded'):

@@ -63,6 +63,7 @@ def test_a_long_loop_stays_one(name, monkeypatch):
   assert 'stablehlo.while' in lowered.as_text()
 
 
+@pytest.mark.slow
 def test_a_step_of_parts_and_of_an_attack_of_several_steps_has_no_loop():
   config = helpers.make_config(
     {

@@ -116,7 +116,7 @@ def test_a_run_does_not_depend_on_the_devices(devices, group_size):
 @pytest.mark.usefixtures('tiny_model', 'x64')
 @pytest.mark.parametrize(
   ('devices', 'microbatches'),
-  ((8, 1), (1, 4), pytest.param(2, 2, marks=SLOW)),
+  ((8, 1), *(pytest.param(*case, marks=SLOW) for case in ((1, 4), (2, 2)))),
 )
 def test_a_share_of_the_batch_does_not_depend_on_the_devices(
   devices, microbatches
@@ -151,7 +151,7 @@ def assert_same_run(actual, expected):
 @pytest.mark.usefixtures('tiny_model', 'x64')
 @pytest.mark.parametrize(
   ('devices', 'group_size', 'microbatches'),
-  ((1, 2, 8), (2, 2, 2), (8, 4, 2)),
+  ((1, 2, 8), (2, 2, 2), pytest.param(8, 4, 2, marks=SLOW)),
 )
 def test_microbatches_do_not_change_a_run(devices, group_size, microbatches):
   expected, _ = trajectory(1, group_size)
@@ -165,7 +165,9 @@ def test_microbatches_do_not_change_a_run(devices, group_size, microbatches):
   'fields',
   (
     {'staleness_steps': 0, 'method': 'disadv'},
-    {'staleness_steps': 1, 'attack.update_batch_stats': True},
+    pytest.param(
+      {'staleness_steps': 1, 'attack.update_batch_stats': True}, marks=SLOW
+    ),
     pytest.param({'staleness_steps': 1, 'attack.preset': 'pgd'}, marks=SLOW),
     pytest.param({'method': 'conadv_aa', 'staleness_steps': 1}, marks=SLOW),
     pytest.param({'method': 'baseline', 'staleness_steps': 0}, marks=SLOW),
@@ -189,6 +191,7 @@ def test_buckets_of_gradients_do_not_change_a_run(buckets):
   assert_same_run(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('tiny_model', 'x64')
 @pytest.mark.parametrize(
   ('devices', 'microbatches'),
@@ -270,9 +273,11 @@ def test_gradients_are_summed_in_the_type_that_the_configuration_says(
 @pytest.mark.parametrize(
   ('name', 'group_size'),
   (
-    ('lars', 2),
     ('lars', 8),
-    *(pytest.param(n, 2, marks=SLOW) for n in ('sgd', 'lamb', 'rmsprop')),
+    *(
+      pytest.param(name, 2, marks=SLOW)
+      for name in ('lars', 'sgd', 'lamb', 'rmsprop')
+    ),
   ),
 )
 def test_a_sharded_optimizer_does_not_change_a_run(
@@ -304,6 +309,7 @@ def test_a_sharded_optimizer_does_not_change_a_run(
       helpers.assert_close(flat[: e_leaf.size], e_leaf.reshape(-1), TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('tiny_model')
 def test_a_sharded_optimizer_takes_a_share_of_the_memory(monkeypatch):
   monkeypatch.setattr(sharded_optimizer, 'SHARD_MULTIPLE', 16)

@@ -118,6 +118,7 @@ def test_the_file_holds_the_chosen_weights(
   assert card['route'] == ('clean', 'adv')[row]
 
 
+@pytest.mark.slow
 def test_the_metadata_are_those_that_timm_knows(directory, tmp_path):
   output = run_export(directory, tmp_path / 'm.safetensors')
   with safetensors.safe_open(str(output), 'numpy') as file:

@@ -84,6 +84,16 @@ CASES = {
   },
 }
 
+# Every kind of staleness, view and optimizer; the others are slow tests.
+QUICK = (
+  'baseline',
+  'tau0-fgsm-moves_stats',
+  'tau1-fgsm-lars2',
+  'tau1-aa-pgd-sgd-ema',
+  'tau2-pgd-eval_mode',
+  'fast_advprop-lars',
+)
+
 
 def learning_rate(config, count, cos=np.cos):
   """A rate that differs in every step, up and down."""
@@ -178,7 +188,13 @@ def library_records(config, weights, batches):
   return records
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    *QUICK,
+    *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n not in QUICK),
+  ],
+)
 def test_twelve_steps_equal_the_numpy_oracle(name):
   config = helpers.make_config({'dtype': 'float64', 'seed': 7} | CASES[name])
   weights = helpers.random_weights(config)

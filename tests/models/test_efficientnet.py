@@ -121,7 +121,9 @@ def test_channels_are_rounded_to_multiples_of_eight(features, factor, expected):
   [
     ('efficientnet_b0', [1, 2, 2, 3, 3, 4, 1]),
     ('efficientnet_b1', [2, 3, 3, 4, 4, 5, 2]),
-    ('efficientnet_b7', [4, 7, 7, 10, 10, 13, 4]),
+    pytest.param(
+      'efficientnet_b7', [4, 7, 7, 10, 10, 13, 4], marks=pytest.mark.slow
+    ),
   ],
 )
 def test_blocks_of_each_stage(name, blocks):
@@ -193,6 +195,7 @@ def test_bfloat16_stays_near_float32():
   assert 1e-4 < relative_error(logits, expected) < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 def test_rematerialisation_changes_no_value():
   fields = dict(dtype=jnp.float64, dropout_rate=0.5, drop_path_rate=0.9)
@@ -219,6 +222,7 @@ def test_rematerialisation_changes_no_value():
   assert relative_error(one[0][1], other[0][1]) > 0.1
 
 
+@pytest.mark.slow
 def test_rematerialisation_keeps_only_the_input_of_a_block():
   batch = 7
 
@@ -339,6 +343,7 @@ def trajectory(devices):
   return history
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 def test_a_run_that_drops_does_not_depend_on_the_devices(monkeypatch):
   # The first block never drops.

@@ -65,6 +65,7 @@ def test_multiply_adds_of_resnet50_by_hand():
   assert total == 4_089_184_256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['resnet50', 'efficientnet_b0'])
 def test_multiply_adds_are_about_half_the_flops_that_xla_counts(name):
   model = build(name)

@@ -169,6 +169,7 @@ def gradients_of(model, variables, x, key):
   return jax.jit(jax.grad(loss, has_aux=True))(variables['params'])
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_value():
   fields = dict(drop_path_rate=0.5)
   plain, remat = small(**fields), small(**fields, remat='blocks')
@@ -180,6 +181,7 @@ def test_rematerialisation_changes_no_value():
   helpers.assert_close(actual, expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_rematerialisation_keeps_less_for_the_backward_pass():
   batch = 7
   x = jax.ShapeDtypeStruct((1, 1, batch, 64, 64, 3), jnp.float32)

@@ -57,6 +57,7 @@ def use(**fields):
   return jax.config.jax_compilation_cache_dir
 
 
+@pytest.mark.slow
 def test_programs_are_kept_in_the_cache_of_the_user(
   no_cache, tmp_path, monkeypatch
 ):

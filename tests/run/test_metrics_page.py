@@ -66,6 +66,7 @@ def fast_run(monkeypatch):
   monkeypatch.setattr(summary, '_draw', lambda *_: None)  # compiles an attack
 
 
+@pytest.mark.slow
 def test_the_page_has_every_key_that_a_run_with_everything_on_writes(
   tmp_path, monkeypatch
 ):

@@ -285,6 +285,7 @@ def test_evaluate_needs_no_training_images_and_replay_no_others(run):
 # ---- Nothing is lost or rewritten -------------------------------------------
 
 
+@pytest.mark.slow
 def test_results_on_other_examples_stand_beside_the_runs_own(run, tmp_path):
   directory, _, other = run
   before = read(directory / 'summary.json')

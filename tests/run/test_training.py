@@ -114,6 +114,7 @@ def test_a_word_is_due_after_ten_seconds_and_then_less_often(monkeypatch):
 # ---- What is measured -------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_goodput_is_training_over_all_time_since_the_first_start(
   tmp_path, monkeypatch
 ):
