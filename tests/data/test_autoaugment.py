@@ -182,7 +182,11 @@ def test_autoaugment_does_what_was_drawn(policy, images):
 
 @pytest.mark.parametrize(
   ('images', 'layers', 'magnitude'),
-  [(3, 3, 17), (1, 2, 9.5), (3, 1, 4)],
+  [
+    pytest.param(3, 3, 17, marks=pytest.mark.slow),
+    (1, 2, 9.5),
+    (3, 1, 4),
+  ],
   indirect=['images'],
 )
 def test_randaugment_does_what_was_drawn(layers, magnitude, images):
@@ -305,7 +309,11 @@ def test_the_graph_stays_small(policy, limit):
   assert len(definition.node) + inner < limit
 
 
-@pytest.fixture(scope='module', params=[3, 1], ids=['RGB', 'L'])
+@pytest.fixture(
+  scope='module',
+  params=[3, pytest.param(1, marks=pytest.mark.slow)],
+  ids=['RGB', 'L'],
+)
 def images(request):
   """`colour_images`, or one channel of each."""
   return [

@@ -64,7 +64,9 @@ def folder(tmp_path):
   return tmp_path, [f'{tmp_path}/train/a/{name}' for name in bad]
 
 
-@pytest.mark.parametrize('cache', ['none', 'raw', 'decoded'])
+@pytest.mark.parametrize(
+  'cache', ['none', 'raw', pytest.param('decoded', marks=pytest.mark.slow)]
+)
 def test_a_row_has_the_place_and_the_reason_apart(cache, folder, capsys):
   root, bad = folder
   read(root, cache)

@@ -85,7 +85,10 @@ def test_multiply_adds_do_not_depend_on_how_they_are_computed():
   assert summary.size(build('resnet18', options), 64) == plain
 
 
-@pytest.mark.parametrize('name', ['resnet18', 'resnet50d', 'seresnet50'])
+@pytest.mark.parametrize(
+  'name',
+  ['resnet18', 'resnet50d', pytest.param('seresnet50', marks=pytest.mark.slow)],
+)
 def test_bfloat16_is_for_activations_only(name):
   model = build(name, num_routes=2, dtype=jnp.bfloat16)
   variables = networks.abstract_variables(model)

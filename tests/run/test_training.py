@@ -178,6 +178,7 @@ def test_a_trace_beyond_the_run_is_refused(tmp_path):
   assert not (tmp_path / 'metrics.jsonl').exists()
 
 
+@pytest.mark.slow
 def test_a_trace_is_of_the_steps_that_were_asked_for(
   tmp_path, monkeypatch, capsys
 ):
