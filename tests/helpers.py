@@ -98,15 +98,12 @@ class TinyNet(nn.Module):
 
 @contextlib.contextmanager
 def tiny_network() -> Iterator[None]:
-  """Has `TinyNet` under the name `tiny`; no pictures, which compile attacks."""
-  # Not above: processes that import this file may need neither.
+  """Has `TinyNet` under the name `tiny`."""
+  # Not above: processes that import this file may not need it.
   import pytest
-
-  from conadv_jax.run import summary
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(models.MODELS, 'tiny', models.Entry(TinyNet, 4))
-    patch.setattr(summary, '_draw', lambda *_: None)
     yield
 
 

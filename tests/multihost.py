@@ -254,19 +254,16 @@ def main() -> None:
   name `tiny`; RECORD_IDS is a directory for the ids that a host feeds;
   FAKE_VERSION, 'package=version', is what the host claims to have installed;
   INPUT_FAILS_AT is the number of the batch at which its storage fails;
-  CLOCK, two numbers of seconds, is how wrong its clock is in even and odd ones;
-  a run ends without pictures unless there is PICTURES.
+  CLOCK, two numbers of seconds, is how wrong its clock is in even and odd ones.
   """
   import importlib.metadata
 
   import helpers
 
   from conadv_jax import cli, evaluate, hosts, models, train
-  from conadv_jax.run import feed, summary
+  from conadv_jax.run import feed
 
   models.MODELS['tiny'] = models.Entry(helpers.TinyNet, 4)
-  if not os.environ.get('PICTURES'):
-    summary._draw = lambda *_: None  # it compiles an attack
   if fake := os.environ.get('FAKE_VERSION'):
     package, version = fake.split('=')
     real = importlib.metadata.version

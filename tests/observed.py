@@ -37,7 +37,6 @@ from conadv_jax.run import (
   evaluator,
   feed,
   log,
-  summary,
   workdir,
 )
 from scripts import make_fake_imagenet
@@ -51,6 +50,7 @@ TINY = {
   'dataset.train_split': 'train[:32]',
   'dataset.eval_split': 'test[:16]',
   'eval.batch_size': 8,
+  'plots': False,
 }
 
 
@@ -92,7 +92,7 @@ def noise(count, seed):
 
 @pytest.fixture(scope='module', autouse=True)
 def registered():
-  """The networks, a data set of arrays, one device, and no pictures."""
+  """The networks, a data set of arrays, and one device."""
   arrays = datasets.from_arrays(
     'arrays', noise(40, 0), noise(16, 1), allows_flip=True
   )
@@ -102,7 +102,6 @@ def registered():
       patch.setitem(models.MODELS, name, entry)
     patch.setitem(datasets.DATASETS, 'arrays', arrays)
     patch.setattr(experiment, 'build', build)
-    patch.setattr(summary, '_draw', lambda *_: None)
     yield
 
 

@@ -20,13 +20,12 @@ import json, sys
 sys.path.insert(0, '.')
 import helpers
 from conadv_jax import evaluate, models, train
-from conadv_jax.run import summary
 models.MODELS['tiny'] = models.Entry(helpers.TinyNet, 4)
-summary._draw = lambda *_: None
 flags = [
   '--workdir=run', '--config.bn_group_size=8', '--config.log_every_steps=1',
   '--config.checkpoint.every_steps=1', '--config.eval.every_steps=0',
-  '--config.eval.attack_steps=2', '--config.model=tiny', *sys.argv[1:],
+  '--config.eval.attack_steps=2', '--config.model=tiny', '--config.plots=False',
+  *sys.argv[1:],
 ]
 if not any(flag.startswith('--config=') for flag in flags):
   flags.append('--config=digits:method=conadv')

@@ -50,6 +50,7 @@ def config_of(method, patch, **fields):
       'log_every_steps': 1,
       'eval.every_steps': 0,
       'attack_stats_every_steps': 1,
+      'plots': False,
     }
     | fields
   )

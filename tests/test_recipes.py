@@ -19,7 +19,7 @@ from conadv_jax.data import datasets
 from conadv_jax.method import schedules
 from conadv_jax.methods import METHODS
 from conadv_jax.models import efficientnet, resnet
-from conadv_jax.run import metrics, summary
+from conadv_jax.run import metrics
 from configs import imagenet_efficientnet, imagenet_resnet50
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -290,6 +290,7 @@ SMALL = {
   'eval.batch_size': 8,
   'eval.attack': 'none',
   'attack_stats_every_steps': 0,
+  'plots': False,
 }
 
 
@@ -321,7 +322,6 @@ def test_a_recipe_trains(model, method, data_dir, tmp_path, monkeypatch):
   monkeypatch.setitem(models.MODELS, model, entry)
   build = functools.partial(experiment.build, devices=jax.devices()[:1])
   monkeypatch.setattr(experiment, 'build', build)
-  monkeypatch.setattr(summary, '_draw', lambda *_: None)  # compiles an attack
   values = recipe_of(model).get_config(
     f'model={model},method={method},batch_size=8'
   )

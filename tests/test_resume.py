@@ -36,6 +36,7 @@ FIELDS = {
   'attack.preset': 'paper',  # with random starts
   'eval.every_steps': 7,
   'eval.attack': 'fgsm',
+  'plots': False,
   'checkpoint.every_steps': 5,
   'checkpoint.keep': 1,
 }

@@ -347,6 +347,7 @@ def test_a_whole_run_writes_and_says_no_credential(tmp_path):
       '--config.max_steps=3',
       '--config.checkpoint.every_steps=2',
       '--config.eval.attack=none',
+      '--config.plots=False',
     ],
     tmp_path / 'log',
     SECRETS | {'CONADV_FAULTS': 'oserror@storage/write'},

@@ -19,7 +19,7 @@ from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import from_config_dict
 from conadv_jax.data import sampler
 from conadv_jax.data.quarantine import Quarantine
-from conadv_jax.run import feed, metrics, summary, training
+from conadv_jax.run import feed, metrics, training
 from conadv_jax.run.evaluator import Evaluator, weights_of
 from configs import digits
 
@@ -34,12 +34,6 @@ def tiny_network():
     yield
 
 
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-  """Only the run `unbroken`, which is older, draws."""
-  monkeypatch.setattr(summary, '_draw', lambda *_: None)
-
-
 def settings(arg='batch_size=64', **fields):
   values = digits.get_config(arg)
   values.update_from_flattened_dict(
@@ -52,6 +46,7 @@ def settings(arg='batch_size=64', **fields):
       'eval.every_steps': 7,
       'eval.attack': 'none',
       'checkpoint.every_steps': 10,
+      'plots': False,
       **{name.replace('__', '.'): value for name, value in fields.items()},
     }
   )
@@ -77,7 +72,7 @@ def rows_without_timings(workdir):
 def unbroken(tmp_path_factory):
   """A run of 20 steps: its settings and work directory."""
   workdir = tmp_path_factory.mktemp('unbroken')
-  train.train(settings(), str(workdir))
+  train.train(settings(plots=True), str(workdir))
   return workdir
 
 

@@ -139,6 +139,7 @@ class Config(Group):
   noise_scale: bool = setting(
     False, 'log the gradient noise scale; needs several devices or microbatches'
   )
+  plots: bool = setting(True, 'draw curves and attacked images at the end')
   max_nonfinite_steps: int = number(
     5, '>= 1', 'stop after so many non-finite steps in a row'
   )

@@ -64,13 +64,14 @@ def write_results(
   rows = _measured(run, examples, attacks, state, guard)
   train_rows = _measured(run, on_train, (), state, guard) if on_train else []
   _log(run.steps.stop, rows, writer)
-  guard.enter('pictures')
   seconds = writer.seconds_before + progress.seconds
 
   def write() -> Summary:
     summary = _summarized(run, state, path, rows, train_rows, seconds)
     evaluations.store(path / 'summary.json', rows + train_rows, summary)
-    _draw(run, state, examples.evaluator, path)
+    if run.config.plots:
+      guard.enter('pictures')
+      _draw(run, state, examples.evaluator, path)
     return summary
 
   summary = hosts.on_writer('the summary and the plots', write)
@@ -162,7 +163,7 @@ def describe(summary: Summary, path: epath.Path) -> str:
   return (
     f'done: top-1 {summary["top1"]:.2f} % clean'
     + (f', {robust} at epsilon {summary["robust_epsilon"]:g}' if robust else '')
-    + f'; {summary["seconds"]:.0f} s of training; pictures in {path}/plots'
+    + f'; {summary["seconds"]:.0f} s of training; files in {path}'
   )
 
 

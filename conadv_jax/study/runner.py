@@ -172,7 +172,7 @@ class Runner:
   def _run_cell(self, cell: Cell) -> Row | None:
     """Trains and analyses; the row, or None if the study was stopped."""
     directory = self._record.path / 'cells' / cell.name
-    command = [*_TRAIN, *cell.flags, *self._flags]
+    command = [*_TRAIN, *cell.flags, '--config.plots=False', *self._flags]
     code = self._call(cell, command, directory)
     if code == 0 and cell.phase == FINAL and self._analyse:
       what = f'--what={",".join(self._analyse)}'

@@ -38,6 +38,7 @@ def trained(directory, **fields):
       'checkpoint.every_steps': 2,
       'eval.every_steps': 0,
       'eval.attack': 'none',
+      'plots': False,
       **{name.replace('__', '.'): value for name, value in fields.items()},
     }
   )

@@ -376,7 +376,7 @@ def test_the_quarantine_on_a_full_disk_is_an_error(tmp_path, little_space):
 def flags(directory, **fields):
   fields = {
     'model': 'tiny', 'bn_group_size': 8, 'max_steps': 6, 'log_every_steps': 1,
-    'eval.attack': 'none', 'checkpoint.every_steps': 2,
+    'eval.attack': 'none', 'checkpoint.every_steps': 2, 'plots': False,
   } | fields  # fmt: skip
   return [
     '--config=configs/digits.py:batch_size=64,method=conadv',

@@ -511,6 +511,7 @@ def test_two_runs_are_equal_and_two_seeds_are_not():
   assert (other[0]['clean'] != first[0]['clean']).any()
 
 
+@pytest.mark.slow
 def test_resumed_batches_are_the_tail():
   source = make_source(10)  # Epochs end in the middle of step 2, after step 4.
   whole = train(source)

@@ -383,6 +383,7 @@ def test_both_formats_give_the_same_image_for_an_id(fake_dirs, batches):
 # ---- Views ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_views_have_crops_of_their_own_unless_shared(fake_dirs, batches):
   source = load(fake_dirs / 'array_record')
   alone = train(source, views=('clean',))

@@ -16,7 +16,7 @@ from conadv_jax.config import from_config_dict
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.debug import diagnosis, replay
 from conadv_jax.method.staleness import pending_perturbation
-from conadv_jax.run import feed, metrics, plots, summary
+from conadv_jax.run import feed, metrics, plots
 from configs import digits
 
 BAD_STEP, BAD_PLACE = 4, 21  # in the batch of that step
@@ -43,6 +43,7 @@ def settings(**fields):
       'max_steps': 5,
       'log_every_steps': 1,
       'attack_stats_every_steps': 0,
+      'plots': False,
       'attack.preset': 'paper',  # with random starts
       'eval.every_steps': 0,
       'eval.attack': 'none',
@@ -58,7 +59,6 @@ def trap():
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(models.MODELS, 'tiny', models.Entry(helpers.TinyNet, 4))
     patch.setitem(models.MODELS, 'trap', models.Entry(TrapNet, 4))
-    patch.setattr(summary, '_draw', lambda *_: None)
     yield patch
 
 

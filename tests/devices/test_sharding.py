@@ -103,7 +103,9 @@ def trajectory(devices, group_size, **fields):
 # (8, 2): groups within a device, mesh 8x1; two devices are below.
 # (8, 8): two groups over four devices each, mesh 2x4.
 @pytest.mark.usefixtures('tiny_model', 'x64')
-@pytest.mark.parametrize(('devices', 'group_size'), ((8, 2), (8, 8)))
+@pytest.mark.parametrize(
+  ('devices', 'group_size'), (pytest.param(8, 2, marks=SLOW), (8, 8))
+)
 def test_a_run_does_not_depend_on_the_devices(devices, group_size):
   expected, _ = trajectory(1, group_size)
   actual, _ = trajectory(devices, group_size)
@@ -151,7 +153,10 @@ def assert_same_run(actual, expected):
 @pytest.mark.usefixtures('tiny_model', 'x64')
 @pytest.mark.parametrize(
   ('devices', 'group_size', 'microbatches'),
-  ((1, 2, 8), (2, 2, 2), pytest.param(8, 4, 2, marks=SLOW)),
+  (
+    (2, 2, 2),
+    *(pytest.param(*case, marks=SLOW) for case in ((1, 2, 8), (8, 4, 2))),
+  ),
 )
 def test_microbatches_do_not_change_a_run(devices, group_size, microbatches):
   expected, _ = trajectory(1, group_size)
@@ -164,7 +169,7 @@ def test_microbatches_do_not_change_a_run(devices, group_size, microbatches):
 @pytest.mark.parametrize(
   'fields',
   (
-    {'staleness_steps': 0, 'method': 'disadv'},
+    pytest.param({'staleness_steps': 0, 'method': 'disadv'}, marks=SLOW),
     pytest.param(
       {'staleness_steps': 1, 'attack.update_batch_stats': True}, marks=SLOW
     ),

@@ -26,7 +26,7 @@ from conadv_jax.data.images import decode
 from conadv_jax.export import export, model_card, usage
 from conadv_jax.method.state import Snapshot
 from conadv_jax.models import efficientnet, resnet, weights
-from conadv_jax.run import summary, workdir
+from conadv_jax.run import workdir
 from conadv_jax.run.evaluator import Evaluator
 from conadv_jax.run.reopen import restore_newest
 from configs import digits, imagenet_efficientnet, imagenet_resnet50
@@ -53,6 +53,7 @@ def directory(tmp_path_factory):
         'schedule.warmup_epochs': 0.0,
         'ema.decay': 0.5,
         'eval.attack': 'fgsm',
+        'plots': False,
       }
     )
     train.train(from_config_dict(values), str(path))
@@ -511,13 +512,13 @@ def test_timm_has_the_logits_and_top1_of_a_run(tmp_path, monkeypatch):
       'eval.attack': 'none',
       'eval.batch_size': 16,
       'attack_stats_every_steps': 0,
+      'plots': False,
     }
   )
   settings = from_config_dict(values)
   build = functools.partial(experiment.build, devices=jax.devices()[:1])
   with monkeypatch.context() as patch:
     patch.setattr(experiment, 'build', build)
-    patch.setattr(summary, '_draw', lambda *_: None)  # compiles an attack
     train.train(settings, str(tmp_path / 'run'))
   run_export(tmp_path / 'run', tmp_path / 'm.safetensors')
 

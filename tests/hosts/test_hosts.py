@@ -360,7 +360,7 @@ def arguments(workdir, *more):
     '--config.max_steps=6', '--config.log_every_steps=1',
     '--config.attack_stats_every_steps=3', '--config.eval.every_steps=4',
     '--config.eval.batch_size=104', '--config.eval.attack=fgsm',
-    '--config.checkpoint.every_steps=3', *more,
+    '--config.checkpoint.every_steps=3', '--config.plots=False', *more,
   ]  # fmt: skip
 
 
@@ -395,7 +395,10 @@ def test_hosts_train_as_one_process_with_as_many_devices(
   runs = {}
   for count in (1, num_hosts):
     workdir = tmp_path / f'run{count}'
-    more = ('--config.dtype=float64', f'--config.bn_group_size={group_size}')
+    more = (
+      '--config.dtype=float64', f'--config.bn_group_size={group_size}',
+      '--config.plots=True',
+    )  # fmt: skip
     with multihost.Hosts(
       tmp_path / f'logs{count}',
       count,
@@ -404,7 +407,6 @@ def test_hosts_train_as_one_process_with_as_many_devices(
       environment={
         'JAX_ENABLE_X64': '1',
         'RECORD_IDS': str(tmp_path / f'logs{count}'),
-        'PICTURES': 'yes',
       },
     ) as run:
       run.ends_with(0)

@@ -454,7 +454,8 @@ def train(logs, workdir, *more, **options):
     multihost.TINY, 'train', '--config=configs/digits.py:batch_size=32',
     f'--workdir={workdir}', '--config.model=tiny', '--config.bn_group_size=8',
     '--config.max_steps=9000', '--config.log_every_steps=1',
-    '--config.eval.every_steps=0', '--config.checkpoint.every_steps=2', *more,
+    '--config.eval.every_steps=0', '--config.checkpoint.every_steps=2',
+    '--config.plots=False', *more,
   ]  # fmt: skip
   return multihost.Hosts(logs, 2, arguments, **options)
 

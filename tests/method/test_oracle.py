@@ -84,13 +84,12 @@ CASES = {
   },
 }
 
-# Every kind of staleness, view and optimizer; the others are slow tests.
+# Each staleness code, view and optimizer; the other cases are slow tests.
 QUICK = (
   'baseline',
   'tau0-fgsm-moves_stats',
   'tau1-fgsm-lars2',
-  'tau1-aa-pgd-sgd-ema',
-  'tau2-pgd-eval_mode',
+  'tau2-aa-fgsm-weights',
   'fast_advprop-lars',
 )
 

@@ -22,7 +22,7 @@ from conadv_jax.method.pixels import normalize
 from conadv_jax.method.staleness import pending_perturbation
 from conadv_jax.method.state import Stream, stream_key
 
-STALENESS = (1, pytest.param(2, marks=pytest.mark.slow), 3)
+STALENESS = (1, *(pytest.param(tau, marks=pytest.mark.slow) for tau in (2, 3)))
 STEPS = 6
 
 # Random starts in some groups only, two gradient steps and averaged weights:

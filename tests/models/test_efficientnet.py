@@ -166,6 +166,7 @@ def b0(**kwargs):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('x64')
 def test_views_equal_separate_calls():
   stages = tuple(stage._replace(repeats=1) for stage in efficientnet.STAGES)
@@ -180,6 +181,7 @@ def test_views_of_b0_in_bfloat16_equal_separate_calls():
   assert networks.views_error(b0(dtype=jnp.bfloat16), (1,), examples=16) < 0.2
 
 
+@pytest.mark.slow
 def test_views_in_bfloat16_equal_separate_calls():
   assert networks.views_error(tiny(dtype=jnp.bfloat16), (1,)) < 0.02
 

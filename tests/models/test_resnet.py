@@ -104,6 +104,7 @@ def test_views_equal_separate_calls():
   assert networks.views_error(small(dtype=jnp.float64), (0, 1)) < 1e-12
 
 
+@pytest.mark.slow
 def test_views_in_bfloat16_equal_separate_calls():
   # Eight bits: 2^-8 per rounding, of which the 10 layers do some fifty, most of
   # them alike on both sides.
@@ -134,6 +135,7 @@ def test_space_to_depth_equals_the_convolution_of_stride_2(x64, side_px):
   )
 
 
+@pytest.mark.slow
 def test_a_network_with_space_to_depth_has_the_same_weights_and_function(x64):
   plain = small(dtype=jnp.float64)
   other = small(dtype=jnp.float64, space_to_depth=True)

@@ -14,7 +14,7 @@ from conadv_jax import evaluate, experiment, methods, train
 from conadv_jax.config import from_config_dict
 from conadv_jax.method.attack import sample_start
 from conadv_jax.method.state import Snapshot, Stream, stream_key
-from conadv_jax.run import autoattack, summary, workdir
+from conadv_jax.run import autoattack, workdir
 from conadv_jax.run.reopen import restore_newest
 from configs import digits
 
@@ -31,6 +31,7 @@ def settings(**fields):
       'eval.every_steps': 0,
       'eval.epsilon': EPSILON,
       'attack_stats_every_steps': 0,
+      'plots': False,
       **fields,
     }
   )
@@ -44,7 +45,6 @@ def trained(tmp_path_factory):
   build = functools.partial(experiment.build, devices=jax.devices()[:1])
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(experiment, 'build', build)
-    patch.setattr(summary, '_draw', lambda *_: None)
     clean = methods.Attack('clean_start', steps=5)
     patch.setitem(methods.ATTACKS, 'clean_start', clean)
     result = train.train(settings(), str(path))

@@ -19,7 +19,7 @@ def started(directory, cache, logs):
     multihost.TINY, 'train', '--config=configs/digits.py:batch_size=32',
     f'--workdir={directory}', '--config.model=tiny', '--config.bn_group_size=8',
     '--config.max_steps=2', '--config.log_every_steps=1',
-    '--config.eval.attack=none',
+    '--config.eval.attack=none', '--config.plots=False',
   ]  # fmt: skip
   variables = multihost.compile_cache(cache)
   with multihost.Hosts(logs, 1, arguments, environment=variables) as run:
@@ -72,6 +72,7 @@ def test_programs_are_kept_in_the_cache_of_the_user(
   assert use() == str(tmp_path / '.cache/conadv_jax/programs')
 
 
+@pytest.mark.slow
 def test_a_directory_of_ones_own_or_none(no_cache, tmp_path):
   assert use(compile_cache=str(tmp_path / 'own')) == str(tmp_path / 'own')
   assert list((tmp_path / 'own').glob('*-cache'))

@@ -35,6 +35,7 @@ def settings(**fields):
       'eval.attack': 'none',
       'eval.batch_size': 64,
       'attack_stats_every_steps': 0,
+      'plots': False,
       **{name.replace('__', '.'): value for name, value in fields.items()},
     }
   )
@@ -91,6 +92,7 @@ def test_training_examples_are_evaluated_too(directory):
   assert of_train['top1'] == found['train_top1'] != found['top1']
 
 
+@pytest.mark.slow
 def test_evaluate_measures_them_too_and_any_other_split(directory, tmp_path):
   before = read(directory / 'summary.json')
   rows = run_evaluate(directory)

@@ -9,7 +9,7 @@ import pytest
 
 from conadv_jax import evaluate, models, train
 from conadv_jax.config import from_config_dict
-from conadv_jax.run import log, metrics, summary
+from conadv_jax.run import log, metrics
 from configs import digits
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -45,6 +45,7 @@ def written(directory, **fields):
       'max_steps': 3,
       'log_every_steps': 1,
       'eval.every_steps': 2,
+      'plots': False,
       **{name.replace('__', '.'): value for name, value in fields.items()},
     }
   )
@@ -63,7 +64,6 @@ def keys_of_summary(directory):
 @pytest.fixture(autouse=True)
 def fast_run(monkeypatch):
   monkeypatch.setitem(models.MODELS, 'tiny', models.Entry(helpers.TinyNet, 4))
-  monkeypatch.setattr(summary, '_draw', lambda *_: None)  # compiles an attack
 
 
 @pytest.mark.slow
@@ -90,6 +90,7 @@ def test_the_page_has_every_key_that_a_run_with_everything_on_writes(
   }
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_off_writes_what_is_always_written(tmp_path):
   found = written(
     tmp_path,

@@ -22,7 +22,7 @@ from conadv_jax.config import Dataset, from_config_dict
 from conadv_jax.data import datasets
 from conadv_jax.debug import replay
 from conadv_jax.export import export
-from conadv_jax.run import preflight, provenance, summary, workdir
+from conadv_jax.run import preflight, provenance, workdir
 from configs import digits
 from scripts import make_fake_imagenet
 
@@ -62,6 +62,7 @@ def settings(folder, **fields):
       'schedule.warmup_epochs': 0.0,
       'log_every_steps': 1,
       'attack_stats_every_steps': 0,
+      'plots': False,
       'checkpoint.every_steps': 1,
       'checkpoint.keep': 9,
       'eval.attack': 'fgsm',
@@ -79,7 +80,6 @@ def trained(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     entry = models.Entry(helpers.TinyNet, SIZE)
     patch.setitem(models.MODELS, 'tiny', entry)
-    patch.setattr(summary, '_draw', lambda *_: None)  # compiles an attack
     one = make_folder(root / 'f1', 1)
     other = make_folder(root / 'f2', 2)
     train.train(settings(one), str(root / 'run'))
@@ -372,6 +372,7 @@ def test_a_run_that_goes_on_loses_nothing(run, tmp_path):
   }
 
 
+@pytest.mark.slow
 def test_a_damaged_summary_is_not_replaced(run):
   directory, folder, _ = run
   (directory / 'summary.json').write_text('{"top1": ')
