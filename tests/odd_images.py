@@ -38,6 +38,7 @@ def pil_pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert('RGB'))
 
 
+@functools.cache
 def good() -> dict[str, bytes]:
   """Odd files that decode to the pixels of PIL."""
   rgb = photo()
@@ -90,6 +91,7 @@ def good() -> dict[str, bytes]:
   }
 
 
+@functools.cache
 def bad() -> dict[str, tuple[bytes, str]]:
   """Files that do not decode, each with a pattern of the error message."""
   rgb = photo()

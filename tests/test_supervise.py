@@ -76,7 +76,8 @@ def handle(number, _):
 signal.signal(signal.SIGTERM, handle)
 signal.signal(signal.SIGINT, handle)
 print('ready', flush=True)
-time.sleep(60)
+for _ in range(600):  # a signal just before a sleep does not end it
+  time.sleep(0.1)
 """
   parent = f"""
 import sys
