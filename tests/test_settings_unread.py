@@ -169,7 +169,13 @@ def test_a_cache_has_no_windows(disk):
   assert assert_read_or_refused(opened, base, name, 1) == 'refused'
 
 
-@pytest.mark.parametrize('model', FAMILIES)
+@pytest.mark.parametrize(
+  'model',
+  [
+    m if m != 'efficientnet_b0' else pytest.param(m, marks=pytest.mark.slow)
+    for m in FAMILIES
+  ],
+)
 def test_a_network_reads_or_refuses(model):
   base = BASELINE | {'model': model}
   names = [*of_group('network.'), 'remat']

@@ -139,8 +139,8 @@ def test_the_metadata_are_those_that_timm_knows(directory, tmp_path):
   [
     ('resnet18', 1e-5, 1e-5),
     ('resnet18', 1e-3, 1e-5),
-    ('efficientnet_b0', 1e-3, 1e-3),
-    ('efficientnet_b0', 1e-5, 1e-3),
+    pytest.param('efficientnet_b0', 1e-3, 1e-3, marks=pytest.mark.slow),
+    pytest.param('efficientnet_b0', 1e-5, 1e-3, marks=pytest.mark.slow),
   ],
 )
 def test_another_epsilon_goes_into_the_variance(model, epsilon, theirs):
@@ -269,7 +269,9 @@ def test_a_route_has_a_function_of_its_own(directory, tmp_path):
   assert not np.allclose(logits, logits_of(directory, images[:7]), rtol=1e-3)
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  'dtype', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)]
+)
 def test_depthwise_convolutions_are_exported_for_any_batch(
   dtype, tmp_path, monkeypatch
 ):

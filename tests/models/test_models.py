@@ -134,7 +134,9 @@ def test_unknown_model_names_the_nearest():
     models.create('resnet9', num_classes=10, num_routes=1)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(
+  'name', ['resnet8', pytest.param('resnet20', marks=pytest.mark.slow)]
+)
 def test_initial_logits_are_finite_and_near_zero(name):
   _, apply_fn = build(name)
   logits, _ = apply_fn(initial_variables(name), image(*SHAPE), (0, 1), True)
@@ -162,7 +164,9 @@ def test_the_last_scale_of_each_block_starts_at_zero_and_no_other(name):
 
 
 @pytest.mark.parametrize('train', [True, False])
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(
+  'name', ['resnet8', pytest.param('resnet20', marks=pytest.mark.slow)]
+)
 def test_views_and_groups_equal_separate_calls(name, train):
   _, apply_fn = build(name)
   variables = random_variables(name)
