@@ -25,7 +25,7 @@ from conadv_jax.devices import mesh
 from conadv_jax.method.setup import Setup
 from conadv_jax.method.spikes import no_spikes
 from conadv_jax.method.staleness import StepFn
-from conadv_jax.method.state import Snapshot, TrainState
+from conadv_jax.method.state import Snapshot, TrainState, copied
 from conadv_jax.method.step import train_step
 from conadv_jax.models.norm import Layout, RoutedBatchNorm
 
@@ -158,7 +158,7 @@ def start_state(config: Config, weights: Snapshot, tx: Any) -> TrainState:
     groups = config.batch_size // config.bn_group_size
     shape = (groups, config.bn_group_size, *SPEC.image_shape)
     perturbation = jnp.zeros(shape, config.dtype)
-  return copy(
+  return copied(
     TrainState(
       step=zero,
       params=weights.params,
@@ -209,11 +209,6 @@ def random_batches(
     | {'label': rng.integers(0, spec.num_classes, layout).astype(np.int32)}
     for _ in range(count)
   ]
-
-
-def copy(tree: Any) -> Any:
-  """`tree` with every array in a buffer of its own, safe to donate."""
-  return jax.tree.map(jnp.copy, tree)
 
 
 def run_without(

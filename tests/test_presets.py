@@ -13,6 +13,7 @@ from conadv_jax import evaluate, experiment, methods, train
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import from_config_dict
 from conadv_jax.export.export import export
+from conadv_jax.method.state import copied
 from conadv_jax.methods import Method
 from configs import digits
 
@@ -144,9 +145,9 @@ def test_the_next_batch_is_attacked_in_the_view_that_the_preset_names():
     config = run.config
     first, second, other = batch(config, 3, spec=run.spec)
     step = run.jit_step()
-    base, _ = step(helpers.copy(state), first, second)
+    base, _ = step(copied(state), first, second)
     for view, moves in (('clean', False), ('aa', True)):
       changed = second | {view: other[view]}
-      new, _ = step(helpers.copy(state), first, changed)
+      new, _ = step(copied(state), first, changed)
       equal = helpers.bits(new.perturbation) == helpers.bits(base.perturbation)
       assert equal != moves, view

@@ -28,7 +28,7 @@ from conadv_jax.method.staleness import (
   make_attack_stats_fn,
   pending_perturbation,
 )
-from conadv_jax.method.state import Snapshot, TrainState
+from conadv_jax.method.state import Snapshot, TrainState, copied
 from conadv_jax.run import feed, provenance
 from conadv_jax.run.reopen import restore_before, saved_steps
 
@@ -151,7 +151,7 @@ def _repeated(
   weights = collections.deque(maxlen=_OLDEST + 1)
   while True:
     now = Snapshot(state.params, state.batch_stats)
-    weights.append(jax.tree.map(jnp.copy, now))  # the step donates its own
+    weights.append(copied(now))  # the step donates its own
     following = next(batches, None)
     if following is None:
       return state, batch, weights

@@ -34,7 +34,7 @@ from conadv_jax.debug import diagnosis
 from conadv_jax.experiment import Run
 from conadv_jax.method import optim
 from conadv_jax.method.staleness import pending_perturbation
-from conadv_jax.method.state import TrainState
+from conadv_jax.method.state import TrainState, copied
 from conadv_jax.run import (
   bad_steps,
   feed,
@@ -164,7 +164,7 @@ class _Replay:
       jax.block_until_ready(values)
       if ticker.due():
         hosts.say(log.short_line(step, progress))
-    before = jax.tree.map(jnp.copy, state)  # the step donates its state
+    before = copied(state)  # the step donates its state
     following = next(batches)
     after, values = step_fn(state, batch, following)
     return before, after, values, batch, following

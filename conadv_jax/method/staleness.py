@@ -22,7 +22,7 @@ from conadv_jax.method.attack import attack_batch
 from conadv_jax.method.gradients import batch_places, over_microbatches
 from conadv_jax.method.pixels import Batch, normalize, perturbed, wide_dtype
 from conadv_jax.method.setup import Setup
-from conadv_jax.method.state import Snapshot, TrainState
+from conadv_jax.method.state import Snapshot, TrainState, copied
 
 Metrics = dict[str, jax.Array]
 # (state_t, batch_t, batch_{t+1}) -> (state_{t+1}, metrics)
@@ -84,7 +84,7 @@ def pending_perturbation(
     blank = jnp.zeros(image.shape, config.dtype, device=image.sharding)
     past = past.replace(perturbation=blank)
   # The step donates: no buffer may be in its arguments twice.
-  past = jax.tree.map(jnp.copy, past)
+  past = copied(past)
   return state.replace(perturbation=step_fn(past, batch, batch)[0].perturbation)
 
 

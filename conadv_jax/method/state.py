@@ -7,6 +7,7 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 
 
 @flax.struct.dataclass
@@ -63,6 +64,13 @@ class TrainState:
   nonfinite_steps: jax.Array
   nonfinite_streak: jax.Array
   spikes: Spikes | None = None
+
+
+def copied(tree: Any) -> Any:
+  """Copies every array, so that a step may be donated `tree` or the copy."""
+  # On a busy machine, copies of what a step still computes take the threads
+  # of XLA:CPU that its collectives wait for: the process hangs, and aborts.
+  return jax.tree.map(jnp.copy, jax.block_until_ready(tree))
 
 
 class Stream(enum.IntEnum):

@@ -28,7 +28,7 @@ from conadv_jax.checkpoints import files as checkpoint_files
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import from_config_dict
 from conadv_jax.devices import mesh
-from conadv_jax.method.state import Snapshot, TrainState
+from conadv_jax.method.state import Snapshot, TrainState, copied
 from configs import imagenet_resnet50
 
 # Where an array cannot be read, orbax drops the coroutines of the others.
@@ -162,7 +162,7 @@ def test_a_step_before_the_last_one_is_refused(two):
 
 def test_a_donated_state_was_saved_as_it_was(tmp_path):
   checkpoints = Checkpoints(tmp_path)
-  state = helpers.copy(make_state(2))
+  state = copied(make_state(2))
   checkpoints.save(2, state)
   burn = jax.jit(
     lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0

@@ -34,6 +34,7 @@ from conadv_jax.method.staleness import (
   make_attack_stats_fn,
   pending_perturbation,
 )
+from conadv_jax.method.state import copied
 
 BATCH = 16
 STEPS = 3
@@ -92,7 +93,7 @@ def trajectory(devices, group_size, **fields):
   batches = random_batches(run, STEPS + 1)
   first = pending_perturbation(run.config, step, run.init_state(), batches[0])
   # A copy, as an array that is looked at from the host cannot be donated.
-  state, history = first, [jax.device_get((helpers.copy(first), {}))]
+  state, history = first, [jax.device_get((copied(first), {}))]
   for batch, following in zip(batches, batches[1:], strict=False):
     state, metrics = step(state, batch, following)
     history.append(jax.device_get((state, metrics)))
@@ -229,7 +230,7 @@ def test_microbatches_that_are_not_finite_are_not_applied():
   batches = random_batches(run, 2)
   state = pending_perturbation(run.config, step, run.init_state(), batches[0])
   bad = state.perturbation.at[5, 1, 0, 0, 0].set(jnp.nan)
-  before = jax.device_get(helpers.copy(state))
+  before = jax.device_get(copied(state))
   after, metrics = step(state.replace(perturbation=bad), *batches)
   assert metrics['nonfinite_streak'] == 1
   assert helpers.bits(after.params) == helpers.bits(before.params)

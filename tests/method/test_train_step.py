@@ -20,7 +20,7 @@ from conadv_jax.method.attack import (
 )
 from conadv_jax.method.pixels import normalize
 from conadv_jax.method.staleness import pending_perturbation
-from conadv_jax.method.state import Stream, stream_key
+from conadv_jax.method.state import Stream, copied, stream_key
 
 STALENESS = (1, *(pytest.param(tau, marks=pytest.mark.slow) for tau in (2, 3)))
 STEPS = 6
@@ -499,7 +499,7 @@ def test_a_step_that_is_not_finite_is_counted_and_not_applied(tau):
 @pytest.mark.parametrize('leaf', ('conv1', 'head'))
 def test_weights_that_are_not_finite_stay_as_they_are(leaf):
   run = trained(1)
-  state = helpers.copy(run.states[2])
+  state = copied(run.states[2])
   state.params[leaf]['kernel'] = state.params[leaf]['kernel'].at[0].set(jnp.nan)
   new, metrics = run.step(state, run.batches[2], run.batches[3])
   assert np.isnan(metrics['loss'])
@@ -509,7 +509,7 @@ def test_weights_that_are_not_finite_stay_as_they_are(leaf):
 
 def test_a_gradient_norm_that_overflows_is_not_applied_though_the_loss_is():
   run = trained(1)
-  state = helpers.copy(run.states[2])
+  state = copied(run.states[2])
   state.params['head']['kernel'] *= 1e25
   new, metrics = run.step(state, run.batches[2], run.batches[3])
   assert np.isfinite(metrics['loss'])
@@ -521,7 +521,7 @@ def test_a_gradient_norm_that_overflows_is_not_applied_though_the_loss_is():
 def test_a_variance_that_overflows_is_not_applied_though_the_rest_is_finite():
   """Batch norm then multiplies by 0: neither loss nor gradient shows it."""
   run = trained(1)
-  state = helpers.copy(run.states[2])
+  state = copied(run.states[2])
   state.params['conv1']['kernel'] *= 1e19
   new, metrics = run.step(state, run.batches[2], run.batches[3])
   assert np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm'])
@@ -535,7 +535,7 @@ def test_attack_statistics_that_are_not_finite_are_left_out():
     FIELDS | {'staleness_steps': 2, 'attack.update_batch_stats': True}
   )
   step, batches = jit_step(config), helpers.random_batches(config, 2)
-  state = helpers.copy(start(config))
+  state = copied(start(config))
   state.snapshots[1].params['conv1']['kernel'] *= 1e30
   new, metrics = step(state, *batches)
   assert np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm'])

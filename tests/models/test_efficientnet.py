@@ -15,6 +15,7 @@ from references import formula, make
 
 from conadv_jax import experiment, models
 from conadv_jax.method.optim import path_name
+from conadv_jax.method.state import copied
 from conadv_jax.models import efficientnet, network, stochastic
 from conadv_jax.models.efficientnet import Stage
 
@@ -341,7 +342,7 @@ def trajectory(devices):
   state, history = run.init_state(), []
   for batch, following in zip(batches, batches[1:], strict=False):
     state, metrics = step(state, batch, following)
-    history.append(jax.device_get((helpers.copy(state), metrics)))
+    history.append(jax.device_get((copied(state), metrics)))
   return history
 
 

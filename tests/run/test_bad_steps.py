@@ -18,7 +18,7 @@ from conadv_jax.checkpoints import checksum
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.method.spikes import judge_loss, no_spikes
 from conadv_jax.method.staleness import pending_perturbation
-from conadv_jax.method.state import Stream, stream_key
+from conadv_jax.method.state import Stream, copied, stream_key
 from conadv_jax.run import bad_steps, feed
 
 # ---- A step with faults ----------------------------------------------------
@@ -182,10 +182,10 @@ def test_bad_numbers_anywhere_are_applied_nowhere(layout):
       state, _ = step(state, b, bad)
       assert kept(state) != before
       assert not np.isfinite(state.perturbation).all()
-      state, _ = step(helpers.copy(state), bad, b)
+      state, _ = step(copied(state), bad, b)
     else:
       state, _ = step(state, b, bad)
-      before = helpers.copy(state)
+      before = copied(state)
       state, metrics = step(state, bad, b)
       finite = np.isfinite([metrics['loss'], metrics['grad_norm']])
       assert finite.all() == (fault == 'variance is inf'), fault
@@ -202,7 +202,7 @@ def test_bad_numbers_anywhere_are_applied_nowhere(layout):
     assert not nonfinite, fault
 
     # The next step is what it would have been without the bad one.
-    before = helpers.copy(state)
+    before = copied(state)
     state, metrics = step(state, b, c)
     assert counts(state) == (skipped, 0), fault
     assert kept(state) != kept(before), fault
@@ -293,7 +293,7 @@ def test_a_step_whose_loss_jumps_is_skipped_and_counted(layout, tmp_path):
   for t in range(len(batches) - 1):
     if t == 6:  # within a row and a window: nothing of them may be lost
       state = restored(run, step, state, batches[t], tmp_path)
-    before = helpers.copy(state)
+    before = copied(state)
     skipped = int(before.spikes.steps)
     state, metrics = step(state, batches[t], batches[t + 1])
     applied = judge(float(metrics['loss']))
