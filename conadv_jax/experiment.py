@@ -35,7 +35,13 @@ from conadv_jax.method import noise, optim, schedules
 from conadv_jax.method.setup import Setup
 from conadv_jax.method.spikes import no_spikes
 from conadv_jax.method.staleness import StepFn
-from conadv_jax.method.state import Snapshot, Stream, TrainState, stream_key
+from conadv_jax.method.state import (
+  Snapshot,
+  Stream,
+  TrainState,
+  copied,
+  stream_key,
+)
 from conadv_jax.method.step import train_step
 from conadv_jax.models import summary
 
@@ -74,13 +80,18 @@ class Run:
     """The training step, not jitted: (state, batch, next batch) -> ..."""
     return functools.partial(train_step, self.setup)
 
-  def init_state(self) -> TrainState:
+  def init_state(self, weights: Snapshot | None = None) -> TrainState:
     """The state before step 0, made on the devices in one program.
 
     Its perturbation is zero: `pending_perturbation` makes the real one.
+
+    Args:
+      weights: to begin with, of all routes; None draws them.
     """
     shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state())
-    return jax.jit(self._init, out_shardings=shardings)()
+    state = jax.jit(self._init, out_shardings=shardings)(weights)
+    # jit hands arguments through: one buffer may be there more than once.
+    return copied(state) if weights else state
 
   def abstract_state(self) -> TrainState:
     """Shapes, types and shardings of the state."""
@@ -189,13 +200,14 @@ class Run:
       local,
     )
 
-  def _init(self) -> TrainState:
+  def _init(self, now: Snapshot | None = None) -> TrainState:
     config = self.config
     key = stream_key(config.seed, Stream.INIT, 0)
     routes = tuple(range(len(config.routes)))
     image = (1, len(routes), 1, *self.spec.image_shape)
-    variables = self.model.init(key, jnp.zeros(image), routes, True)
-    now = Snapshot(variables['params'], variables.get('batch_stats', {}))
+    if now is None:
+      variables = self.model.init(key, jnp.zeros(image), routes, True)
+      now = Snapshot(variables['params'], variables.get('batch_stats', {}))
     zero = jnp.zeros((), jnp.int32)
     perturbation = None
     if config.staleness_steps:

@@ -36,6 +36,7 @@ from conadv_jax.run import (
   evaluations,
   evaluator,
   feed,
+  initial,
   log,
   workdir,
 )
@@ -212,6 +213,12 @@ def attempts(config):
   weights = Snapshot(state.params, state.batch_stats)
   evaluate = evaluator.Evaluator(run, source, Quarantine())
   return evaluate(weights, *config.eval.attacks)
+
+
+def begun(config):
+  """The weights before step 0."""
+  state, _ = initial.first_state(experiment.build(config))
+  return [np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)]
 
 
 def evaluated_too(config):

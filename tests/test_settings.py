@@ -17,6 +17,7 @@ from observed import (
   attempts,
   bad_examples,
   bad_steps_in_a_row,
+  begun,
   config_of,
   evaluated_too,
   evaluation,
@@ -31,12 +32,13 @@ from observed import (
   updates,
 )
 
-from conadv_jax import train
+from conadv_jax import experiment, train
 from conadv_jax.base import fields as field_room
 from conadv_jax.base.errors import CheckpointError
 from conadv_jax.config import Config
 from conadv_jax.devices import sharded_optimizer
 from conadv_jax.method import attack as attack_room
+from conadv_jax.models import weights
 from conadv_jax.run import (
   guard,
   metrics,
@@ -81,6 +83,7 @@ FIELDS = {
   'network.dropout_rate': Case(
     0.5, network, BASELINE | {'model': 'efficientnet_b0'}
   ),
+  'init_from': Case('?', begun, BASELINE),
   'dataset.name': Case('arrays', fed, BASELINE),
   'dataset.data_dir': Case('?', opened, BASELINE | FILES),
   'dataset.train_split': Case('train[8:]', opened, BASELINE),
@@ -209,9 +212,19 @@ def test_a_field_has_an_effect(name, disk, tmp_path, monkeypatch):
     monkeypatch.setitem(attack_room.RULES, 'none', rule)
   if name == 'shard_optimizer':
     monkeypatch.setattr(sharded_optimizer, 'SHARD_MULTIPLE', 8)
+  if name == 'init_from':
+    value = weights_saved(config_of(base | {'seed': 1}), tmp_path / 'w')
   if name == 'dataset.data_dir':
     value = make_fake_imagenet.write_folder(str(tmp_path / 'f'), 14, 10, seed=1)
   assert seen(case.what, base) != seen(case.what, base | {name: value})
+
+
+def weights_saved(config, path):
+  """Saves the weights that a run begins with; returns the file's name."""
+  state = experiment.build(config).init_state()
+  arrays = weights.to_arrays(state.params, state.batch_stats, 0)
+  weights.save(str(path), arrays)
+  return str(path)
 
 
 def test_what_has_no_effect_is_found():

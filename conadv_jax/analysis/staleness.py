@@ -30,7 +30,8 @@ from conadv_jax.method.staleness import (
 )
 from conadv_jax.method.state import Snapshot, TrainState, copied
 from conadv_jax.run import feed, provenance
-from conadv_jax.run.reopen import restore_before, saved_steps
+from conadv_jax.run.initial import restore_before
+from conadv_jax.run.reopen import saved_steps
 
 TAUS = (0, 1, 2, 4, 8, 16)
 _OLDEST = max(TAUS)

@@ -68,6 +68,9 @@ class Config(Group):
   method: str = choice('conadv', METHODS, 'a name in METHODS')
   model: str = setting('resnet8', 'a name in conadv_jax.models.MODELS')
   network: Network = Network()
+  init_from: str = setting(
+    '', "weights to start from: a file .safetensors, or a run's work directory"
+  )
   dataset: Dataset = Dataset()
   batch_size: int = number(
     320, '>= 1', 'examples per optimizer step, over all devices'
@@ -86,9 +89,7 @@ class Config(Group):
   bn_group_size: int = number(
     64, '>= 1', 'in examples, which share batch-norm statistics'
   )
-  bn_momentum: float = number(
-    0.9, 'in [0, 1)', 'share of the old running statistic kept per step'
-  )
+  bn_momentum: float = number(0.9, 'in [0, 1)', 'share of old statistics kept')
   bn_epsilon: float = number(1e-5, '> 0', 'added to the variance')
   dtype: str = choice(
     'float32',
@@ -157,6 +158,7 @@ class Config(Group):
   def __post_init__(self):
     super().__post_init__()
     check_no_credentials('compile_cache', self.compile_cache)
+    check_no_credentials('init_from', self.init_from)
     self._check_read()
     self._check_staleness()
     self._check_attack()

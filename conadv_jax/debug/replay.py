@@ -46,7 +46,8 @@ from conadv_jax.run import (
 )
 from conadv_jax.run.bad_steps import to_json
 from conadv_jax.run.guard import Guard
-from conadv_jax.run.reopen import open_trained, parse_args, restore_before
+from conadv_jax.run.initial import restore_before
+from conadv_jax.run.reopen import open_trained, parse_args
 from conadv_jax.run.timeline import Ticker
 
 Row = dict[str, Any]

@@ -16,7 +16,6 @@ import numpy as np
 import safetensors.numpy
 from absl import flags
 from etils import epath
-from flax import traverse_util
 
 from conadv_jax import experiment, models
 from conadv_jax.base import storage
@@ -27,7 +26,11 @@ from conadv_jax.export import model_card, usage
 from conadv_jax.export.model_card import Card
 from conadv_jax.method.pixels import normalize, wide_dtype
 from conadv_jax.method.state import Snapshot
-from conadv_jax.models.weights import timm_epsilon, to_state_dict
+from conadv_jax.models.weights import (
+  timm_epsilon,
+  to_arrays,
+  to_state_dict,
+)
 from conadv_jax.run import evaluations, workdir
 from conadv_jax.run.evaluator import weights_of
 from conadv_jax.run.reopen import parse_args, restore_newest
@@ -97,22 +100,6 @@ def to_timm(run: Run, weights: Snapshot) -> dict[str, np.ndarray]:
   return state_dict
 
 
-def to_arrays(run: Run, weights: Snapshot) -> dict[str, np.ndarray]:
-  """Returns the route `eval.route` under our own names and layouts.
-
-  Names are paths in the variables, 'params/head/kernel' say. A batch norm has
-  one row, so these are the variables of the network with `num_routes=1`.
-  """
-  row, norms = _row(run), model_card.norms_of(weights)
-  variables = {'params': weights.params, 'batch_stats': weights.batch_stats}
-  return {
-    '/'.join(path): np.asarray(
-      leaf[row : row + 1] if path[1:-1] in norms else leaf
-    )
-    for path, leaf in traverse_util.flatten_dict(variables).items()
-  }
-
-
 def _safetensors(run: Run, weights: Snapshot, card: Card) -> bytes:
   # The file's format asks for text.
   metadata = {
@@ -123,7 +110,7 @@ def _safetensors(run: Run, weights: Snapshot, card: Card) -> bytes:
     'license': card['license'],
   }
   if card['timm_name'] is None:
-    arrays = to_arrays(run, weights)
+    arrays = to_arrays(weights.params, weights.batch_stats, _row(run))
     metadata['names'] = 'conadv_jax'
   else:
     arrays = to_timm(run, weights)

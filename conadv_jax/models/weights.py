@@ -123,6 +123,30 @@ def from_state_dict(
   return traverse_util.unflatten_dict(flat)
 
 
+def to_arrays(params: Any, batch_stats: Any, route: int) -> StateDict:
+  """The variables with one row in their batch norms, by path.
+
+  Args:
+    params: of the network.
+    batch_stats: of the network.
+    route: row of the batch norms to take.
+
+  Returns:
+    Arrays by path, 'params/head/kernel' say: the variables of the network with
+    `num_routes=1`.
+  """
+  flat = traverse_util.flatten_dict(
+    {'params': params, 'batch_stats': batch_stats}
+  )
+  norms = _norms(flat)
+  return {
+    '/'.join(path): np.asarray(
+      leaf[route : route + 1] if path[1:-1] in norms else leaf
+    )
+    for path, leaf in flat.items()
+  }
+
+
 def from_arrays(
   arrays: Mapping[str, np.ndarray], name: str, variables: Any
 ) -> Any:
@@ -142,7 +166,7 @@ def from_arrays(
     ConfigError: as `from_state_dict`.
   """
   flat = traverse_util.flatten_dict(dict(variables))
-  norms = {path[1:-1] for path in flat if path[0] == 'batch_stats'}
+  norms = _norms(flat)
   shapes = {
     '/'.join(path): (1, *x.shape[1:]) if path[1:-1] in norms else x.shape
     for path, x in flat.items()
@@ -154,6 +178,34 @@ def from_arrays(
       for path, x in flat.items()
     }
   )
+
+
+def is_ours(arrays: Mapping[str, Any]) -> bool:
+  """Whether `arrays` are under our own names, not under timm's."""
+  return any(name.startswith('params/') for name in arrays)
+
+
+def with_head(
+  arrays: Mapping[str, np.ndarray], name: str, variables: Any
+) -> StateDict:
+  """`arrays`, with a new last layer if theirs is for other classes.
+
+  Args:
+    arrays: under our own names or timm's.
+    name: in models.MODELS.
+    variables: `params` and `batch_stats`, of arrays: the new layer is theirs.
+  """
+  head = {'params': {'head': variables['params']['head']}}
+  if is_ours(arrays):
+    flat = traverse_util.flatten_dict(head, sep='/')
+    new = {path: np.asarray(value) for path, value in flat.items()}
+  else:
+    new = {
+      leaf.name: _to_timm(np.asarray(leaf.value))
+      for leaf in _leaves(name, head)
+    }
+  same = all(arrays[n].shape == x.shape for n, x in new.items() if n in arrays)
+  return dict(arrays) if same else {**arrays, **new}
 
 
 def load(path: str) -> StateDict:
@@ -191,6 +243,11 @@ def save(
   """Writes a safetensors file, which timm and PyTorch load as it is."""
   content = safetensors.numpy.save(dict(state_dict), dict(metadata or {}))
   storage.expand(path).write_bytes(content)
+
+
+def _norms(flat: Mapping[tuple[str, ...], Any]) -> set[tuple[str, ...]]:
+  """Modules whose leaves have a row for each route."""
+  return {path[1:-1] for path in flat if path[0] == 'batch_stats'}
 
 
 class _Leaf(NamedTuple):

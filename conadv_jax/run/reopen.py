@@ -9,7 +9,7 @@ import jax
 from etils import epath
 
 from conadv_jax import cli, hosts
-from conadv_jax.base.errors import CheckpointError, ConfigError
+from conadv_jax.base.errors import ConfigError
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import Config, changes, from_config_dict
 from conadv_jax.data.sources.source import Source
@@ -59,26 +59,6 @@ def saved_steps(path: epath.Path) -> list[int]:
   if not (path / 'checkpoints').exists():
     return []
   return Checkpoints(path, read_only=True).steps()
-
-
-def restore_before(
-  path: epath.Path, run: Run, step: int
-) -> tuple[int, TrainState]:
-  """Step and state of the newest good checkpoint before `step`.
-
-  Without one, those that the run began with.
-  """
-  for older in reversed([s for s in saved_steps(path) if s < step]):
-    checkpoints = Checkpoints(path, read_only=True)
-    try:
-      _, state, _ = checkpoints.restore(run.abstract_state(), older)
-    except CheckpointError as error:
-      hosts.say(f'damaged, skipped: {error}')
-    else:
-      hosts.say(f'repeating from the checkpoint of step {older}')
-      return older, state
-  hosts.say('repeating from step 0: no checkpoint is older')
-  return 0, run.init_state()
 
 
 def open_trained(origin: Mapping[str, Any], run: Run) -> Source:

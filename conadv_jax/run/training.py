@@ -32,6 +32,7 @@ from conadv_jax.run import (
   compile_cache,
   evaluations,
   feed,
+  initial,
   log,
   metrics,
   preflight,
@@ -92,8 +93,9 @@ def train(
         _say_done(path, config, done)
         return done
     feed.prepare()
-    start, state = _restored(run, checkpoints)
-    began = workdir.write_config(path, run, data, start, guard.timeline.began)
+    start, state, weights = _restored(run, checkpoints)
+    began = guard.timeline.began
+    began = workdir.write_config(path, run, data, start, began, weights)
     writer = metrics.make_writer(path, start)
     stack.callback(writer.close)
     stack.push(guard.verdict)  # first: the others would wait for a lost host
@@ -102,7 +104,6 @@ def train(
       began,
     )  # fmt: skip
     state = loop.train(source, start, state)
-
     guard.nothing_to_save('all steps are done and saved, the evaluation is not')
     return summary.write_results(
       run, path, examples, on_train, state, writer, guard, loop.progress
@@ -313,14 +314,19 @@ class _Loop:
     return due and not metrics.has_row(self.path, step, 'test')
 
 
-def _restored(run: Run, checkpoints: Checkpoints) -> tuple[int, TrainState]:
-  """Step and state of the newest good checkpoint, or 0 and a new state."""
+def _restored(
+  run: Run, checkpoints: Checkpoints
+) -> tuple[int, TrainState, dict[str, Any]]:
+  """Step and state of the newest good checkpoint, or 0 and a new state.
+
+  Beside a new state, what identifies the weights of `init_from`.
+  """
   restored = checkpoints.restore(run.abstract_state())
   if restored is None:
-    state = run.init_state()
+    state, weights = initial.first_state(run)
     # Compiled now, not in the seconds that a preempted run has for its save.
     checksum.checksums(state.replace(perturbation=None))
-    return 0, state
+    return 0, state, weights
   step, state, _ = restored
   if step > run.steps.stop:
     raise ConfigError(
@@ -328,7 +334,7 @@ def _restored(run: Run, checkpoints: Checkpoints) -> tuple[int, TrainState]:
       'use another --workdir, or more steps'
     )
   hosts.say(f'resumed at step {step}')
-  return step, state
+  return step, state, {}
 
 
 def _compile(run: Run):

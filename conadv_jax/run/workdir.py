@@ -95,6 +95,7 @@ def write_config(
   data: Mapping[str, Any],
   step: int = 0,
   began: float | None = None,
+  weights: Mapping[str, Any] | None = None,
 ) -> float:
   """Writes `config.json`: the resolved configuration and what it ran on.
 
@@ -106,6 +107,7 @@ def write_config(
     data: what identifies the examples; JSON can hold it.
     step: that this start begins after.
     began: when this start did, in seconds since the epoch; None is now.
+    weights: what identifies those of `init_from`, if this start reads them.
 
   Returns:
     When the first start began, likewise.
@@ -115,6 +117,8 @@ def write_config(
   """
   at = dt.datetime.fromtimestamp(began or time.time(), dt.UTC)
   start = {'step': step, 'time': at.isoformat(timespec='seconds')}
+  if weights:
+    start['init_from'] = dict(weights)
   first = hosts.on_writer(
     'config.json', lambda: _write_config(path, run, data, start)
   )

@@ -13,7 +13,6 @@ from conadv_jax import evaluate, experiment, models
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import from_config_dict, recipes
 from conadv_jax.data import datasets, imagenet_sets
-from conadv_jax.export import export
 from conadv_jax.method.state import Snapshot
 from conadv_jax.models import weights
 from scripts import make_fake_imagenet
@@ -41,7 +40,9 @@ def network(tmp_path_factory):
     state = run.init_state()
     file = root / 'm.safetensors'
     chosen = Snapshot(state.params, state.batch_stats)
-    weights.save(str(file), export.to_arrays(run, chosen))
+    weights.save(
+      str(file), weights.to_arrays(chosen.params, chosen.batch_stats, 0)
+    )
 
     def logits_of(images):
       x = (images - np.array(run.spec.mean)) / np.array(run.spec.std)
