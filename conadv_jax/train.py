@@ -13,6 +13,7 @@ to resume. Ctrl-C or SIGTERM saves a checkpoint and exits with 42. Other codes:
 2 is a wrong setting, 4 a loss that stopped being finite, 6 a hang, 7 a failure
 of storage, 8 a lost host.
 
+  --list         prints the recipes, by whose names --config may call them
   --supervise    starts the run again after 42, 6 and 8 (conadv_jax.supervise)
   --profile      prints the time from here to the first step, by its parts
   --replay=STEP  repeats a step of the run in DIR, without --config, and shows
@@ -53,6 +54,11 @@ def main(argv: Sequence[str], timeline: Timeline | None = None) -> None:
     from conadv_jax.debug import replay
 
     replay.main(argv)
+    return
+  if '--list' in argv:
+    from conadv_jax.config import recipes
+
+    print(recipes.listed())
     return
   from conadv_jax import cli
   from conadv_jax.config import from_config_dict

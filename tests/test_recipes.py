@@ -14,7 +14,7 @@ import pytest
 
 from conadv_jax import experiment, models, train
 from conadv_jax.base.errors import ConfigError
-from conadv_jax.config import Network, Steps, from_config_dict
+from conadv_jax.config import Network, Steps, from_config_dict, recipes
 from conadv_jax.data import datasets
 from conadv_jax.method import schedules
 from conadv_jax.methods import METHODS
@@ -362,3 +362,11 @@ def test_the_command_of_a_recipe_trains_the_whole_network(data_dir, tmp_path):
   assert 'step 3/3' in result.stdout
   found = json.loads((tmp_path / 'summary.json').read_text())
   assert found['steps'] == 3 and found['nonfinite_steps'] == 0
+
+
+def test_the_list_has_a_line_for_each_recipe(capsys, monkeypatch):
+  monkeypatch.setattr(recipes, 'run_file', None)  # nothing is run
+  train.main(['train', '--list'])
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split()[0] for line in lines] == sorted(recipes.shipped())
+  assert any('EfficientNet-B0 to B8' in line for line in lines)

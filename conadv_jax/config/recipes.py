@@ -8,6 +8,7 @@ set: `--config.batch_size=64` makes the recipe again with `batch_size=64`.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import pathlib
@@ -36,6 +37,17 @@ def shipped(folder: str = '') -> dict[str, pathlib.Path]:
   """{name: file} of what comes with this package: recipes, or in `folder`."""
   paths = [path for f in FOLDERS for path in (f / folder).glob('[!_]*.py')]
   return {path.stem: path for path in sorted(paths)}
+
+
+def listed() -> str:
+  """A line for each recipe that comes with this package; none is run."""
+  found = shipped()
+  width = max(map(len, found), default=0)
+  lines = []
+  for name, path in found.items():
+    page = ast.get_docstring(ast.parse(path.read_text(encoding='utf-8')))
+    lines.append(f'{name:{width}}  {(page or "").partition(chr(10))[0]}')
+  return '\n'.join(lines)
 
 
 def load(text: str, overrides: Mapping[str, str]) -> dict[str, Any]:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from conadv_jax import hosts
 from conadv_jax.base import storage
+from conadv_jax.config import Config, flatten, to_dict
 from conadv_jax.run.appended import AppendedFile
+from conadv_jax.run.events import Events
 
 # Values that two runs of the same configuration do not share.
 TIMINGS = (
@@ -40,7 +38,7 @@ class MetricWriter:
     kept = [r for r in read_metrics(workdir) if r['step'] <= start_step]
     self.seconds_before = max((r.get('seconds', 0) for r in kept), default=0)
     self._lines = AppendedFile(path, b''.join(map(_line, kept)))
-    self._events = _Events(path.parent, start_step + 1)
+    self._events = Events(path.parent, start_step + 1)
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
     """Writes numbers and strings; TensorBoard gets the numbers.
@@ -54,7 +52,17 @@ class MetricWriter:
       for name, value in values.items()
       if isinstance(value, int | float)
     }
-    self._events.write(step, scalars)
+    self._events.scalars(step, scalars)
+
+  def settings(self, step: int, config: Config) -> None:
+    """Shows TensorBoard the settings, as text and to compare runs by."""
+    self._events.settings(step, flatten(to_dict(config)))
+
+  def pictures(self, step: int, files: Iterable[epath.Path]) -> None:
+    """Shows TensorBoard PNG files, under their names."""
+    for path in files:
+      png = storage.read(path.read_bytes, path)
+      self._events.image(step, f'plots/{path.stem}', png)
 
   def flush(self) -> None:
     """Puts all lines into the files, before a checkpoint that needs them."""
@@ -66,36 +74,6 @@ class MetricWriter:
     self._events.file.close()
 
 
-class _Events:
-  """A file of TensorBoard events."""
-
-  def __init__(self, workdir: epath.Path, first_step: int):
-    """Tells TensorBoard to drop what earlier starts wrote from `first_step` on.
-
-    The first start has to say so, too: TensorBoard passes over the first mark.
-    """
-    # TensorBoard reads files in the order of their names.
-    began = f'{time.time():020.9f}'
-    name = f'events.out.tfevents.{began}.{socket.gethostname()}'
-    self.file = AppendedFile(workdir / name)
-    self._add(0, file_version='brain.Event:2')
-    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._add(first_step, session_log=start)
-
-  def write(self, step: int, scalars: Mapping[str, float]) -> None:
-    values = [
-      summary_pb2.Summary.Value(tag=tag, simple_value=value)
-      for tag, value in scalars.items()
-    ]
-    self._add(step, summary=summary_pb2.Summary(value=values))
-
-  def _add(self, step: int, **content: Any) -> None:
-    event = event_pb2.Event(wall_time=time.time(), step=step, **content)
-    record = io.BytesIO()
-    RecordWriter(record).write(event.SerializeToString())
-    self.file.append(record.getvalue())
-
-
 class NoWriter:
   """The `MetricWriter` of a host that writes nothing."""
 
@@ -103,6 +81,12 @@ class NoWriter:
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
     """Leaves the values to host 0, which has the same."""
+
+  def settings(self, step: int, config: Config) -> None:
+    """Leaves them to host 0, too."""
+
+  def pictures(self, step: int, files: Iterable[epath.Path]) -> None:
+    """Leaves them to host 0, too."""
 
   def flush(self) -> None:
     """Nothing is pending."""

@@ -72,6 +72,7 @@ def write_results(
     if run.config.plots:
       guard.enter('pictures')
       _draw(run, state, examples.evaluator, path)
+      writer.pictures(run.steps.stop, (path / 'plots').glob('*.png'))
     return summary
 
   summary = hosts.on_writer('the summary and the plots', write)

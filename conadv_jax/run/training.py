@@ -180,6 +180,7 @@ class _Loop:
     """Trains from step `start` to the last one; returns its state, saved."""
     run, guard, stop = self.run, self.guard, self.run.steps.stop
     tracer = Tracer(run.config, self.path, start)
+    self.writer.settings(start, run.config)
     ids = feed.ExampleIds(start, keep=run.config.max_nonfinite_steps + 8)
     guard.enter('compile')
     first = feed.started(

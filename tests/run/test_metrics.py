@@ -3,12 +3,16 @@
 import json
 import math
 
+import helpers
 import pytest
 from etils import epath
+from PIL import Image
 from tensorboard.backend.event_processing import plugin_event_accumulator
+from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.util import tensor_util
 
 from conadv_jax.base import storage
+from conadv_jax.config import flatten, to_dict
 from conadv_jax.run import metrics
 
 
@@ -117,3 +121,34 @@ def test_rates_leave_out_what_was_paused(monkeypatch):
   )
   assert progress.eta() == '0:00:10'
   assert metrics.clock(12345.6) == '3:25:46'
+
+
+def test_tensorboard_shows_the_settings_and_pictures(tmp_path):
+  config = helpers.make_config({'attack.epsilon': 6.0})
+  image = tmp_path / 'grid.png'
+  Image.new('RGB', (5, 3), (9, 8, 7)).save(image)
+  writer = metrics.MetricWriter(tmp_path, 0)
+  writer.settings(0, config)
+  writer.pictures(4, [image])
+  writer.close()
+  events = plugin_event_accumulator.EventAccumulator(str(tmp_path))
+  events.Reload()
+  (text,) = events.Tensors('settings')
+  assert (
+    '| attack.epsilon | `6.0` |' in text.tensor_proto.string_val[0].decode()
+  )
+  found = events.PluginTagToContent('hparams')
+  start = hparams_metadata.parse_session_start_info_plugin_data(
+    found[hparams_metadata.SESSION_START_INFO_TAG]
+  )
+  assert start.hparams['attack.epsilon'].number_value == 6.0
+  assert start.hparams['method'].string_value == config.method
+  experiment = hparams_metadata.parse_experiment_plugin_data(
+    found[hparams_metadata.EXPERIMENT_TAG]
+  )
+  names = {info.name for info in experiment.hparam_infos}
+  assert names == set(start.hparams) == set(flatten(to_dict(config)))
+  (shown,) = events.Tensors('plots/grid')
+  width, height, png = shown.tensor_proto.string_val
+  assert (shown.step, width, height) == (4, b'5', b'3')
+  assert png == image.read_bytes()
