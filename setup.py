@@ -56,6 +56,8 @@ EXTRAS_REQUIRE = {
   'tpu': ['jax[tpu]>=0.10'],
   # AutoAttack on our networks: conadv_jax.evaluate --autoattack=standard.
   'robust': ['pyautoattack>=0.2', 'torch>=2.6'],
+  # Runs on Weights & Biases: --config.wandb_project=NAME.
+  'wandb': ['wandb>=0.18'],
   # References that some tests compare with.
   'parity': ['foolbox>=3.3', 'timm>=1.0', 'torch>=2.6', 'torchvision>=0.21'],
   'dev': [

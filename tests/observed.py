@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import io
 import json
+import tempfile
 import types
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 import tensorflow as tf
+from etils import epath
 
 from conadv_jax import experiment, models
 from conadv_jax.base.errors import (
@@ -38,6 +40,7 @@ from conadv_jax.run import (
   feed,
   initial,
   log,
+  metrics,
   workdir,
 )
 from scripts import make_fake_imagenet
@@ -219,6 +222,17 @@ def begun(config):
   """The weights before step 0."""
   state, _ = initial.first_state(experiment.build(config))
   return [np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)]
+
+
+def logged(config):
+  """Who is shown the numbers of a run."""
+  with (
+    pytest.MonkeyPatch.context() as patch,
+    tempfile.TemporaryDirectory() as d,
+  ):
+    patch.setattr(metrics, 'WandbLog', lambda project, workdir: project)
+    writer = metrics.make_writer(epath.Path(d), 0, config.wandb_project)
+    return writer._shown[1:]
 
 
 def evaluated_too(config):

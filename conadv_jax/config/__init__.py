@@ -141,9 +141,8 @@ class Config(Group):
     False, 'log the gradient noise scale; needs several devices or microbatches'
   )
   plots: bool = setting(True, 'draw curves and attacked images at the end')
-  max_nonfinite_steps: int = number(
-    5, '>= 1', 'stop after so many non-finite steps in a row'
-  )
+  wandb_project: str = setting('', "of Weights & Biases; '' = not logged there")
+  max_nonfinite_steps: int = number(5, '>= 1', 'in a row, and the run stops')
   spike: Spike = Spike()
   profile: Profile = Profile()
   compile_cache: str = setting(

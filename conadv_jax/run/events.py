@@ -36,7 +36,7 @@ class Events:
     # TensorBoard reads files in the order of their names.
     began = f'{time.time():020.9f}'
     name = f'events.out.tfevents.{began}.{socket.gethostname()}'
-    self.file = AppendedFile(workdir / name)
+    self._file = AppendedFile(workdir / name)
     self._add(0, file_version='brain.Event:2')
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._add(first_step, session_log=start)
@@ -87,6 +87,14 @@ class Events:
     )
     self._summarize(step, summary_pb2.Summary.Value(tag=tag, image=image))
 
+  def flush(self) -> None:
+    """Puts all events into the file."""
+    self._file.flush()
+
+  def close(self) -> None:
+    """Flushes; nothing can be added any more."""
+    self._file.close()
+
   def _summarize(self, step: int, *values: summary_pb2.Summary.Value) -> None:
     self._add(step, summary=summary_pb2.Summary(value=values))
 
@@ -94,4 +102,4 @@ class Events:
     event = event_pb2.Event(wall_time=time.time(), step=step, **content)
     record = io.BytesIO()
     RecordWriter(record).write(event.SerializeToString())
-    self.file.append(record.getvalue())
+    self._file.append(record.getvalue())

@@ -1,4 +1,4 @@
-"""Where numbers go: `metrics.jsonl`, TensorBoard and the progress line."""
+"""Where numbers go: `metrics.jsonl`, who shows them, the progress line."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from conadv_jax.base import storage
 from conadv_jax.config import Config, flatten, to_dict
 from conadv_jax.run.appended import AppendedFile
 from conadv_jax.run.events import Events
+from conadv_jax.run.wandb_log import WandbLog
 
 # Values that two runs of the same configuration do not share.
 TIMINGS = (
@@ -25,20 +26,23 @@ TIMINGS = (
 
 
 class MetricWriter:
-  """Adds to `metrics.jsonl` and writes the same values to TensorBoard.
+  """Adds to `metrics.jsonl`; TensorBoard gets the same values.
 
-  A line is a JSON object: `step`, `split`, then the values in order. When a run
-  resumes at `start_step`, lines of later steps are dropped, so that every step
-  is in the file once, and TensorBoard shows it once. `AppendedFile` says when a
-  line is in the file, and what its methods, and so those here, raise.
+  So does Weights & Biases, if there is a `project`. A line is a JSON object:
+  `step`, `split`, then the values in order. When a run resumes at `start_step`,
+  lines of later steps are dropped, so that every step is in the file once, and
+  TensorBoard shows it once. `AppendedFile` says when a line is in the file, and
+  what its methods, and so those here, raise.
   """
 
-  def __init__(self, workdir: epath.Path, start_step: int):
+  def __init__(self, workdir: epath.Path, start_step: int, project: str = ''):
     path = epath.Path(workdir) / 'metrics.jsonl'
     kept = [r for r in read_metrics(workdir) if r['step'] <= start_step]
     self.seconds_before = max((r.get('seconds', 0) for r in kept), default=0)
     self._lines = AppendedFile(path, b''.join(map(_line, kept)))
-    self._events = Events(path.parent, start_step + 1)
+    self._shown = [Events(path.parent, start_step + 1)]
+    if project:
+      self._shown.append(WandbLog(project, path.parent))
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
     """Writes numbers and strings; TensorBoard gets the numbers.
@@ -52,26 +56,31 @@ class MetricWriter:
       for name, value in values.items()
       if isinstance(value, int | float)
     }
-    self._events.scalars(step, scalars)
+    for shown in self._shown:
+      shown.scalars(step, scalars)
 
   def settings(self, step: int, config: Config) -> None:
-    """Shows TensorBoard the settings, as text and to compare runs by."""
-    self._events.settings(step, flatten(to_dict(config)))
+    """Shows the settings, by which runs are compared."""
+    for shown in self._shown:
+      shown.settings(step, flatten(to_dict(config)))
 
   def pictures(self, step: int, files: Iterable[epath.Path]) -> None:
-    """Shows TensorBoard PNG files, under their names."""
+    """Shows PNG files, under their names."""
     for path in files:
       png = storage.read(path.read_bytes, path)
-      self._events.image(step, f'plots/{path.stem}', png)
+      for shown in self._shown:
+        shown.image(step, f'plots/{path.stem}', png)
 
   def flush(self) -> None:
     """Puts all lines into the files, before a checkpoint that needs them."""
     self._lines.flush()
-    self._events.file.flush()
+    for shown in self._shown:
+      shown.flush()
 
   def close(self) -> None:
     self._lines.close()
-    self._events.file.close()
+    for shown in self._shown:
+      shown.close()
 
 
 class NoWriter:
@@ -98,9 +107,19 @@ class NoWriter:
 Writer = MetricWriter | NoWriter
 
 
-def make_writer(workdir: epath.Path, start_step: int) -> Writer:
-  """Makes the writer of this host: host 0 writes, the others do not."""
-  return MetricWriter(workdir, start_step) if hosts.is_writer() else NoWriter()
+def make_writer(
+  workdir: epath.Path, start_step: int, project: str = ''
+) -> Writer:
+  """Makes the writer of this host: host 0 writes, the others do not.
+
+  Args:
+    workdir: of the run.
+    start_step: that this start begins after.
+    project: of Weights & Biases; '' for none.
+  """
+  if hosts.is_writer():
+    return MetricWriter(workdir, start_step, project)
+  return NoWriter()
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from conadv_jax import hosts
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import Config, flatten, to_dict
 from conadv_jax.experiment import Run
-from conadv_jax.run import workdir
+from conadv_jax.run import wandb_log, workdir
 
 Facts = dict[str, Any]
 
@@ -34,8 +34,10 @@ def check_program(config: Config) -> None:
   """Compares config, code, versions and devices of all hosts.
 
   Raises:
-    ConfigError: on every host, with all that differs.
+    ConfigError: on every host, with all that differs; if a package that the
+      config asks for is not installed.
   """
+  wandb_log.check_installed(config.wandb_project)
   _check_same('the comparison of programs', _program(config))
 
 

@@ -96,7 +96,7 @@ def train(
     start, state, weights = _restored(run, checkpoints)
     began = guard.timeline.began
     began = workdir.write_config(path, run, data, start, began, weights)
-    writer = metrics.make_writer(path, start)
+    writer = metrics.make_writer(path, start, config.wandb_project)
     stack.callback(writer.close)
     stack.push(guard.verdict)  # first: the others would wait for a lost host
     loop = _Loop(

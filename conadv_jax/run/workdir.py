@@ -34,8 +34,8 @@ _TRACED = ('config', 'git_commit', 'versions', 'devices')
 # for rounding, as the number of devices does.
 _FREE = (
   'max_steps', 'log_every_steps', 'attack_stats_every_steps', 'noise_scale',
-  'plots', 'max_nonfinite_steps', 'microbatches', 'remat', 'xla_flags',
-  'grad_buckets', 'dataset.data_dir', 'dataset.cache',
+  'plots', 'wandb_project', 'max_nonfinite_steps', 'microbatches', 'remat',
+  'xla_flags', 'grad_buckets', 'dataset.data_dir', 'dataset.cache',
   'dataset.max_bad_share', 'checkpoint.', 'eval.', 'hang_timeout_seconds',
   'profile.', 'compile_cache',
 )  # fmt: skip
