@@ -114,7 +114,13 @@ setuptools.setup(
     'conadv_jax.configs.studies',
   ],
   package_dir={'conadv_jax.configs': 'configs'},
-  package_data={'conadv_jax': ['py.typed', 'data/sources/digits.npz']},
+  package_data={
+    'conadv_jax': [
+      'py.typed',
+      'data/sources/digits.npz',
+      'study/references.csv',
+    ]
+  },
   entry_points={
     'console_scripts': [
       f'conadv-{name} = conadv_jax.{module}:console'

@@ -4,6 +4,7 @@
                              [--processes=N] [--data_dir=DIR]
   python -m conadv_jax.study --study=NAME_OR_FILE --workdir=DIR --report
   python -m conadv_jax.study --compare DIR DIR ... --output=FILE.png
+                             [--reference=mlperf_64k]
 
 A study file names arms (a method, a batch size, any setting), their seeds, what
 is tuned and what is compared; configs/studies/ has some. First its searches
@@ -20,6 +21,8 @@ was not finite is a result.
   --data_dir=DIR  of the data set
   --report        draws the report again from study.csv, without a run
   --compare       draws the curves of runs beside each other
+  --reference     draws a published accuracy by epoch with them, and prints how
+                  far each run is from it: mlperf_64k, mlperf_40k
 """
 
 from __future__ import annotations

@@ -33,12 +33,13 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--data_dir', default='')
   parser.add_argument('--report', action='store_true')
   parser.add_argument('--compare', nargs='+', default=[])
+  parser.add_argument('--reference', default='')
   parser.add_argument('--output')
   args = parser.parse_args(argv[1:])
   if args.compare:
     if not args.output:
       raise ConfigError('missing --output=FILE.png of --compare')
-    compare.draw(args.compare, args.output)
+    compare.draw(args.compare, args.output, args.reference)
     return
   if not args.study:
     shipped = ', '.join(design.shipped())
