@@ -129,8 +129,10 @@ def test_the_tutorial_runs(tmp_path):
   done = subprocess.run(
     [sys.executable, '-c', '\n\n'.join(code)],
     cwd=tmp_path,
+    # Compiled as users compile: the flags of the tests make steps slow.
     env=os.environ
-    | {'PYTHONPATH': str(ROOT), 'MPLBACKEND': 'Agg', 'JAX_PLATFORMS': 'cpu'},
+    | {'PYTHONPATH': str(ROOT), 'MPLBACKEND': 'Agg', 'JAX_PLATFORMS': 'cpu'}
+    | {'XLA_FLAGS': ''},
     capture_output=True,
     text=True,
     timeout=1500,
