@@ -1,7 +1,9 @@
 """Package metadata of conadv_jax.
 
 Only lower bounds here, so that users can install next to their own versions;
-requirements.lock holds the exact versions that the tests run with.
+requirements.lock holds the exact versions that the tests run with. The tools of
+the documentation site are pinned: they are in no lock, and a strict build stops
+at each new warning.
 """
 
 import pathlib
@@ -60,6 +62,14 @@ EXTRAS_REQUIRE = {
   'wandb': ['wandb>=0.18'],
   # References that some tests compare with.
   'parity': ['foolbox>=3.3', 'timm>=1.0', 'torch>=2.6', 'torchvision>=0.21'],
+  # The documentation site: mkdocs build --strict.
+  'docs': [
+    'mkdocs==1.6.1',
+    'mkdocs-material==9.8.2',
+    'mkdocstrings==1.0.8',
+    'mkdocstrings-python==2.0.11',
+    'ruff==0.17.6',  # formats signatures
+  ],
   'dev': [
     'hypothesis>=6.100',
     'pytest>=8.3',

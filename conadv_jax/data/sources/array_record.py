@@ -44,7 +44,8 @@ class ArrayRecords(records.ShardedRecords):
 
     Args:
       paths: as in `ShardedRecords`.
-      shard_lengths, used: as there.
+      shard_lengths: as there.
+      used: as there.
       num_threads: files that are waited for at the same time.
       max_open_files: None is all, or as many as the process may have open; its
         soft limit is raised towards the hard one where that helps.

@@ -233,7 +233,7 @@ def map_in_threads(
   """Calls `function` with each item, in as few tasks as keep all threads busy.
 
   Raises:
-    What `function` raised first, once all tasks have ended.
+    Exception: what `function` raised first, once all tasks have ended.
   """
   items = list(items)
   if len(items) < 2:

@@ -1,8 +1,8 @@
 """TFRecord files: in a shuffled order by whole files, or record by record.
 
-A file is a row of [length, uint64][CRC of length][data][CRC of data], all
-little-endian, with masked CRC-32C. There is no index: to find a record, the
-file is read from its start.
+A file is a row of records `length, CRC of length, data, CRC of data`, all
+little-endian, a length in uint64, with masked CRC-32C. There is no index: to
+find a record, the file is read from its start.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class TfRecords(records.ShardedRecords):
 
     Args:
       paths: as in `ShardedRecords`.
-      shard_lengths, used: as there.
+      shard_lengths: as there.
+      used: as there.
       window_shards: see above; 8 of ImageNet's 1,024 are 1.1 GB.
       num_threads: files that are read at the same time.
       cached_shards: files that `fetch` keeps in memory, next to those that

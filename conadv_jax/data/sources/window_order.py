@@ -134,8 +134,9 @@ def stream(
 ) -> Iterator[tuple[Window, int]]:
   """The windows of all epochs, from the one that holds `start_record` on.
 
+  The other arguments are those of `windows`.
+
   Args:
-    lengths, seed, host, num_hosts, window_shards: as in `windows`.
     start_record: counts the host's records from the start of epoch 0.
 
   Yields:
