@@ -35,6 +35,7 @@ ROOMS = {
   'study': 'grids of runs that answer a question (command)',
   'export': "a run's network for timm or serving (command)",
   'audit': 'the step, compiled for a TPU slice (command)',
+  'preflight': 'can a run start on these hosts? (command)',
 }
 ORDER = tuple(ROOMS)
 # These are narrower than their place in the order allows.
