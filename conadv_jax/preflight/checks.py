@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from conadv_jax import cli, experiment, hosts
+from conadv_jax.audit.report import bytes_text
 from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.checkpoints import files
@@ -123,8 +124,8 @@ def _devices(subject: Subject) -> str:
     )
   subject.local = local
   return (
-    f'{len(local)} x {local[0].device_kind} ({name}) on each of '
-    f'{hosts.count()} hosts, {jax.device_count()} in all'
+    f'{len(local)} x {local[0].device_kind} ({name}) of {jax.device_count()}; '
+    f'hosts: {hosts.count()}'
   )
 
 
@@ -175,11 +176,10 @@ def _dataset(subject: Subject) -> str:
 def _batch(subject: Subject) -> str:
   subject.needs('config', 'spec', 'local')
   subject.run = run = experiment.build(subject.config, spec=subject.spec)
-  microbatches = subject.config.microbatches
   return (
-    f'{run.config.batch_size / run.mesh.size:g} examples on each device, in '
-    f'{microbatches} microbatch{"es" * (microbatches > 1)}; {run.groups:,} '
-    f'batch-norm groups; {run.steps.stop:,} steps'
+    f'{run.config.batch_size / run.mesh.size:g} examples on each device; '
+    f'microbatches: {run.config.microbatches}, batch-norm groups: '
+    f'{run.groups:,}, steps: {run.steps.stop:,}'
   )
 
 
@@ -251,8 +251,8 @@ def _memory(subject: Subject) -> str:
   )
   stats = subject.local[0].memory_stats() or {}
   limit = stats.get('bytes_limit')
-  of = f' of {_gib(limit)}' if limit else ''
-  fact = f'state and images take {_gib(least)}{of} on each device'
+  of = f' of {bytes_text(limit)}' if limit else ''
+  fact = f'state and images take {bytes_text(least)}{of} on each device'
   if limit and least > limit:
     raise ConfigError(
       f'{fact}; use more devices, a smaller batch_size or shard_optimizer'
@@ -302,19 +302,16 @@ def _disk(subject: Subject) -> str:
   keep = subject.config.checkpoint.keep
   need = size * max(1, keep + 1 - there)
   free = storage.free_bytes(subject.path)
-  fact = f'{keep} + 1 checkpoints of {_gib(size)}'
+  fact = f'{keep} + 1 checkpoints of {bytes_text(size)}'
   if free is None:
     return f'{fact}; how much is free is not known'
   if free < need:
     raise ConfigError(
-      f'{_gib(free)} free in {subject.path}, {fact} need {_gib(need)} more; '
-      'free some space, lower checkpoint.keep, or use another --workdir'
+      f'{bytes_text(free)} free in {subject.path}, {fact} need '
+      f'{bytes_text(need)} more; free some space, lower checkpoint.keep, or '
+      'use another --workdir'
     )
-  return f'{_gib(free)} free, {fact}'
-
-
-def _gib(count: float) -> str:
-  return f'{count / 2**30:,.3g} GiB'
+  return f'{bytes_text(free)} free, {fact}'
 
 
 _INSTALL = 'install the lock of this version again: make setup'

@@ -71,7 +71,7 @@ def check_all(subject: Subject) -> int:
   Returns:
     How many failed, on every host.
   """
-  hosts.say(f'checking {hosts.count()} hosts, in under a minute ...')
+  hosts.say(f'hosts: {hosts.count()}; checking, in under a minute ...')
   end = time.monotonic() + _CHECKS_SECONDS
   lines = [
     line_of(check, subject, end)
