@@ -321,6 +321,7 @@ def test_the_step_loads_neither_tensorflow_nor_plotting():
     'audit.__main__',
     'supervise',
     'analysis.__main__',
+    'preflight.__main__',
   ],  # fmt: skip
 )
 def test_help_and_version_come_before_the_imports(command, flag):
