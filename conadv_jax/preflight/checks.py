@@ -324,7 +324,7 @@ CHECKS = (
     'end what else uses the devices, and start this on all hosts',
   ),
   Check('versions', _versions, 5, _INSTALL),
-  Check('data set', _dataset, 15, _DATA),
+  Check('data set', _dataset, 20, _DATA),
   Check('batch', _batch, 10, 'mend the configuration'),
   Check('input', _input, 20, _DATA),
   Check('memory', _memory, 10, 'mend the configuration'),

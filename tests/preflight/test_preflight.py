@@ -75,7 +75,8 @@ def fails(name, subject, *texts):
 # ---- All together ----------------------------------------------------------
 
 
-def test_a_run_that_can_start_has_no_cross(tmp_path, capsys):
+def test_a_run_that_can_start_has_no_cross(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(checks, '_images_per_sec', lambda *_: 100.0)
   path = tmp_path / 'new' / 'run'
   subject = subject_of(*DIGITS, f'--workdir={path}')
   assert command.check_all(subject) == 0
@@ -105,6 +106,7 @@ def test_the_command_ends_with_2(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(command, 'check_all', lambda subject: 3)
   monkeypatch.setattr(command.leaving, 'leave', ended.append)
   monkeypatch.setattr(cli, 'start_hosts', lambda argv: argv)
+  monkeypatch.setattr(command.feed, 'prepare', lambda: None)
   command.preflight(['preflight', '--step_seconds=0.5'])
   assert ended == [2] and '3 checks failed' in capsys.readouterr().err
 
@@ -348,7 +350,7 @@ def test_many_different_lines_are_cut():
 
 
 CODE = (
-  f'{PATIENT}\nfrom conadv_jax.preflight.__main__ import console; console()'
+  f'{PATIENT}\nfrom conadv_jax.preflight.__main__ import console\nconsole()'
 )
 
 
