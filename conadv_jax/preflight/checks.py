@@ -264,10 +264,7 @@ def _workdir(subject: Subject) -> str:
   """Writes the file that the other hosts look for."""
   subject.path = path = workdir.path_of(cli.parse_workdir(subject.argv))
   mine, token = token_path(path, hosts.index()), uuid.uuid4().hex
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise storage.failure(error, path) from error
+  storage.write(lambda: path.mkdir(parents=True, exist_ok=True), path)
   storage.write(lambda: mine.write_text(token), mine)
   subject.token = token
   return f'{path} can be written'
