@@ -92,6 +92,7 @@ COMMANDS = {
   'models': 'models.__main__',
   'analyse': 'analysis.__main__',
   'supervise': 'supervise',
+  'preflight': 'preflight.__main__',
 }
 
 

@@ -14,7 +14,7 @@ from conadv_jax import cli, experiment
 from conadv_jax.base import errors
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import describe, from_config_dict
-from conadv_jax.run import metrics, preflight, workdir
+from conadv_jax.run import equal_hosts, metrics, workdir
 from conadv_jax.run.lock import RunLock
 from configs import digits
 
@@ -167,7 +167,7 @@ VARIABLES = {
   'TF_CPP_MIN_LOG_LEVEL', 'XDG_CACHE_HOME',
 }  # fmt: skip
 # Where a variable's name is a variable of Python, the names that it takes.
-LISTS = {'conadv_jax/run/preflight.py': preflight._ENVIRONMENT}
+LISTS = {'conadv_jax/run/equal_hosts.py': equal_hosts._ENVIRONMENT}
 
 
 def reads_of_environment(path, source):
@@ -326,7 +326,7 @@ def test_a_work_directory_holds_no_environment(tmp_path, monkeypatch, capsys):
     writer.write(1, 'train', {'loss': 0.5})
     writer.close()
     print(describe(run.config))
-    facts = json.dumps(preflight._program(run.config))
+    facts = json.dumps(equal_hosts.program(run.config))
     found = written(tmp_path)
   said = capsys.readouterr()
   assert b'"loss"' in found and b'batch_size' in found and b'--workdir' in found

@@ -22,7 +22,7 @@ from conadv_jax.analysis.results import Found
 from conadv_jax.analysis.subject import Lacks, Subject
 from conadv_jax.base import storage
 from conadv_jax.base.fields import check_choice
-from conadv_jax.run import preflight
+from conadv_jax.run import equal_hosts
 from conadv_jax.run.guard import Guard
 from conadv_jax.run.reopen import parse_args
 
@@ -51,7 +51,7 @@ def analyse(argv: Sequence[str]) -> dict[str, Found]:
   options, rest = parse(cli.start_hosts(argv))
   path, config = parse_args(rest)
   with Guard(config.hang_timeout_seconds) as guard:
-    preflight.check_program(config)
+    equal_hosts.check_program(config)
     subject = Subject(path, config, options, guard)
     output = path / 'analysis'
     if options.output:

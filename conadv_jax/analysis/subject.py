@@ -21,7 +21,7 @@ from conadv_jax.data.spec import DatasetSpec
 from conadv_jax.experiment import Run
 from conadv_jax.method.pixels import wide_dtype
 from conadv_jax.method.state import TrainState
-from conadv_jax.run import log, preflight, provenance, workdir
+from conadv_jax.run import equal_hosts, log, provenance, workdir
 from conadv_jax.run.evaluator import Evaluator, weights_of
 from conadv_jax.run.guard import Guard
 from conadv_jax.run.metrics import Progress
@@ -135,7 +135,7 @@ class Subject:
     spec = datasets.resolve(dataset, eval_only=part == 'eval')
     source = spec.open(part, dataset)
     data = provenance.of_examples(spec, dataset.data_dir, **{part: source})
-    preflight.check_input(self._wide, data)
+    equal_hosts.check_input(self._wide, data)
     provenance.check_classes(self.origin.get('data', {}), data)
     return spec, source, data
 

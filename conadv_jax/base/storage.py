@@ -163,17 +163,23 @@ def is_full(error: BaseException | None) -> bool:
 
 def space(path: os.PathLike | str) -> str:
   """'12,345 bytes free there'; '' for a bucket, or where it is not known."""
+  free = free_bytes(path)
+  return '' if free is None else f'{free:,} bytes free there'
+
+
+def free_bytes(path: os.PathLike | str) -> int | None:
+  """Free space where `path` is or will be; None as `space` has it."""
   if is_remote(path):
-    return ''
+    return None
   place = pathlib.Path(path).absolute()
   for directory in (place, *place.parents):
     try:
-      return f'{shutil.disk_usage(directory).free:,} bytes free there'
+      return shutil.disk_usage(directory).free
     except FileNotFoundError:
       continue  # it is not made yet
     except OSError:
       break
-  return ''
+  return None
 
 
 def expand(path: os.PathLike | str) -> epath.Path:

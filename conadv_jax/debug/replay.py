@@ -37,11 +37,11 @@ from conadv_jax.method.staleness import pending_perturbation
 from conadv_jax.method.state import TrainState, copied
 from conadv_jax.run import (
   bad_steps,
+  equal_hosts,
   feed,
   log,
   metrics,
   plots,
-  preflight,
   workdir,
 )
 from conadv_jax.run.bad_steps import to_json
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> Row:
   step, rest = _parse_step(cli.start_hosts(argv))
   path, config = parse_args(rest)
   with Guard(config.hang_timeout_seconds) as guard:
-    preflight.check_program(config)
+    equal_hosts.check_program(config)
     origin = workdir.read_run(path)
     run = experiment.build(
       config, spec=datasets.recorded(config.dataset, origin.get('data', {}))

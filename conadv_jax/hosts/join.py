@@ -178,7 +178,7 @@ def _join(place: _Place, timeout_seconds: int) -> None:
     f'{timeout_seconds} s; those that did have said so in their logs; {check}'
   )
   try:
-    with _ended_after(timeout_seconds, late):
+    with ended_after(timeout_seconds, late):
       jax.distributed.initialize(
         place.coordinator,
         place.num_hosts,
@@ -202,7 +202,7 @@ def _join(place: _Place, timeout_seconds: int) -> None:
 
 
 @contextlib.contextmanager
-def _ended_after(seconds: float, message: str) -> Iterator[None]:
+def ended_after(seconds: float, message: str) -> Iterator[None]:
   """In this context the process ends with `errors.HOST` after `seconds`."""
 
   def end() -> None:

@@ -18,9 +18,9 @@ from conadv_jax.method.state import Snapshot
 from conadv_jax.run import (
   autoattack,
   compile_cache,
+  equal_hosts,
   eval_flags,
   evaluations,
-  preflight,
   provenance,
   reports,
   weights_file,
@@ -47,7 +47,7 @@ def evaluate(argv: Sequence[str]) -> list[Row]:
     path, config = parse_args(rest, free, attack=attack)
   parts = _parts(config, options)
   with Guard(config.hang_timeout_seconds) as guard:
-    preflight.check_program(config)
+    equal_hosts.check_program(config)
     return _Evaluation(options, config, path, guard)(parts)
 
 
@@ -131,7 +131,7 @@ class _Evaluation:
     examples = evaluations.examples_of(
       self._run, spec, dataset, self._quarantine, self._trained, like
     )
-    preflight.check_input(self._run, examples.found)
+    equal_hosts.check_input(self._run, examples.found)
     provenance.check_classes(self._trained, examples.found)
     return examples
 

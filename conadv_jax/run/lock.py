@@ -107,6 +107,17 @@ class RunLock:
     finally:
       self._writing.release()
 
+  def check_free(self) -> None:
+    """Checks that no run that is alive has the lock, without taking it.
+
+    An owner on another machine is watched for up to the lease.
+
+    Raises:
+      ConfigError: if one has it.
+    """
+    if (text := self._read()) is not None:
+      self._check_owner_ended(text)
+
   # ---- Taking it -----------------------------------------------------------
 
   def _take(self) -> None:
@@ -115,13 +126,7 @@ class RunLock:
         text = self._read()
         if text is None:
           continue  # it was released in between
-        if (owner := self._living_owner(text)) is not None:
-          raise ConfigError(
-            f'workdir={str(self._path.parent)!r}: in use since '
-            f'{owner["since"]} by process {owner["pid"]} of {owner["host"]} '
-            f'({owner["command"]}); stop that run, wait for it to end, or use '
-            'another --workdir'
-          )
+        self._check_owner_ended(text)
         self._reclaim(text)
     except OSError as error:
       raise storage.failure(error, self._path) from error
@@ -139,6 +144,14 @@ class RunLock:
     # A bucket has no exclusive creation here: who wrote last has the lock.
     self._sleep(_BUCKET_SECONDS)
     return self._is_ours()
+
+  def _check_owner_ended(self, text: str) -> None:
+    if (owner := self._living_owner(text)) is not None:
+      raise ConfigError(
+        f'workdir={str(self._path.parent)!r}: in use since {owner["since"]} by '
+        f'process {owner["pid"]} of {owner["host"]} ({owner["command"]}); stop '
+        'that run, wait for it to end, or use another --workdir'
+      )
 
   def _living_owner(self, text: str) -> dict[str, Any] | None:
     """Returns who holds the lock with the content `text`; None if nobody."""

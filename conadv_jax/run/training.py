@@ -13,7 +13,6 @@ import jax
 from etils import epath
 
 from conadv_jax import experiment, hosts
-from conadv_jax.base.errors import ConfigError
 from conadv_jax.checkpoints import checksum
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import Config, describe
@@ -30,12 +29,12 @@ from conadv_jax.method.state import TrainState
 from conadv_jax.run import (
   bad_steps,
   compile_cache,
+  equal_hosts,
   evaluations,
   feed,
   initial,
   log,
   metrics,
-  preflight,
   provenance,
   summary,
   workdir,
@@ -77,7 +76,7 @@ def train(
     guard.nothing_to_save()
     workdir.path_of(directory)  # Refused before the data is looked at.
     guard.enter('build')
-    preflight.check_program(config)
+    equal_hosts.check_program(config)
     compile_cache.use(config)
     run = experiment.build(config)
     hosts.say(f'{describe(config)}\n{log.opening(run)}')
@@ -120,7 +119,7 @@ def _open(
   data = provenance.of_examples(
     run.spec, dataset.data_dir, train=source, eval=eval_source
   )
-  preflight.check_input(run, data)
+  equal_hosts.check_input(run, data)
   data['splits'] = dict(run.spec.splits)
   path = workdir.prepare(directory, run, data)
   lock = stack.enter_context(RunLock(path))
@@ -329,11 +328,7 @@ def _restored(
     checksum.checksums(state.replace(perturbation=None))
     return 0, state, weights
   step, state, _ = restored
-  if step > run.steps.stop:
-    raise ConfigError(
-      f'max_steps={run.config.max_steps}: the run is already at step {step}; '
-      'use another --workdir, or more steps'
-    )
+  workdir.check_not_past(run, step)
   hosts.say(f'resumed at step {step}')
   return step, state, {}
 

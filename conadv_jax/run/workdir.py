@@ -82,11 +82,20 @@ def prepare(workdir: str, run: Run, data: Mapping[str, Any]) -> epath.Path:
         f'workdir={workdir!r}: cannot be made: {error}'
       ) from error
     if (path / 'config.json').exists():
-      _check_same(path, run.config, data)
+      check_same(path, run.config, data)
 
   hosts.on_writer('the work directory', make)
   _check_shared(path)
   return path
+
+
+def check_not_past(run: Run, step: int) -> None:
+  """Raises ConfigError if a checkpoint at `step` is after the last step."""
+  if step > run.steps.stop:
+    raise ConfigError(
+      f'max_steps={run.config.max_steps}: the run is already at step {step}; '
+      'use another --workdir, or more steps'
+    )
 
 
 def write_config(
@@ -276,7 +285,7 @@ def _check_shared(path: epath.Path) -> None:
     return text
 
   text = hosts.on_writer('a file in the work directory', write)
-  seen = hosts.gather('its readers', _comes_to_hold(token, text))
+  seen = hosts.gather('its readers', comes_to_hold(token, text))
 
   def judge() -> None:
     token.unlink()
@@ -291,8 +300,8 @@ def _check_shared(path: epath.Path) -> None:
   hosts.on_writer('the check of the work directory', judge)
 
 
-def _comes_to_hold(path: epath.Path, text: str) -> bool:
-  """Waits a little: network file systems show new files late."""
+def comes_to_hold(path: epath.Path, text: str) -> bool:
+  """Whether `path` does; network file systems show new files late."""
   for wait_seconds in (0, 0.1, 0.5, 1, 2, 4):
     time.sleep(wait_seconds)
     try:
@@ -303,9 +312,14 @@ def _comes_to_hold(path: epath.Path, text: str) -> bool:
   return False
 
 
-def _check_same(
+def check_same(
   path: epath.Path, config: Config, data: Mapping[str, Any]
 ) -> None:
+  """Checks that the run in `path` may go on with `config` and `data`.
+
+  Raises:
+    ConfigError: with the fields and facts that differ.
+  """
   content = read_run(path)
   differences = changes(from_config_dict(content['config']), config, _FREE)
   old, new = differences.get('epochs', (0, 0))

@@ -18,7 +18,7 @@ from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import from_config_dict
 from conadv_jax.data import sampler
 from conadv_jax.hosts import join, private
-from conadv_jax.run import metrics, preflight
+from conadv_jax.run import equal_hosts, metrics
 from configs import digits
 
 ROOT = multihost.ROOT
@@ -180,18 +180,18 @@ def test_ranges():
   assert hosts.ranges([0, 1, 2, 5, 7, 8]) == '0-2, 5, 7-8'
 
 
-# ---- Preflight -------------------------------------------------------------
+# ---- What hosts must agree on -----------------------------------------------
 
 
 def test_differences_name_key_values_and_hosts():
   rows = [{'config seed': 0, 'same': 'x'} for _ in range(5)]
   rows[1]['config seed'] = rows[3]['config seed'] = rows[4]['config seed'] = 7
   rows[2] = {'same': 'x', 'version libtpu': '0.1'}
-  assert preflight.differences(rows) == [
+  assert equal_hosts.differences(rows) == [
     'config seed: 0 on host 0, 7 on hosts 1, 3-4, missing on host 2',
     'version libtpu: missing on host 0, "0.1" on host 2',
   ]
-  assert not preflight.differences(rows[:1] * 4)
+  assert not equal_hosts.differences(rows[:1] * 4)
 
 
 @pytest.mark.parametrize(
@@ -205,14 +205,14 @@ def test_differences_name_key_values_and_hosts():
 )
 def test_every_place_of_a_batch_has_one_host(rows, message):
   if message is None:
-    preflight.check_cover(rows, 8)
+    equal_hosts.check_cover(rows, 8)
   else:
     with pytest.raises(ConfigError, match=message):
-      preflight.check_cover(rows, 8)
+      equal_hosts.check_cover(rows, 8)
 
 
 def test_an_edited_file_has_another_digest():
-  digests = preflight.code_digests()
+  digests = equal_hosts.code_digests()
   assert 'conadv_jax/data/sampler.py' in digests
   source = (ROOT / 'conadv_jax' / 'hosts' / 'join.py').read_bytes()
   digest = hashlib.sha256(source).hexdigest()
@@ -223,7 +223,7 @@ def test_only_listed_variables_are_compared(monkeypatch):
   monkeypatch.setenv('A_SECRET', 'hunter2')
   monkeypatch.setenv('LIBTPU_INIT_ARGS', '--xla_x=1')
   settings = from_config_dict(digits.get_config())
-  facts = preflight._program(settings)
+  facts = equal_hosts.program(settings)
   assert facts['environment LIBTPU_INIT_ARGS'] == '--xla_x=1'
   assert 'hunter2' not in json.dumps(facts)
   assert facts['config attack.epsilon'] == 16.0

@@ -22,7 +22,7 @@ from conadv_jax.config import Dataset, from_config_dict
 from conadv_jax.data import datasets
 from conadv_jax.debug import replay
 from conadv_jax.export import export
-from conadv_jax.run import preflight, provenance, workdir
+from conadv_jax.run import equal_hosts, provenance, workdir
 from configs import digits
 from scripts import make_fake_imagenet
 
@@ -222,7 +222,7 @@ def test_hosts_compare_names_and_listings(trained, monkeypatch):
   source = build.spec.open('train', build.config.dataset)
   data = provenance.of_examples(build.spec, str(folder), train=source)
   other = data | {'train_digest': '0' * 12, 'class_names': ['0', '2', '10']}
-  real = preflight.hosts.gather
+  real = equal_hosts.hosts.gather
 
   def gather(name, facts):
     if name != 'the comparison of inputs':
@@ -230,9 +230,9 @@ def test_hosts_compare_names_and_listings(trained, monkeypatch):
     theirs = {f'data.{key}': value for key, value in other.items()}
     return [facts, facts | theirs]
 
-  monkeypatch.setattr(preflight.hosts, 'gather', gather)
+  monkeypatch.setattr(equal_hosts.hosts, 'gather', gather)
   with pytest.raises(ConfigError, match='data.train_digest: .* on host 0') as e:
-    preflight.check_input(build, data)
+    equal_hosts.check_input(build, data)
   assert 'data.class_names' in str(e.value)
 
 

@@ -38,7 +38,7 @@ def check_program(config: Config) -> None:
       config asks for is not installed.
   """
   wandb_log.check_installed(config.wandb_project)
-  _check_same('the comparison of programs', _program(config))
+  _compare('the comparison of programs', program(config))
 
 
 def check_input(run: Run, data: Facts) -> None:
@@ -57,7 +57,7 @@ def check_input(run: Run, data: Facts) -> None:
   facts['batch.examples_per_host'] = len(positions)
   for name, x in run.abstract_batch().items():
     facts[f'batch.{name}'] = f'{x.dtype}{list(x.shape)}'
-  _check_same('the comparison of inputs', facts)
+  _compare('the comparison of inputs', facts)
   rows = hosts.gather('places in the batch', _spans(positions))
   hosts.on_writer(
     'the check of places in the batch',
@@ -117,7 +117,8 @@ def check_cover(rows: Sequence[Sequence[Sequence[int]]], size: int) -> None:
     )
 
 
-def _program(config: Config) -> Facts:
+def program(config: Config) -> Facts:
+  """What must be equal on all hosts before anything is compiled."""
   local = jax.local_devices()
   facts = {
     'python': platform.python_version(),
@@ -147,20 +148,24 @@ def code_digests() -> dict[str, str]:
   }
 
 
-def _check_same(name: str, facts: Facts) -> None:
+def check_same(rows: Sequence[Mapping[str, Any]]) -> None:
+  """Checks that the facts of all hosts are equal.
+
+  Raises:
+    ConfigError: with all that differs.
+  """
+  if lines := differences(rows):
+    raise ConfigError(
+      'the hosts differ:\n  '
+      + '\n  '.join(lines)
+      + '\nstart the same code with the same flags, versions and environment '
+      'on every host'
+    )
+
+
+def _compare(name: str, facts: Facts) -> None:
   rows = hosts.gather(name, facts)
-
-  def judge() -> None:
-    lines = differences(rows)
-    if lines:
-      raise ConfigError(
-        'the hosts differ:\n  '
-        + '\n  '.join(lines)
-        + '\nstart the same code with the same flags, versions and environment '
-        'on every host'
-      )
-
-  hosts.on_writer(f'the result of {name}', judge)
+  hosts.on_writer(f'the result of {name}', lambda: check_same(rows))
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:

@@ -1,0 +1,1 @@
+"""Checks of hosts, data and work directory before a run starts there."""
