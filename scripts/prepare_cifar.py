@@ -4,10 +4,10 @@ Run:  python scripts/prepare_cifar.py --archive=cifar-10-python.tar.gz
           [--data_dir=DIR]
 
 The archive is cifar-10-python.tar.gz or cifar-100-python.tar.gz of
-www.cs.toronto.edu/~kriz/cifar.html; its SHA-256 says which it is. The result
-has the schema, ids and order of TFDS's own builder, which reads the binary
-version of the same examples: `python scripts/prepare_tfds.py --name=cifar10`
-downloads that. A second run does nothing.
+www.cs.toronto.edu/~kriz/cifar.html; its SHA-256 says which it is. TFDS's own
+builder makes the result, from the batches as files of the binary version.
+`python scripts/prepare_tfds.py --name=cifar10` downloads that version instead.
+A second run does nothing.
 """
 
 from __future__ import annotations
