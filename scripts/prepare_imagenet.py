@@ -104,12 +104,7 @@ class Tar:
     )
 
   def examples(self, synsets: list[str], count: int) -> list[Example]:
-    """The images in the order of the data set.
-
-    Raises:
-      DataError: the file is damaged, or is not made of `count` images of all
-        `synsets`.
-    """
+    """The images in the order of the data set; DataError if they are wrong."""
     print(f'reading the headers in {self.path}', flush=True)
     with open(self.path, 'rb') as file:
       split = self._train if self.split == 'train' else self._validation
@@ -186,7 +181,7 @@ def prepare(
   counts: Mapping[str, int] = COUNTS,
   num_shards: Mapping[str, int] = SHARDS,
 ) -> str:
-  """Writes what is missing of DATA_DIR/imagenet2012/VERSION.
+  """Writes what is missing of DATA_DIR/imagenet2012/VERSION; returns that.
 
   Args:
     tars: directory of the two tar files.
@@ -194,9 +189,6 @@ def prepare(
     file_format: 'array_record' or 'tfrecord'.
     counts: images that each split must have.
     num_shards: files of each split.
-
-  Returns:
-    The directory of the prepared data set.
 
   Raises:
     ConfigError: a tar file is missing, or `data_dir` has another imagenet2012.
@@ -206,8 +198,10 @@ def prepare(
   version = str(imagenet2012_dataset_builder.Builder.VERSION)
   directory = data_root(data_dir) / 'imagenet2012' / version
   paths = _paths(directory, file_format, num_shards)
-  present = storage.read(lambda: _names(directory), directory)
-  if _is_finished(directory, present, paths):
+  needed = {path.name for of_split in paths.values() for path in of_split}
+  needed.update(_METADATA)
+  present = storage.read(lambda: _present(directory, needed), directory)
+  if present == needed:
     print(f'already prepared: {directory}')
     return str(directory)
   opened = {split: Tar(tars, split) for split in counts}
@@ -215,9 +209,10 @@ def prepare(
     builder = tfds.builder(
       'imagenet2012', data_dir=work, file_format=file_format
     )
-    features, shards = builder.info.features, []
+    synsets = builder.info.features['label'].names
+    labels, shards = {name: i for i, name in enumerate(synsets)}, []
     for split, tar in opened.items():
-      examples = tar.examples(features['label'].names, counts[split])
+      examples = tar.examples(synsets, counts[split])
       places = range(num_shards[split] + 1)
       cuts = [round(len(examples) * i / num_shards[split]) for i in places]
       shards += [
@@ -226,7 +221,7 @@ def prepare(
       ]
     missing = [shard for shard in shards if shard.path.name not in present]
     _check_space(directory, missing, len(shards))
-    _write_all(missing, work, features, file_format)
+    _write_all(missing, work, labels, file_format)
     _describe(builder, shards, directory, work)
   return str(directory)
 
@@ -236,9 +231,7 @@ def _paths(
 ) -> dict[str, list[epath.Path]]:
   """The record files of each split."""
   template = tfds.core.ShardedFileTemplate(
-    data_dir=directory,
-    dataset_name='imagenet2012',
-    filetype_suffix=file_format,
+    directory, dataset_name='imagenet2012', filetype_suffix=file_format
   )
   return {
     split: template.replace(split=split).sharded_filepaths(num_shards=count)
@@ -246,26 +239,16 @@ def _paths(
   }
 
 
-def _names(directory: epath.Path) -> set[str]:
-  return {x.name for x in directory.iterdir()} if directory.exists() else set()
-
-
-def _is_finished(
-  directory: epath.Path,
-  present: set[str],
-  paths: Mapping[str, list[epath.Path]],
-) -> bool:
-  """Whether all is there; ConfigError if it is another data set."""
-  needed = {path.name for of_split in paths.values() for path in of_split}
-  if present.issuperset((*_METADATA, *needed)):
-    return True
-  others = [x for x in present - needed if x.startswith('imagenet2012-')]
-  if others:
+def _present(directory: epath.Path, needed: set[str]) -> set[str]:
+  """What is there of `needed`; ConfigError if it is of another data set."""
+  found = {x.name for x in directory.iterdir()} if directory.exists() else set()
+  others = [x for x in found - needed if x.startswith('imagenet2012-')]
+  if others and not needed <= found:
     raise ConfigError(
       f'--data_dir: {directory} holds another imagenet2012, with {min(others)};'
       ' choose another directory, or remove that one'
     )
-  return False
+  return found & needed
 
 
 def _work_directory(directory: epath.Path) -> tempfile.TemporaryDirectory:
@@ -299,7 +282,7 @@ def _check_space(
 def _write_all(
   shards: list[Shard],
   work: str,
-  features: tfds.features.FeaturesDict,
+  labels: Mapping[str, int],
   file_format: str,
 ) -> None:
   """Writes one file after the other, and says how long the others take."""
@@ -307,7 +290,7 @@ def _write_all(
   done, ticker, began = 0, Ticker(), time.monotonic()
   with futures.ThreadPoolExecutor(_READERS) as pool:
     for number, shard in enumerate(shards, 1):
-      records = _records(shard, features, pool)
+      records = _records(shard, labels, pool)
       temporary = os.path.join(work, shard.path.name)
       try:
         write_file(temporary, records, file_format)
@@ -326,7 +309,7 @@ def _write_all(
 
 def _records(
   shard: Shard,
-  features: tfds.features.FeaturesDict,
+  labels: Mapping[str, int],
   pool: futures.ThreadPoolExecutor,
 ) -> list[bytes]:
   """The records of a file; DataError for an image that is none."""
@@ -350,12 +333,18 @@ def _records(
       raise shard.tar.damage(
         f'{example.name} at byte {example.offset:,} is no JPEG'
       ) from error
-    records.append(
-      features.serialize_example(
-        {'image': image, 'label': example.synset, 'file_name': example.name}
-      )
-    )
+    records.append(_record(example.name, image, labels[example.synset]))
   return records
+
+
+def _record(name: str, image: bytes, label: int) -> bytes:
+  """An example in TFDS's schema; the same bytes in any process."""
+  example = tf.train.Example()
+  feature = example.features.feature
+  feature['file_name'].bytes_list.value.append(name.encode())
+  feature['image'].bytes_list.value.append(image)
+  feature['label'].int64_list.value.append(label)
+  return example.SerializeToString(deterministic=True)
 
 
 def _repaired(name: str, image: bytes) -> bytes:

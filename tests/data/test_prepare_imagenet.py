@@ -1,5 +1,6 @@
 """scripts/prepare_imagenet.py: from the two tar files to what runs read."""
 
+import dataclasses
 import errno
 import functools
 import io
@@ -163,6 +164,9 @@ def test_our_reader_finds_each_image_under_its_label(
     assert source.class_names == SYNSETS
     labels = []
     for record in source.fetch(np.arange(COUNTS[split])):
+      # The same bytes in any process: fields are in the order of their keys.
+      keys = [record.index(key) for key in (b'file_name', b'image', b'label')]
+      assert keys == sorted(keys)
       features = tf.train.Example.FromString(record).features.feature
       (name,) = features['file_name'].bytes_list.value
       (label,) = features['label'].int64_list.value
@@ -205,12 +209,27 @@ def test_files_are_those_of_tfds(file_format, tars, tmp_path, monkeypatch):
     )
   )
   theirs, ours = files(tmp_path / 'tfds'), files(tmp_path / 'ours')
-  theirs_info, info = (
-    re.sub('"numBytes": "[0-9]+"', '', x.pop('dataset_info.json').decode())
-    for x in (theirs, ours)
-  )
-  assert len(ours) == 10 and ours == theirs
-  assert info == theirs_info
+  assert len(ours) == 2 * 4 + 3 and theirs.keys() == ours.keys()
+  for name in ('features.json', 'label.labels.txt'):
+    assert ours[name] == theirs[name]
+  infos = [
+    re.sub('"numBytes": "[0-9]+"', '', x['dataset_info.json'].decode())
+    for x in (ours, theirs)
+  ]
+  assert infos[0] == infos[1]
+  for split, count in COUNTS.items():
+    sources = [
+      dataclasses.replace(
+        datasets.get_spec('imagenet2012'), splits=COUNTS, eval_split=split
+      ).open('eval', settings(tmp_path / name))
+      for name in ('ours', 'tfds')
+    ]
+    # TFDS leaves the order of the fields in a record open.
+    mine, its = (
+      map(tf.train.Example.FromString, source.fetch(np.arange(count)))
+      for source in sources
+    )
+    assert all(a == b for a, b in zip(mine, its, strict=True))
 
 
 # ---- Interruptions ----------------------------------------------------------
@@ -295,30 +314,27 @@ def test_a_bucket_gets_whole_files(tars, whole, tmp_path, monkeypatch):
 
 @pytest.mark.fault
 def test_one_that_is_killed_resumes_to_the_same_bytes(tars, tmp_path):
-  def command(name):
-    directory = tmp_path / name / 'imagenet2012/5.1.0'
-    arguments = [
-      f'--tars={tars}', f'--data_dir={tmp_path / name}', '--num_train=1039',
-      '--num_eval=1000',
-    ]  # fmt: skip
-    script = str(ROOT / 'scripts/prepare_imagenet.py')
-    environment = os.environ | {'PYTHONPATH': str(ROOT)}
-    started = subprocess.Popen(
-      [sys.executable, script, *arguments], env=environment
-    )
-    return directory, started
-
-  directory, process = command('killed')
-  while len(list(directory.glob('imagenet2012-train*'))) < 300:
+  shards = {'train': 300, 'validation': 3}
+  arguments = (str(tars), str(tmp_path / 'killed'), 'tfrecord')
+  script = (
+    'from scripts import prepare_imagenet\n'
+    f'prepare_imagenet.prepare(*{arguments}, counts={COUNTS},'
+    f' num_shards={shards})'
+  )
+  process = subprocess.Popen([sys.executable, '-c', script], cwd=ROOT)
+  directory = tmp_path / 'killed/imagenet2012/5.1.0'
+  while len(list(directory.glob('imagenet2012-train*'))) < 20:
     assert process.poll() is None
     time.sleep(0.01)
   process.send_signal(signal.SIGKILL)
   process.wait()
   assert list(directory.glob('incomplete.*'))
-  assert command('killed')[1].wait() == 0
-  assert command('whole')[1].wait() == 0
-  found = files(tmp_path / 'killed')
-  assert found == files(tmp_path / 'whole') and len(found) == 1024 + 64 + 3
+  assert not (directory / 'dataset_info.json').exists()
+  prepare(*arguments, num_shards=shards)
+  prepare(str(tars), str(tmp_path / 'whole'), 'tfrecord', num_shards=shards)
+  found, whole = files(tmp_path / 'killed'), files(tmp_path / 'whole')
+  assert len(found) == 303 + 3
+  assert [x for x in whole if found.get(x) != whole[x]] == []
 
 
 # ---- Tar files that are not right -------------------------------------------
