@@ -94,9 +94,9 @@ DATASETS: dict[str, DatasetSpec | Callable[[], DatasetSpec]] = {
       allows_flip=True,
       store=Prepared(
         'imagenet2012',
-        _BY_TFDS.format(name='imagenet2012')
-        + ' --manual_dir=DIRECTORY_OF_THE_TAR_FILES\n'
-        'as scripts/prepare_imagenet.md explains',
+        'python scripts/prepare_imagenet.py --tars=DIRECTORY_OF_THE_TAR_FILES'
+        ' --data_dir={data_dir}\nas docs/data.md explains',
+        resumes=True,
         first_label='n01440764',
         last_label='n15075141',
       ),

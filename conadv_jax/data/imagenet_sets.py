@@ -101,7 +101,11 @@ def specs(imagenet: DatasetSpec) -> Iterator[DatasetSpec]:
     if manual:
       command += ' --manual_dir=DIRECTORY_OF_THE_TAR_FILES'
     store = dataclasses.replace(
-      imagenet.store, tfds_name=tfds_name, command=command, label=label
+      imagenet.store,
+      tfds_name=tfds_name,
+      command=command,
+      resumes=False,
+      label=label,
     )
     return dataclasses.replace(
       imagenet,

@@ -36,6 +36,7 @@ class Prepared:
   Attributes:
     tfds_name: its directory under the TFDS data directory.
     command: shell command that prepares it in `{data_dir}`.
+    resumes: whether that command goes on with what is half-prepared.
     first_label: name of label 0, and
     last_label: of the last one. They tell an offset or another order of the
       classes; '' is not checked.
@@ -44,6 +45,7 @@ class Prepared:
 
   tfds_name: str
   command: str
+  resumes: bool = False
   first_label: str = ''
   last_label: str = ''
   label: str = 'label'
@@ -126,10 +128,11 @@ class Prepared:
   ):
     """The TFDS builder of `directory`, once all files are there."""
 
-    def half_prepared(what: str) -> ConfigError:
+    def half_prepared(what: str, resumes: bool = self.resumes) -> ConfigError:
+      remove = '' if resumes else 'remove that directory, then '
       return ConfigError(
         f'dataset.name={spec.name!r}: {directory} is half-prepared, {what};'
-        f' remove that directory, then {self._remedy(root)}'
+        f' {remove}{self._remedy(root)}'
       )
 
     for name in ('dataset_info.json', 'features.json'):
@@ -142,7 +145,8 @@ class Prepared:
     try:
       builder = tfds.builder_from_directory(str(directory))
     except (OSError, ValueError, json_format.ParseError) as error:
-      raise half_prepared(f'its metadata is not readable ({error})') from error
+      what = f'its metadata is not readable ({error})'
+      raise half_prepared(what, resumes=False) from error
     paths = []
     for split in dict.fromkeys(piece.split for piece in pieces):
       if split not in builder.info.splits:
