@@ -80,6 +80,7 @@ COMMANDS = {
   'models': 'models.__main__',
   'analyse': 'analysis.__main__',
   'supervise': 'supervise',
+  'cloud': 'cloud.__main__',
 }
 
 
@@ -112,7 +113,9 @@ setuptools.setup(
     'conadv_jax.configs.studies',
   ],
   package_dir={'conadv_jax.configs': 'configs'},
-  package_data={'conadv_jax': ['py.typed', 'data/sources/digits.npz']},
+  package_data={
+    'conadv_jax': ['py.typed', 'data/sources/digits.npz', 'cloud/worker.sh']
+  },
   entry_points={
     'console_scripts': [
       f'conadv-{name} = conadv_jax.{module}:console'

@@ -35,6 +35,7 @@ ROOMS = {
   'study': 'grids of runs that answer a question (command)',
   'export': "a run's network for timm or serving (command)",
   'audit': 'the step, compiled for a TPU slice (command)',
+  'cloud': 'rent machines, set them up, run on them (command)',
 }
 ORDER = tuple(ROOMS)
 # These are narrower than their place in the order allows.
@@ -320,6 +321,7 @@ def test_the_step_loads_neither_tensorflow_nor_plotting():
     'audit.__main__',
     'supervise',
     'analysis.__main__',
+    'cloud.__main__',
   ],  # fmt: skip
 )
 def test_help_and_version_come_before_the_imports(command, flag):
