@@ -1,4 +1,6 @@
-"""Stands for gcloud, ssh and scp, by its name; its cloud is a folder.
+"""Stands for gcloud, ssh and scp; its cloud is a folder.
+
+As a program it goes by its name. `call` does the same in the process of a test.
 
 Queued resources pass through states at each look; nodes come with ACTIVE. The
 workers' homes are folders, and what is sent to them by ssh runs there. Its
@@ -23,17 +25,13 @@ import signal
 import subprocess
 import sys
 
-ROOT = pathlib.Path(os.environ['FAKE_CLOUD'])
+
+class Failed(Exception):
+  """Ends a call: its message and exit code."""
 
 
 def fail(message, code=1):
-  print(f'ERROR: (gcloud) {message}', file=sys.stderr)
-  sys.exit(code)
-
-
-def flag(name, default=None):
-  found = [a for a in sys.argv if a.startswith(f'--{name}=')]
-  return found[0].partition('=')[2] if found else default
+  raise Failed(f'ERROR: (gcloud) {message}', code)
 
 
 def kill(folder):
@@ -48,9 +46,14 @@ def kill(folder):
 class Cloud:
   """What state.json has: resources and nodes by name, and counts."""
 
-  def __init__(self, state, plan):
+  def __init__(self, root, arguments, state, plan):
+    self.root, self.arguments = root, arguments
     self.state, self.plan = state, plan
     self.queued, self.nodes = state['queued'], state['nodes']
+
+  def flag(self, name):
+    found = [a for a in self.arguments if a.startswith(f'--{name}=')]
+    return found[0].partition('=')[2] if found else None
 
   def entry(self):
     number = min(self.state['created'], len(self.plan['creations'])) - 1
@@ -66,12 +69,12 @@ class Cloud:
         'networkEndpoints': [{}] * self.entry()['workers'],
       }
       for index in range(self.entry()['workers']):
-        (ROOT / name / str(index)).mkdir(parents=True, exist_ok=True)
+        (self.root / name / str(index)).mkdir(parents=True, exist_ok=True)
 
   def preempt(self):
     for name in self.nodes:
       self.nodes[name]['state'] = 'PREEMPTED'
-      kill(ROOT / name)
+      kill(self.root / name)
     for resource in self.queued.values():
       resource['states'] = ['SUSPENDING', 'SUSPENDED']
 
@@ -83,8 +86,8 @@ class Cloud:
       fail(error)
     if kind == 'tpu-vm':
       return self.make_nodes([name])
-    count, prefix = flag('node-count'), flag('node-prefix')
-    nodes = [flag('node-id')]
+    count, prefix = self.flag('node-count'), self.flag('node-prefix')
+    nodes = [self.flag('node-id')]
     if count:
       nodes = [f'{prefix}-{i}' for i in range(int(count))]
     self.queued[name] = {'states': self.entry()['states'], 'nodes': nodes}
@@ -93,7 +96,7 @@ class Cloud:
     if name not in (self.nodes if kind == 'tpu-vm' else self.queued):
       fail(f'NOT_FOUND: {name} was not found')
     if kind == 'tpu-vm':
-      return print(json.dumps(self.nodes[name]))
+      return json.dumps(self.nodes[name])
     resource = self.queued[name]
     state, *later = resource['states']
     resource['states'] = later or [state]
@@ -102,7 +105,7 @@ class Cloud:
     answer = {'state': state}
     if state == 'FAILED':
       answer['failedData'] = {'error': {'message': 'no such capacity'}}
-    print(json.dumps({'state': answer}))
+    return json.dumps({'state': answer})
 
   def delete(self, kind, name):
     if self.plan.get('stuck', 0) > self.state['stuck']:
@@ -111,74 +114,97 @@ class Cloud:
     names = [name]
     if kind == 'queued-resources':
       names = self.queued[name]['nodes']
-      if any(n in self.nodes for n in names) and '--force' not in sys.argv:
+      if (
+        any(n in self.nodes for n in names) and '--force' not in self.arguments
+      ):
         fail('FAILED_PRECONDITION: has nodes')
       del self.queued[name]
     for node in names:
       self.nodes.pop(node, None)
-      kill(ROOT / node)
+      kill(self.root / node)
+
+  def home(self, name, index, rented=True):
+    node = self.nodes.get(name, {})
+    if rented and node.get('state') != 'READY':
+      fail('ssh: connection closed', 255)
+    if f'{name}/{index}' in self.plan.get('silent', []):
+      fail('ssh: connection timed out', 255)
+    folder = self.root / name / str(index)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+  def do(self, program, words):
+    """Returns (what it prints, what is to be run in which home)."""
+    if program == 'ssh':
+      return '', (self.home(words[0], 0, rented=False), words[1])
+    if program == 'scp':
+      folder = self.home(words[-1].split(':')[0], 0, rented=False)
+      return copy(words[:-1], folder), None
+    kind, verb, *words = words[2:]
+    if verb == 'ssh':
+      folder = self.home(words[0], self.flag('worker'))
+      return '', (folder, self.flag('command'))
+    if verb == 'scp':
+      folder = self.home(words[-1].split(':')[0], self.flag('worker'))
+      return copy(words[:-1], folder), None
+    return getattr(self, verb)(kind, words[0]) or '', None
 
 
-def home(cloud, name, index):
-  if cloud is not None and cloud.nodes.get(name, {}).get('state') != 'READY':
-    fail('ssh: connection closed', 255)
-  folder = ROOT / name / str(index)
-  if f'{name}/{index}' in (cloud.plan.get('silent', []) if cloud else []):
-    fail('ssh: connection timed out', 255)
-  folder.mkdir(parents=True, exist_ok=True)
-  return folder
+def copy(files, folder):
+  for file in files:
+    shutil.copy(file, folder / 'conadv')
+  return ''
 
 
-def remote(folder, text):
-  path = f'{ROOT}/remote:{os.environ["PATH"]}'
-  environment = os.environ | {'HOME': str(folder), 'PATH': path}
-  return subprocess.run(
-    ['sh', '-c', text], cwd=folder, env=environment, check=False
-  ).returncode
+def remote(root, folder, text):
+  path = f'{root}/remote:{os.environ["PATH"]}'
+  done = subprocess.run(
+    ['sh', '-c', text],
+    cwd=folder,
+    env=os.environ | {'HOME': str(folder), 'PATH': path},
+    capture_output=True,
+    check=False,
+  )
+  return done.returncode, done.stdout, done.stderr
+
+
+def call(root, program, arguments, interrupt):
+  """Returns (exit code, output, errors); calls `interrupt` where planned."""
+  words = [a for a in arguments if not a.startswith('-')]
+  line = ' '.join(arguments)
+  with open(root / 'lock', 'w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    plan = json.loads((root / 'plan.json').read_text())
+    state = json.loads((root / 'state.json').read_text())
+    cloud = Cloud(root, arguments, state, plan)
+    state['calls'].append([program, *arguments])
+    if ' poll ' in line and cloud.entry().get('preempt'):
+      if 'x' not in (root / 'codes0').read_text():
+        cloud.preempt()
+    hit = plan.get('interrupt', '\0') in line and not state['interrupted']
+    state['interrupted'] = hit or state['interrupted']
+    try:
+      out, run = cloud.do(program, words)
+    except Failed as failed:
+      message, code = failed.args
+      return code, b'', message.encode()
+    finally:
+      (root / 'state.json').write_text(json.dumps(state))
+      if hit:
+        interrupt()
+  return remote(root, *run) if run else (0, out.encode(), b'')
 
 
 def main():
-  program = pathlib.Path(sys.argv[0]).name
-  words = [a for a in sys.argv[1:] if not a.startswith('-')]
-  with open(ROOT / 'lock', 'w') as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    plan = json.loads((ROOT / 'plan.json').read_text())
-    state = json.loads((ROOT / 'state.json').read_text())
-    cloud = Cloud(state, plan)
-    line = ' '.join(sys.argv[1:])
-    state['calls'].append([program, *sys.argv[1:]])
-    interrupt = plan.get('interrupt')
-    hit = interrupt and interrupt in line and not state['interrupted']
-    state['interrupted'] = bool(hit or state['interrupted'])
-    if ' poll ' in line and cloud.entry().get('preempt'):
-      if 'x' not in (ROOT / 'codes0').read_text():
-        cloud.preempt()
-    run = None
-    try:
-      if program == 'gcloud':
-        kind, verb = words[2:4]
-        if verb in ('create', 'describe', 'delete'):
-          getattr(cloud, verb)(kind, words[4])
-        elif verb == 'ssh':
-          run = home(cloud, words[4], flag('worker')), flag('command')
-        else:
-          *files, target = words[4:]
-          copy(home(cloud, target.split(':')[0], flag('worker')), files)
-      elif program == 'ssh':
-        run = home(None, words[0], 0), words[1]
-      else:
-        *files, target = words
-        copy(home(None, target.split(':')[0], 0), files)
-    finally:
-      (ROOT / 'state.json').write_text(json.dumps(state))
-      if hit:
-        os.kill(os.getppid(), signal.SIGINT)
-  sys.exit(remote(*run) if run else 0)
-
-
-def copy(folder, files):
-  for file in files:
-    shutil.copy(file, folder / 'conadv')
+  code, out, err = call(
+    pathlib.Path(os.environ['FAKE_CLOUD']),
+    pathlib.Path(sys.argv[0]).name,
+    sys.argv[1:],
+    lambda: os.kill(os.getppid(), signal.SIGINT),
+  )
+  sys.stdout.buffer.write(out)
+  sys.stderr.buffer.write(err)
+  sys.exit(code)
 
 
 if __name__ == '__main__':

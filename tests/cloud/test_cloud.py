@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 
+import fake_cloud
 import pytest
 
 from conadv_jax.base import errors
 from conadv_jax.cloud import command, jobs, supervise
+from conadv_jax.cloud.shell import Result, Shell
 
-HERE = pathlib.Path(__file__).parent
+PROGRAMS = ('gcloud', 'ssh', 'scp')
 SLICE = ['--name=run1', '--zone=us-east5-a']
 NEW = [*SLICE, '--type=v5litepod-8']
 # Ends with the next of the codes in a file of its own; 'x' of none: it stays.
@@ -106,14 +108,22 @@ def checkout(tmp_path_factory):
 
 @pytest.fixture
 def cloud(tmp_path, monkeypatch, checkout):
+  """A cloud in the process of the test."""
   fake = Fake(tmp_path)
-  programs = tmp_path / 'bin'
-  programs.mkdir()
-  source = (HERE / 'fake_cloud.py').read_text(encoding='utf-8')
-  for name in ('gcloud', 'ssh', 'scp'):
-    fake.write(programs / name, f'#!{sys.executable} -IS\n{source}')
-  monkeypatch.setenv('PATH', f'{programs}:{os.environ["PATH"]}')
-  monkeypatch.setenv('FAKE_CLOUD', str(tmp_path))
+  real = Shell.run_all
+
+  def interrupt():
+    raise KeyboardInterrupt
+
+  def run_all(self, commands, dry=b''):
+    if self.dry_run or commands[0][0] not in PROGRAMS:
+      return real(self, commands, dry)
+    return [
+      Result(*fake_cloud.call(tmp_path, program, arguments, interrupt))
+      for program, *arguments in commands
+    ]
+
+  monkeypatch.setattr(Shell, 'run_all', run_all)
   monkeypatch.setattr(jobs, '_root', lambda: checkout)
   monkeypatch.chdir(tmp_path)
   yield fake
@@ -122,6 +132,21 @@ def cloud(tmp_path, monkeypatch, checkout):
       os.killpg(int(file.read_text()), signal.SIGKILL)
     except ProcessLookupError:
       pass
+
+
+@pytest.fixture
+def programs(cloud, monkeypatch):
+  """The same cloud behind programs on the PATH."""
+  folder = cloud.root / 'bin'
+  folder.mkdir()
+  source = pathlib.Path(fake_cloud.__file__).read_text(encoding='utf-8')
+  for name in PROGRAMS:
+    cloud.write(folder / name, f'#!{sys.executable} -IS\n{source}')
+  monkeypatch.undo()
+  monkeypatch.setenv('PATH', f'{folder}:{os.environ["PATH"]}')
+  monkeypatch.setenv('FAKE_CLOUD', str(cloud.root))
+  monkeypatch.chdir(cloud.root)
+  return cloud
 
 
 # ---- Names -------------------------------------------------------------------
@@ -285,10 +310,10 @@ def test_machines_that_exist_are_reached_by_ssh(capsys, cloud):
 
 
 def test_without_gcloud_the_error_says_what_to_install(
-  capsys, cloud, monkeypatch
+  capsys, programs, monkeypatch
 ):
   monkeypatch.setenv('PATH', '/none')
-  assert cloud('status', *SLICE) == errors.CLOUD
+  assert programs('status', *SLICE) == errors.CLOUD
   assert 'Google Cloud CLI' in capsys.readouterr().err
 
 
@@ -313,6 +338,42 @@ def test_a_deletion_that_does_not_work_says_what_is_left(capsys, cloud):
   error = capsys.readouterr().err
   assert 'run1: is left' in error
   assert 'gcloud compute tpus queued-resources delete run1' in error
+
+
+@pytest.mark.slow
+def test_programs_on_the_path_do_the_same(programs, monkeypatch, checkout):
+  monkeypatch.setattr(jobs, '_root', lambda: checkout)
+  programs.plan({'workers': 3})
+  for worker in (1, 2):
+    programs.task(42, 0, worker=worker)
+  assert programs.supervise(42, 0) == 0
+  assert programs.is_empty() and programs.state['created'] == 1
+  # A signal, as a terminal sends it, while gcloud creates.
+  programs.plan(interrupt='--node-id')
+  assert programs.supervise(0) == errors.INTERRUPTED
+  assert programs.is_empty() and programs.state['created'] == 2
+
+
+def test_programs_run_side_by_side_and_keep_their_order():
+  commands = [['sh', '-c', f'sleep {s}; echo {s}; exit 3'] for s in (0.2, 0)]
+  results = Shell().run_all(commands)
+  assert [(r.code, r.out) for r in results] == [(3, b'0.2\n'), (3, b'0\n')]
+  assert results[0].reason == '0.2'
+
+
+def test_a_ctrl_c_ends_the_programs_that_run(tmp_path):
+  # With what they started: gcloud is a shell script that starts Python.
+  start = f'(sleep 1000 & echo $! > {tmp_path}/pid; wait); true'
+  stop = f'while [ ! -s {tmp_path}/pid ]; do sleep 0.01; done; kill -INT $PPID'
+  with pytest.raises(KeyboardInterrupt):
+    Shell().run_all([['sh', '-c', start], ['sh', '-c', stop]])
+  pid = (tmp_path / 'pid').read_text().strip()
+  for _ in range(500):
+    status = pathlib.Path(f'/proc/{pid}/stat')
+    if not status.exists() or ' Z ' in status.read_text():
+      return
+    time.sleep(0.01)
+  pytest.fail('it goes on')
 
 
 # ---- Supervised --------------------------------------------------------------
