@@ -15,7 +15,7 @@ cd "$HOME/conadv"
 
 install() {
   commit=$1 device=$2
-  if [ ! -e "$commit/.installed-$device" ]; then
+  if [ ! -e "$commit/.venv/.installed-$device" ]; then
     rm -rf "$commit"
     mkdir "$commit"
     tar -xzf "$commit.tar.gz" -C "$commit"
@@ -31,7 +31,7 @@ install() {
     else set -- -r requirements.lock 'jax[tpu]'; fi
     run_uv pip install -q --compile-bytecode --python .venv/bin/python "$@"
     run_uv pip install -q --python .venv/bin/python --no-deps -e .
-    touch ".installed-$device"
+    touch ".venv/.installed-$device"  # git ignores it there
     cd ..
   fi
   ln -sfn "$commit" current

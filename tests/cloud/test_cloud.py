@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from conadv_jax.base import errors
 from conadv_jax.cloud import command, jobs, supervise
 from conadv_jax.cloud.shell import Result, Shell
+from conadv_jax.devices.generations import GENERATIONS
 
 PROGRAMS = ('gcloud', 'ssh', 'scp')
 SLICE = ['--name=run1', '--zone=us-east5-a']
@@ -38,7 +40,8 @@ class Fake:
   """The cloud's folder, what a test wants of it, and what it was asked."""
 
   def __init__(self, root):
-    self.root, self.sleeps, self.interrupt_at = root, [], None
+    self.root, self.sleeps = root, []
+    self.interrupt_at, self.on_sleep = None, lambda: None
     (root / 'remote').mkdir()
     self.write(root / 'remote/python3', PYTHON)
     self.plan({})
@@ -69,6 +72,7 @@ class Fake:
     if at == len(self.sleeps) or (at == 'work' and self.is_at_work()):
       self.interrupt_at = None
       raise KeyboardInterrupt
+    self.on_sleep()
     time.sleep(0.01)
 
   def __call__(self, *arguments):
@@ -243,6 +247,33 @@ def test_a_dry_run_prints_every_command_quoted_and_runs_none(capsys, cloud):
   assert shlex.split(remote)[-2:] == ['echo', odd]
   assert '# the same for 3 other workers' in lines
   assert not cloud.state['calls'] and not (cloud.root / 'x').exists()
+
+
+PAGE = pathlib.Path(__file__).parents[2] / 'docs/cloud.md'
+
+
+def test_the_commands_of_the_page_are_right(cloud, capsys):
+  page = PAGE.read_text(encoding='utf-8').replace('\\\n', ' ')
+  lines = re.findall('^conadv-cloud (.*)$', page, re.MULTILINE)
+  assert len(lines) == 10
+  for line in lines:
+    verb, *flags = shlex.split(line)
+    assert cloud(verb, '--dry_run', *flags) == 0, line
+  assert (
+    'gcloud compute tpus queued-resources create' in capsys.readouterr().out
+  )
+  assert not cloud.state['calls']
+
+
+def test_the_page_has_the_table_of_generations():
+  rows = re.findall(r'^\| `(\w+)-N`(.*)\|$', PAGE.read_text('utf-8'), re.M)
+  known = {g.accelerator_type: g for g in GENERATIONS.values()}
+  assert [name for name, _ in rows] == list(known)
+  for name, row in rows:
+    generation = known[name]
+    for value in (generation.runtime_version, generation.gke_machine_type):
+      assert f'`{value}`' in row or not value
+    assert f'| {generation.chips_per_host}' in row
 
 
 def test_a_slice_from_creation_to_deletion(capsys, cloud, checkout):
@@ -443,6 +474,24 @@ def test_a_slice_of_someone_else_is_left_alone(capsys, cloud):
   assert cloud.state['nodes']
   assert cloud.supervise(0, flags=['--adopt']) == 0
   assert cloud.is_empty() and cloud.state['created'] == 1
+
+
+def test_a_run_whose_supervisor_was_killed_is_taken_over(cloud):
+  cloud('create', *NEW)
+  cloud('setup', *SLICE)
+  flag = cloud.root / 'flag'
+  wait = f'while [ ! -e {flag} ]; do sleep 0.01; done; exit 3'
+  assert cloud('run', *SLICE, '--detach', '--', 'sh', '-c', wait) == 0
+  cloud.on_sleep = flag.touch
+  assert cloud.supervise(0, flags=['--adopt']) == 3
+  assert len(cloud.calls(' start ')) == 1 and cloud.is_empty()
+
+
+def test_machines_that_exist_are_supervised_and_stay(cloud):
+  task = cloud.task(42, 0)
+  assert cloud('supervise', '--hosts=a', '--device=cpu', *task) == 0
+  assert len(cloud.calls(' start ')) == 2 and not cloud.calls('gcloud')
+  assert (cloud.root / 'a/0/conadv/jobs/train/log').exists()
 
 
 def test_what_is_kept_is_named(capsys, cloud):
