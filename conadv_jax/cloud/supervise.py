@@ -180,15 +180,13 @@ def _left_behind(machines: Machines, keep: bool) -> Iterator[None]:
   try:
     yield
   finally:
-    if not machines.rented:
-      pass
-    elif keep:
+    if machines.rented and keep:
       print(
         f'supervise: {machines.label} is kept, and costs money; '
         f'{machines.how_to_delete()}',
         flush=True,
       )
-    else:
+    elif machines.rented:
       print(f'supervise: deleting {machines.label} ...', flush=True)
       try:
         machines.delete()
