@@ -93,6 +93,7 @@ COMMANDS = {
   'analyse': 'analysis.__main__',
   'supervise': 'supervise',
   'preflight': 'preflight.__main__',
+  'cloud': 'cloud.__main__',
 }
 
 
@@ -130,6 +131,7 @@ setuptools.setup(
       'py.typed',
       'data/sources/digits.npz',
       'study/references.csv',
+      'cloud/worker.sh',
     ]
   },
   entry_points={

@@ -36,6 +36,7 @@ ROOMS = {
   'export': "a run's network for timm or serving (command)",
   'audit': 'the step, compiled for a TPU slice (command)',
   'preflight': 'can a run start on these hosts? (command)',
+  'cloud': 'rent machines, set them up, run on them (command)',
 }
 ORDER = tuple(ROOMS)
 # These are narrower than their place in the order allows.
@@ -322,6 +323,7 @@ def test_the_step_loads_neither_tensorflow_nor_plotting():
     'supervise',
     'analysis.__main__',
     'preflight.__main__',
+    'cloud.__main__',
   ],  # fmt: skip
 )
 def test_help_and_version_come_before_the_imports(command, flag):

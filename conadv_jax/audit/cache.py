@@ -20,8 +20,9 @@ from conadv_jax.audit.compile import (
   report,
   versions,
 )
-from conadv_jax.audit.topology import Topology, load_devices
+from conadv_jax.audit.libtpu import load_devices
 from conadv_jax.config import Config
+from conadv_jax.devices.topology import Topology
 from conadv_jax.experiment import Run
 
 

@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from conadv_jax import cli
-from conadv_jax.audit import files, report, sweep, topology
+from conadv_jax.audit import files, libtpu, report, sweep
 from conadv_jax.audit.cache import Auditor
 from conadv_jax.audit.scaling import forecast
 from conadv_jax.audit.scaling.plot import plot
@@ -18,6 +18,7 @@ from conadv_jax.audit.scaling.study import as_json
 from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError, OutOfMemoryError
 from conadv_jax.config import Config, from_config_dict
+from conadv_jax.devices import topology
 
 
 def audit(argv: Sequence[str]) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def audit(argv: Sequence[str]) -> dict[str, Any]:
   ]
   # An audit computes nothing, so it must not occupy a TPU of this machine.
   jax.config.update('jax_platforms', 'cpu')
-  topology.prepare_process()
+  libtpu.prepare_process()
   output = storage.expand(options.output) if options.output else None
   asked = files.asked(config, topologies, options)
   if output:
@@ -46,7 +47,7 @@ def audit(argv: Sequence[str]) -> dict[str, Any]:
     sizes = options.batch_sizes or str(config.batch_size)
     sizes = [_batch_size(text) for text in sizes.split(',')]
     # Without this check every row would report that libtpu is missing.
-    topology.require_libtpu()
+    libtpu.require_libtpu()
     result = {'sweep': sweep.sweep(config, topologies, sizes, auditor)}
     fits = True
   else:

@@ -16,9 +16,9 @@ from conadv_jax import models
 from conadv_jax.audit.hlo.cost import Rates, cost_by_scope, total_cost
 from conadv_jax.audit.hlo.program import parse
 from conadv_jax.audit.hlo.schedule import collectives, inventory, overlap
-from conadv_jax.audit.topology import Topology
 from conadv_jax.config import flatten, to_dict
 from conadv_jax.data import prefetch
+from conadv_jax.devices.topology import Topology
 from conadv_jax.experiment import Run
 
 # What a compiler says when a program needs more memory than there is.

@@ -10,10 +10,10 @@ from typing import Any
 from etils import epath
 
 from conadv_jax.audit import report, report_html
-from conadv_jax.audit.topology import Topology
 from conadv_jax.base import fields
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import Config, to_dict
+from conadv_jax.devices.topology import Topology
 
 _PAGES = {
   '.json': lambda result: json.dumps(result, indent=2) + '\n',

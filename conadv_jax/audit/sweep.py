@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from conadv_jax.audit.topology import Topology
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import Config, from_config_dict, to_dict
+from conadv_jax.devices.topology import Topology
 
 Audit = Callable[[Config, Topology], dict[str, Any]]
 

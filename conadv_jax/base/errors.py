@@ -18,6 +18,7 @@ DATA = 5
 HANG = 6
 STORAGE = 7
 HOST = 8
+CLOUD = 9
 PREEMPTED = 42
 INTERRUPTED = 130
 
@@ -76,6 +77,20 @@ class HostError(CommandError):
   def __init__(self, message: str, exit_code: int = HOST):
     super().__init__(message)
     self.exit_code = exit_code
+
+
+class CloudError(CommandError):
+  """A rented machine cannot be made, reached or deleted.
+
+  Attributes:
+    retry: whether the same may work later.
+  """
+
+  exit_code = CLOUD
+
+  def __init__(self, message: str, *, retry: bool = False):
+    super().__init__(message)
+    self.retry = retry
 
 
 class Preempted(CommandError):

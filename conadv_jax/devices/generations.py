@@ -40,6 +40,9 @@ class Generation:
       chip (2 per dimension), shared by the devices of the chip.
     dcn_bytes_per_sec_per_host: out of a host in one direction.
     host_vcpus: virtual CPUs of a host with `chips_per_host` chips.
+    runtime_version: software of a Cloud TPU VM; '' where the Cloud TPU API
+      does not know the generation, only GKE and Compute Engine do.
+    gke_machine_type: of a node with `chips_per_host` chips; '' if GKE has none.
     page: the documentation of Cloud TPU that figures are from.
     sources: field -> source, of the figures that are not from `page`.
     ici_hop_seconds: from one chip to the next, however few the bytes.
@@ -61,6 +64,8 @@ class Generation:
   ici_bytes_per_sec: float
   dcn_bytes_per_sec_per_host: float
   host_vcpus: int
+  runtime_version: str
+  gke_machine_type: str
   page: str
   sources: Mapping[str, str] = dataclasses.field(compare=False)
   ici_hop_seconds: float = 1e-6
@@ -107,6 +112,7 @@ def _sources(**others: str) -> dict[str, str]:
     'ici_hop_seconds': f'{_BOOK}/sharding: "typically around 1us"',
     'dcn_latency_seconds': 'our assumption',
     'host_vcpus': 'machine types of GKE and Compute Engine, recalled',
+    'runtime_version': f'{_DOCS}runtimes',
   } | others
 
 
@@ -128,6 +134,8 @@ GENERATIONS: Mapping[str, Generation] = {
       ici_bytes_per_sec=340e12 / 1024 / 2,
       dcn_bytes_per_sec_per_host=12.5e9,
       host_vcpus=96,
+      runtime_version='tpu-ubuntu2204-base',
+      gke_machine_type='',
       page='v3',
       sources=_sources(
         ici_bytes_per_sec=f'{_DOCS}v3: all-reduce of a pod, 340 TB/s, / chips',
@@ -144,6 +152,8 @@ GENERATIONS: Mapping[str, Generation] = {
       ici_bytes_per_sec=1.1e15 / 4096,
       dcn_bytes_per_sec_per_host=12.5e9,
       host_vcpus=240,
+      runtime_version='tpu-ubuntu2204-base',
+      gke_machine_type='ct4p-hightpu-4t',
       page='v4',
       sources=_sources(
         ici_bytes_per_sec=f'{_DOCS}v4: all-reduce of a pod, 1.1 PB/s, / chips',
@@ -161,6 +171,8 @@ GENERATIONS: Mapping[str, Generation] = {
       ici_bytes_per_sec=400e9 / 2,
       dcn_bytes_per_sec_per_host=6.4e12 / 8 / 256 * 4,
       host_vcpus=112,
+      runtime_version='v2-alpha-tpuv5-lite',
+      gke_machine_type='ct5lp-hightpu-4t',
       page='v5e',
       sources=_sources(host_vcpus='machine type ct5lp-hightpu-4t'),
     ),
@@ -174,6 +186,8 @@ GENERATIONS: Mapping[str, Generation] = {
       ici_bytes_per_sec=1200e9 / 2,
       dcn_bytes_per_sec_per_host=50e9 / 8 * 4,
       host_vcpus=208,
+      runtime_version='v2-alpha-tpuv5',
+      gke_machine_type='ct5p-hightpu-4t',
       page='v5p',
       sources=_sources(),
     ),
@@ -188,6 +202,8 @@ GENERATIONS: Mapping[str, Generation] = {
       ici_bytes_per_sec=800e9 / 2,
       dcn_bytes_per_sec_per_host=100e9 / 8 * 4,
       host_vcpus=180,
+      runtime_version='v2-alpha-tpuv6e',
+      gke_machine_type='ct6e-standard-4t',
       page='v6e',
       sources=_sources(),
     ),
@@ -202,6 +218,8 @@ GENERATIONS: Mapping[str, Generation] = {
       ici_bytes_per_sec=1200e9 / 2 / 2,
       dcn_bytes_per_sec_per_host=100e9 / 8 * 4,
       host_vcpus=224,
+      runtime_version='',
+      gke_machine_type='tpu7x-standard-4t',
       page='tpu7x',
       sources=_sources(),
     ),

@@ -17,11 +17,12 @@ import jax
 import pytest
 
 from conadv_jax import cli, experiment, models
-from conadv_jax.audit import cache, command, compile, sweep, topology
+from conadv_jax.audit import cache, command, compile, libtpu, sweep
 from conadv_jax.audit.compile import Compiled
 from conadv_jax.audit.scaling import forecast
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import from_config_dict
+from conadv_jax.devices import topology
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / 'tests' / 'references' / 'collectives.json'
@@ -300,8 +301,8 @@ def test_a_comparison_is_with_the_baseline_and_has_every_option():
 @pytest.fixture
 def command_in(monkeypatch, tmp_path):
   """Runs the command with --output, without a compiler; returns the report."""
-  monkeypatch.setattr(topology, 'require_libtpu', lambda: None)
-  monkeypatch.setattr(topology, 'prepare_process', lambda: None)
+  monkeypatch.setattr(libtpu, 'require_libtpu', lambda: None)
+  monkeypatch.setattr(libtpu, 'prepare_process', lambda: None)
   monkeypatch.setattr(command, 'Auditor', lambda *_: audit_of())
 
   def run(*args):
@@ -403,9 +404,7 @@ def test_what_batch_norm_over_devices_exchanges_by_hand():
 
 @pytest.mark.usefixtures('tiny_model')
 def test_the_forecast_is_a_line_through_two_programs(monkeypatch):
-  monkeypatch.setattr(
-    forecast.topology, 'load_devices', lambda _: jax.devices()
-  )
+  monkeypatch.setattr(forecast.libtpu, 'load_devices', lambda _: jax.devices())
   asked = []
 
   def audit(config, where):
@@ -433,7 +432,7 @@ def test_the_forecast_is_a_line_through_two_programs(monkeypatch):
 def run_audit(*args):
   env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
   # What only the audit's own process may set.
-  for name in topology.AOT_ENVIRONMENT:
+  for name in libtpu.AOT_ENVIRONMENT:
     env.pop(name, None)
   path = [env['PYTHONPATH'], *filter(None, [os.environ.get('PYTHONPATH')])]
   env['PYTHONPATH'] = os.pathsep.join(path)
@@ -460,7 +459,7 @@ def run_audit(*args):
 def test_wrong_settings_exit_with_2_and_name_the_field(
   args, words, monkeypatch, capsys
 ):
-  monkeypatch.setattr(topology, 'prepare_process', lambda: None)
+  monkeypatch.setattr(libtpu, 'prepare_process', lambda: None)
   config = f'--config={ROOT}/configs/digits.py'
   monkeypatch.setattr(sys, 'argv', ['audit', config, *args])
   with pytest.raises(SystemExit) as end:
@@ -478,13 +477,13 @@ def test_the_command_ends_in_the_same_way():
 
 def test_a_sweep_without_libtpu_ends_at_once(monkeypatch, tmp_path):
   monkeypatch.delenv('TPU_LIBRARY_PATH', raising=False)
-  find_spec = topology.importlib.util.find_spec
+  find_spec = libtpu.importlib.util.find_spec
   monkeypatch.setattr(
-    topology.importlib.util,
+    libtpu.importlib.util,
     'find_spec',
     lambda name, *args: None if name == 'libtpu' else find_spec(name, *args),
   )
-  monkeypatch.setattr(topology, 'prepare_process', lambda: None)
+  monkeypatch.setattr(libtpu, 'prepare_process', lambda: None)
   argv = [
     'audit',
     f'--config={ROOT}/configs/digits.py',
@@ -604,12 +603,12 @@ def collectives_of(recipe):
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_collectives_of_the_recipes_are_as_committed(recipe, monkeypatch):
-  for name, value in topology.AOT_ENVIRONMENT.items():
+  for name, value in libtpu.AOT_ENVIRONMENT.items():
     monkeypatch.setenv(name, value)
   expected = json.loads(GOLDEN.read_text())[recipe]
   assert collectives_of(recipe) == expected
 
 
 if __name__ == '__main__':
-  topology.prepare_process()
+  libtpu.prepare_process()
   print(json.dumps({r: collectives_of(r) for r in RECIPES}, indent=2))

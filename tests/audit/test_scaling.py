@@ -25,9 +25,9 @@ from conadv_jax.audit.scaling.predict import (
   slices_of,
 )
 from conadv_jax.audit.scaling.study import as_json, make_study
-from conadv_jax.audit.topology import Topology, parse
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.devices.generations import GENERATIONS
+from conadv_jax.devices.topology import Topology, parse
 
 # Round numbers to calculate with: a link of 1 GB/s, 1 us per hop, 5 GB/s per
 # host, 100 us between slices, 10 TFLOP/s and 1 TB/s.

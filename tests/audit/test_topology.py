@@ -11,15 +11,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from conadv_jax.audit.topology import (
-  AOT_ENVIRONMENT,
-  Topology,
-  load_devices,
-  parse,
-)
+from conadv_jax.audit.libtpu import AOT_ENVIRONMENT, load_devices
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.devices.generations import GENERATIONS
 from conadv_jax.devices.mesh import batch_sharding, make_mesh, replicated
+from conadv_jax.devices.topology import Topology, parse
 
 # text, slices, name of a slice, alias, chips, devices, hosts. Chips, devices
 # and hosts of the types are those of Cloud TPU's tables.
@@ -254,11 +250,12 @@ def test_only_who_asks_for_it_gets_the_environment_of_an_audit():
   code = (
     'import os, jax\n'
     'before = dict(os.environ)\n'
-    'from conadv_jax.audit import topology\n'
+    'from conadv_jax.audit import libtpu\n'
+    'from conadv_jax.devices import topology\n'
     'topology.parse("v3-8")\n'
     'print(dict(os.environ) == before)\n'
-    'topology.prepare_process()\n'
-    'print([os.environ[name] for name in topology.AOT_ENVIRONMENT])\n'
+    'libtpu.prepare_process()\n'
+    'print([os.environ[name] for name in libtpu.AOT_ENVIRONMENT])\n'
   )
   env = {k: v for k, v in os.environ.items() if k not in AOT_ENVIRONMENT}
   process = subprocess.run(

@@ -26,10 +26,10 @@ import numpy as np
 import pytest
 
 from conadv_jax import experiment, models
-from conadv_jax.audit import topology
+from conadv_jax.audit import libtpu
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.data import datasets
-from conadv_jax.devices import mesh, sharded_optimizer
+from conadv_jax.devices import mesh, sharded_optimizer, topology
 from conadv_jax.method.staleness import (
   make_attack_stats_fn,
   pending_perturbation,
@@ -510,9 +510,9 @@ def test_groups_that_do_not_divide_name_the_examples_per_device():
 def test_hosts_of_tpu_slices_feed_rows_of_whole_groups(
   monkeypatch, name, slices, span
 ):
-  for key, value in topology.AOT_ENVIRONMENT.items():
+  for key, value in libtpu.AOT_ENVIRONMENT.items():
     monkeypatch.setenv(key, value)
-  devices = topology.load_devices(topology.parse(name, slices))
+  devices = libtpu.load_devices(topology.parse(name, slices))
   made = mesh.make_mesh(2 * len(devices), 2 * span, devices)
   assert made.devices.shape == (len(devices) // span, span)
   assert set(made.devices.flat) == set(devices)
@@ -531,9 +531,9 @@ def test_hosts_of_tpu_slices_feed_rows_of_whole_groups(
 
 @pytest.mark.tpu_aot
 def test_a_group_may_not_span_slices(monkeypatch):
-  for key, value in topology.AOT_ENVIRONMENT.items():
+  for key, value in libtpu.AOT_ENVIRONMENT.items():
     monkeypatch.setenv(key, value)
-  devices = topology.load_devices(topology.parse('v5e:2x2', 2))
+  devices = libtpu.load_devices(topology.parse('v5e:2x2', 2))
   with pytest.raises(
     ConfigError,
     match='bn_group_size: 1 batch-norm groups .* smaller',

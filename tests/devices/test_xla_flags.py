@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from conadv_jax.audit import topology
-from conadv_jax.devices import sums, xla_flags
+from conadv_jax.audit import libtpu
+from conadv_jax.devices import sums, topology, xla_flags
 from conadv_jax.devices.mesh import (
   EXAMPLES,
   REPLICATED,
@@ -47,9 +47,9 @@ def test_none_is_none_and_multislice_is_not(kind):
 )
 def test_the_compilers_know_their_options(monkeypatch, name, slices):
   """And an option that they do not know fails the compile."""
-  for key, value in topology.AOT_ENVIRONMENT.items():
+  for key, value in libtpu.AOT_ENVIRONMENT.items():
     monkeypatch.setenv(key, value)
-  devices = topology.load_devices(topology.parse(name, slices))
+  devices = libtpu.load_devices(topology.parse(name, slices))
   assert devices[0].device_kind in KINDS
   mesh = make_mesh(len(devices), 1, devices)
   fn = per_device(mesh, sums.mean_over_devices, EXAMPLES, REPLICATED)

@@ -10,9 +10,9 @@ from conadv_jax.audit.scaling.predict import (
   StepCost,
   predict,
 )
-from conadv_jax.audit.topology import Topology
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.devices.generations import GENERATIONS
+from conadv_jax.devices.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)

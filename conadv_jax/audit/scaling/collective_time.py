@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from conadv_jax.audit.topology import Topology
+from conadv_jax.devices.topology import Topology
 
 
 class CollectiveTime(NamedTuple):

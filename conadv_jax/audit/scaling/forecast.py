@@ -8,11 +8,12 @@ import jax
 from flax import traverse_util
 
 from conadv_jax import experiment
-from conadv_jax.audit import sweep, topology
+from conadv_jax.audit import libtpu, sweep
 from conadv_jax.audit.scaling.predict import BatchNormCost, Compiled, StepCost
 from conadv_jax.audit.scaling.study import Study, make_study
-from conadv_jax.audit.topology import Topology
 from conadv_jax.config import Config
+from conadv_jax.devices import topology
+from conadv_jax.devices.topology import Topology
 
 # Examples per device of the second program, which tells fixed from growing
 # cost; also those of MLPerf's step.
@@ -25,7 +26,7 @@ def study(config: Config, where: Topology, audit: sweep.Audit) -> Study:
   Compiles its step at as many examples per device as on `where`, and at a few.
   The baseline on v3 checks and calibrates the model of time.
   """
-  run = experiment.build(config, topology.load_devices(where))
+  run = experiment.build(config, libtpu.load_devices(where))
   each = config.batch_size // where.devices // config.microbatches
   baseline = sweep.with_method(config, 'baseline')
   anchor_slice = topology.parse('v3-1024')
@@ -61,7 +62,7 @@ def step_cost(
       Compiled(each, found['flops_per_device'], found['hbm_bytes_per_device'])
     )
   # Of the trial: the batch of `config` need not divide over `where`.
-  run = experiment.build(trial, topology.load_devices(where))
+  run = experiment.build(trial, libtpu.load_devices(where))
   state = run.abstract_state()
   return StepCost.from_compiled(
     *programs,

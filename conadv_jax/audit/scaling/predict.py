@@ -21,9 +21,9 @@ from conadv_jax.audit.scaling.collective_time import (
   all_reduce,
   group_all_reduce,
 )
-from conadv_jax.audit.topology import Topology, squarest_shape
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.devices.generations import Generation
+from conadv_jax.devices.topology import Topology, squarest_shape
 
 DEVICE_COUNTS = tuple(2**k for k in range(3, 13))
 

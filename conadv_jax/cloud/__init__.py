@@ -1,0 +1,1 @@
+"""Machines that are rented: made, set up, run on, watched and deleted."""
