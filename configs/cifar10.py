@@ -1,6 +1,6 @@
 r"""CIFAR-10, 32x32.
 
-Prepare: python scripts/prepare_cifar.py --archive=cifar-10-python.tar.gz,
+Prepare: python scripts/prepare_cifar.py --archive=cifar-10-binary.tar.gz,
          or let TFDS download it: scripts/prepare_tfds.py --name=cifar10
 Run:     python -m conadv_jax.train \
            --config=cifar10:method=conadv,batch_size=2048 \
