@@ -248,7 +248,7 @@ def test_another_order_of_the_classes_is_refused(fake_dirs, tmp_path):
 
 
 def test_a_missing_imagenet_says_how_to_prepare_it(tmp_path):
-  with pytest.raises(ConfigError, match='prepare_tfds.py --name=imagenet2012'):
+  with pytest.raises(ConfigError, match=r'prepare_imagenet\.py --tars='):
     load(tmp_path)
   with pytest.raises(ConfigError, match=str(tmp_path / 'none')):
     load(tmp_path / 'none', name='image_folder')
