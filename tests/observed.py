@@ -225,14 +225,18 @@ def begun(config):
 
 
 def logged(config):
-  """Who is shown the numbers of a run."""
+  """Who is shown the numbers of a run, beside TensorBoard."""
   with (
     pytest.MonkeyPatch.context() as patch,
-    tempfile.TemporaryDirectory() as d,
+    tempfile.TemporaryDirectory() as directory,
   ):
     patch.setattr(metrics, 'WandbLog', lambda project, workdir: project)
-    writer = metrics.make_writer(epath.Path(d), 0, config.wandb_project)
-    return writer._shown[1:]
+    path = epath.Path(directory)
+    writer = metrics.make_writer(path, 0, config.wandb_project)
+    _, *others = writer._shown
+    del writer._shown[1:]
+    writer.close()
+    return others
 
 
 def evaluated_too(config):

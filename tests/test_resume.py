@@ -304,12 +304,13 @@ def test_a_resume_that_forgets_something_does_not_equal_the_unbroken_run(
   restored, batches = training._restored, feed.batches
 
   def forgetful(*args):
-    step, state = restored(*args)
+    step, state, weights = restored(*args)
     forget = FORGETS.get(forgotten, FORGETS['nothing'])
     changed = jax.tree.map(
       lambda new, old: jax.device_put(new, old.sharding), forget(state), state
     )
-    return step, jax.tree.map(jnp.copy, changed)  # a step donates its state
+    # A step donates its state.
+    return step, jax.tree.map(jnp.copy, changed), weights
 
   monkeypatch.setattr(training, '_restored', forgetful)
   if forgotten == 'perturbation':
