@@ -117,7 +117,8 @@ def test_a_run_resumed_at_a_save_point_equals_the_unbroken_one(
   assert rows == rows_without_timings(unbroken)
 
 
-@pytest.mark.parametrize('tau', [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize('tau', [1, 3])
 def test_the_pending_perturbation_is_made_again_after_a_restore(tau, tmp_path):
   """δ_t, random start included, from a checkpoint that does not hold it."""
   cfg = settings(staleness_steps=tau, attack__preset='paper', max_steps=6)

@@ -116,10 +116,11 @@ def test_a_run_does_not_depend_on_the_devices(devices, group_size):
     assert np.abs(a - b).max() > 1e-4
 
 
+@SLOW
 @pytest.mark.usefixtures('tiny_model', 'x64')
 @pytest.mark.parametrize(
   ('devices', 'microbatches'),
-  ((8, 1), *(pytest.param(*case, marks=SLOW) for case in ((1, 4), (2, 2)))),
+  ((8, 1), (1, 4), (2, 2)),
 )
 def test_a_share_of_the_batch_does_not_depend_on_the_devices(
   devices, microbatches
@@ -133,6 +134,7 @@ def test_a_share_of_the_batch_does_not_depend_on_the_devices(
   assert_same_run(actual, expected)
 
 
+@SLOW
 @pytest.mark.usefixtures('tiny_model', 'x64')
 def test_random_signs_do_not_depend_on_the_devices():
   fields = {'attack.preset': 'random_signs', 'staleness_steps': 1}

@@ -469,7 +469,8 @@ def counts(state):
   )
 
 
-@pytest.mark.parametrize('tau', (pytest.param(1, marks=pytest.mark.slow), 2))
+@pytest.mark.slow
+@pytest.mark.parametrize('tau', (1, 2))
 def test_a_step_that_is_not_finite_is_counted_and_not_applied(tau):
   run = trained(tau)
   batches = run.batches
