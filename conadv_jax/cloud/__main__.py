@@ -11,7 +11,7 @@
   logs        the end of a job's log; --follow: until the job ends
   stop        asks a job to save and end, as a signal does
   supervise   all of it: creates, sets up and runs; after a preemption, or exit
-              code 42, waits and goes on; deletes what it made at the end
+              code 42, waits and resumes; deletes what it made at the end
   delete      deletes the slice, and checks that it is gone
 
   --type=T             slice: v5litepod-256, v4-128, ... (create, supervise)

@@ -12,7 +12,7 @@ from typing import NoReturn
 from conadv_jax.base import errors, storage
 from conadv_jax.base.errors import CommandError, ConfigError
 from conadv_jax.cloud import jobs, names, supervise
-from conadv_jax.cloud.machines import Hosts, Machines, Request, Slice
+from conadv_jax.cloud.machines import READY, Hosts, Machines, Request, Slice
 from conadv_jax.cloud.shell import Shell
 
 _VERBS = (
@@ -140,7 +140,7 @@ def _do(
     case 'status':
       state = machines.state()
       print(f'{machines.label}: {state}')
-      if state == 'READY':
+      if state == READY:
         for worker, state in jobs.states(machines, options.job).items():
           print(f'{worker}: job {options.job}: {state}')
     case 'logs':

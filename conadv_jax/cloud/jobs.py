@@ -14,7 +14,7 @@ from conadv_jax.cloud.machines import READY, Machines, Worker
 from conadv_jax.cloud.shell import Result, Shell
 
 _POLL_SECONDS = 15
-# Of polls in a row that do not reach a worker that is said to be ready.
+# How many polls in a row may fail to reach a worker whose state is READY.
 _SILENT_POLLS = 8
 # From the first worker that fails to the end of the others: they need 60 to
 # notice, and save first.

@@ -17,7 +17,7 @@ from conadv_jax.cloud.machines import NOT_FOUND, READY, Machines
 _AGAIN = {errors.PREEMPTED, errors.HANG, errors.HOST}
 _PROGRESS_SECONDS = 600  # a run that lasted this long was worth its machines
 _FIRST_PAUSE_SECONDS, _MOST_PAUSE_SECONDS = 30, 600
-_SAVE_SECONDS, _STOP_POLL_SECONDS = 120, 10  # for a run that is told to stop
+_SAVE_SECONDS, _STOP_POLL_SECONDS = 120, 10  # of a run that was stopped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def supervise(
         return last
       pause = min(_FIRST_PAUSE_SECONDS * 2 ** (tries - 1), _MOST_PAUSE_SECONDS)
       print(
-        f'supervise: goes on in {pause:g} s (try {tries + 1} of '
+        f'supervise: resumes in {pause:g} s (try {tries + 1} of '
         f'{policy.tries})',
         flush=True,
       )

@@ -13,6 +13,7 @@ from conadv_jax.config import Config
 from conadv_jax.data.datasets import DatasetSpec
 from conadv_jax.experiment import Run
 from conadv_jax.method.state import Snapshot
+from conadv_jax.models.weights import norms_of
 from conadv_jax.run import evaluations, provenance
 
 Card = dict[str, Any]
@@ -109,15 +110,9 @@ def timm_name(model: str) -> str | None:
   return f'tf_{model}' if model.startswith('efficientnet') else model
 
 
-def norms_of(weights: Snapshot) -> set[tuple[str, ...]]:
-  """Returns the paths of the batch norms, whose leaves have a row per route."""
-  stats = traverse_util.flatten_dict(weights.batch_stats)
-  return {path[:-1] for path in stats}
-
-
 def count_parameters(weights: Snapshot) -> int:
   """Counts the parameters of the network that one route is."""
-  norms = norms_of(weights)
+  norms = norms_of(weights.batch_stats)
   shapes = {
     path: leaf.shape[1:] if path[:-1] in norms else leaf.shape
     for path, leaf in traverse_util.flatten_dict(weights.params).items()

@@ -123,6 +123,11 @@ def from_state_dict(
   return traverse_util.unflatten_dict(flat)
 
 
+def norms_of(batch_stats: Any) -> set[tuple[str, ...]]:
+  """Returns the paths of the batch norms, whose leaves have a row per route."""
+  return {path[:-1] for path in traverse_util.flatten_dict(batch_stats)}
+
+
 def to_arrays(params: Any, batch_stats: Any, route: int) -> StateDict:
   """The variables with one row in their batch norms, by path.
 
@@ -138,7 +143,7 @@ def to_arrays(params: Any, batch_stats: Any, route: int) -> StateDict:
   flat = traverse_util.flatten_dict(
     {'params': params, 'batch_stats': batch_stats}
   )
-  norms = _norms(flat)
+  norms = norms_of(batch_stats)
   return {
     '/'.join(path): np.asarray(
       leaf[route : route + 1] if path[1:-1] in norms else leaf
@@ -166,7 +171,7 @@ def from_arrays(
     ConfigError: as `from_state_dict`.
   """
   flat = traverse_util.flatten_dict(dict(variables))
-  norms = _norms(flat)
+  norms = norms_of(variables.get('batch_stats', {}))
   shapes = {
     '/'.join(path): (1, *x.shape[1:]) if path[1:-1] in norms else x.shape
     for path, x in flat.items()
@@ -243,11 +248,6 @@ def save(
   """Writes a safetensors file, which timm and PyTorch load as it is."""
   content = safetensors.numpy.save(dict(state_dict), dict(metadata or {}))
   storage.expand(path).write_bytes(content)
-
-
-def _norms(flat: Mapping[tuple[str, ...], Any]) -> set[tuple[str, ...]]:
-  """Modules whose leaves have a row for each route."""
-  return {path[1:-1] for path in flat if path[0] == 'batch_stats'}
 
 
 class _Leaf(NamedTuple):

@@ -242,7 +242,7 @@ def _images_per_sec(subject: Subject, quarantine: Quarantine) -> float:
 
 
 def _memory(subject: Subject) -> str:
-  """What must be on a device, whatever the step computes there."""
+  """Bounds the memory of a device from below: its state and images."""
   subject.needs('run')
   state = jax.tree.leaves(subject.run.abstract_state())
   batches = _BATCHES * jax.tree.leaves(subject.run.abstract_batch())

@@ -93,8 +93,8 @@ def train(
         return done
     feed.prepare()
     start, state, weights = _restored(run, checkpoints)
-    began = guard.timeline.began
-    began = workdir.write_config(path, run, data, start, began, weights)
+    now = guard.timeline.began
+    began = workdir.write_config(path, run, data, start, now, weights)
     writer = metrics.make_writer(path, start, config.wandb_project)
     stack.callback(writer.close)
     stack.push(guard.verdict)  # first: the others would wait for a lost host

@@ -31,11 +31,11 @@ def check_installed(project: str) -> None:
 
 
 class WandbLog:
-  """One run on Weights & Biases, which every start of ours goes on with.
+  """One run on Weights & Biases, which every start of ours continues.
 
   A thread sends, so that the network delays no step. An error of wandb ends the
-  log and is printed; the training goes on. Steps that a resumed run repeats are
-  there twice. `WANDB_MODE=offline` keeps all in the work directory.
+  log and is printed; the training continues. Steps that a resumed run repeats
+  are there twice. `WANDB_MODE=offline` keeps all in the work directory.
   """
 
   def __init__(self, project: str, workdir: epath.Path):

@@ -47,7 +47,7 @@ def test_a_file_of_export_has_the_weights_of_its_route(
   weights.save(path, export.to_timm(run, chosen))
   found, identity = weights_file.read(path, run)
   assert identity['file'] == path and len(identity['sha256']) == 64
-  norms = model_card.norms_of(chosen)
+  norms = weights.norms_of(chosen.batch_stats)
   flat = jax.tree_util.tree_leaves_with_path(chosen)
   for (place, old), new in zip(flat, jax.tree.leaves(found), strict=True):
     names = tuple(key.key for key in place[1:])

@@ -36,7 +36,7 @@ class Prepared:
   Attributes:
     tfds_name: its directory under the TFDS data directory.
     command: shell command that prepares it in `{data_dir}`.
-    resumes: whether that command goes on with what is half-prepared.
+    resumes: whether that command resumes an interrupted preparation.
     first_label: name of label 0, and
     last_label: of the last one. They tell an offset or another order of the
       classes; '' is not checked.
