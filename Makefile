@@ -1,5 +1,6 @@
 # `make` lists the targets. Each one makes .venv first when it has to, with the
-# exact versions in requirements.lock. PYTHON=/path/to/python picks the Python.
+# exact versions in the lock of DEVICE: cpu, tpu or cuda. It stays what it was
+# at first, until another is asked for. PYTHON=/path/to/python picks the Python.
 #
 # All paths are relative, so that a folder with spaces in its name works.
 
@@ -12,46 +13,62 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 VENV_PYTHON = .venv/bin/python
 STAMP = .venv/.installed
+CHOICE = .venv/.device
+
+CHOSEN := $(or $(shell cat $(CHOICE) 2> /dev/null),cpu)
+ifeq ($(DEVICE),)
+DEVICE := $(CHOSEN)
+endif
+LOCK_cpu = requirements.lock
+LOCK_tpu = requirements-tpu.lock
+LOCK_cuda = requirements-cuda.lock
+LOCK := $(LOCK_$(DEVICE))
 
 # The stamp holds the folder that was installed from. Not only its date counts:
 # a moved or copied tree would import from the old place, and an upgrade of the
 # system can take away the Python below .venv.
 SETUP_AGAIN := $(shell \
-  { test -x $(VENV_PYTHON) && test "$$(cat $(STAMP))" = "$$(pwd -P)"; } \
-  2> /dev/null || echo FORCE)
+  { test "$(LOCK)" = "$(LOCK_$(CHOSEN))" && test -x $(VENV_PYTHON) \
+  && test "$$(cat $(STAMP))" = "$$(pwd -P)"; } 2> /dev/null || echo FORCE)
 
 help:
 	@echo 'make setup    make .venv, or update it (the others do so by themselves)'
+	@echo '              DEVICE=tpu or cuda: with the JAX for it; DEVICE=cpu: back'
 	@echo 'make train    train with ConAdv on the embedded digits data'
 	@echo "make test     run the tests, e.g. make test PYTEST_ARGS='-k mesh'"
 	@echo 'make lint     check style and formatting'
 	@echo 'make format   format the code, fix what can be fixed'
-	@echo 'make lock     remake requirements.lock (LOCK_ARGS=--upgrade: newest)'
+	@echo 'make lock     remake the three locks (LOCK_ARGS=--upgrade: newest)'
 	@echo 'make clean    delete .venv, builds and caches; runs/ stays'
 
 setup: $(STAMP)
 
-# The stamp goes first and comes back last: an interrupted install starts again.
+# The stamp goes first and comes back last: an interrupted install starts again,
+# for the same device. For another device .venv is emptied first, as what only the
+# old one needs, such as libtpu, would stay.
+#
 # uv installs in seconds what takes pip a minute; pip is the way out where uv
 # has no build or does not know the package index that pip is set up for. As pip
 # does, it compiles to bytecode: where Python may not write that itself, every
 # process would compile again what it imports, for seconds.
-$(STAMP): requirements.lock setup.py $(SETUP_AGAIN)
-	@echo 'Setting up .venv with the versions in requirements.lock ...'
-	@rm -f $(STAMP)
+$(STAMP): $(LOCK) setup.py $(SETUP_AGAIN)
+	$(if $(LOCK),,$(error DEVICE=$(DEVICE): must be cpu, tpu or cuda))
+	@echo 'Setting up .venv with the versions in $(LOCK) ...'
+	@$(if $(filter $(DEVICE),$(CHOSEN)),rm -f $(STAMP), \
+	  $(VENV_PYTHON) -m venv --clear .venv 2> /dev/null || rm -rf .venv)
 	@$(VENV_PYTHON) -c \
 	  'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	  2> /dev/null \
 	|| { python=$$(sh scripts/find_python.sh) && rm -rf .venv \
 	  && "$$python" -m venv .venv; }
+	@echo $(DEVICE) > $(CHOICE)
 	@$(VENV_PYTHON) -m pip --version > /dev/null 2>&1 \
 	|| $(VENV_PYTHON) -m ensurepip > /dev/null
-	@uv=$$(sed -n 's/^\(uv==[^ ;]*\).*/\1/p' requirements.lock); \
+	@uv=$$(sed -n 's/^\(uv==[^ ;]*\).*/\1/p' $(LOCK)); \
 	{ $(VENV_PYTHON) -m pip install -qq "$$uv" && $(VENV_PYTHON) -m uv \
-	  pip install -q --compile-bytecode --python $(VENV_PYTHON) \
-	  -r requirements.lock; } \
+	  pip install -q --compile-bytecode --python $(VENV_PYTHON) -r $(LOCK); } \
 	|| { echo 'uv could not install; trying pip (a few minutes) ...'; \
-	  $(VENV_PYTHON) -m pip install -q -r requirements.lock; }
+	  $(VENV_PYTHON) -m pip install -q -r $(LOCK); }
 	@$(VENV_PYTHON) -m pip install -qq --no-deps --no-build-isolation -e .
 	@pwd -P > $(STAMP)
 
@@ -75,11 +92,18 @@ format: $(STAMP)
 	@$(VENV_PYTHON) -m ruff format .
 
 # The command's text ends up in the lock's header: keep options that are not
-# part of the result (-q, LOCK_ARGS) in places where uv leaves them out.
+# part of the result (-q, LOCK_ARGS) in places where uv leaves them out. What the
+# locks share has one version: that of requirements.lock.
+COMPILE = $(VENV_PYTHON) -m uv pip compile -q --universal --python-version 3.11 \
+  --extra dev
+
 lock: $(STAMP)
-	@echo 'Remaking requirements.lock ...'
-	@$(VENV_PYTHON) -m uv pip compile -q --universal --python-version 3.11 \
-	  --extra dev setup.py -o requirements.lock $(LOCK_ARGS) > /dev/null
+	@echo 'Remaking the locks ...'
+	@$(COMPILE) setup.py -o $(LOCK_cpu) $(LOCK_ARGS) > /dev/null
+	@for device in tpu cuda; do \
+	  $(COMPILE) --extra $$device -c $(LOCK_cpu) setup.py \
+	    -o requirements-$$device.lock $(LOCK_ARGS) > /dev/null || exit; \
+	done
 
 clean:
 	@echo 'Deleting .venv, builds and caches ...'

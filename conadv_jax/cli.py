@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from absl import flags
 
 from conadv_jax import hosts
-from conadv_jax.base import errors, fields
+from conadv_jax.base import errors, fields, jax_platform
 from conadv_jax.base.errors import (
   CommandError,
   ConfigError,
@@ -34,6 +34,7 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
   """Runs `main(argv)` and exits with its status, as `exit_code` has it."""
   # Names of files may have bytes that are no text.
   sys.stdout.reconfigure(errors='backslashreplace')
+  jax_platform.choose()
   try:
     main(sys.argv)
   except Preempted as error:

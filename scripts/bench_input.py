@@ -312,6 +312,10 @@ def _seconds(ids, *stages, batch: bool = False, put: bool = False) -> float:
   import jax
   import tensorflow as tf
 
+  from conadv_jax.base import jax_platform
+
+  jax_platform.choose()
+
   def image_only(image, _):
     return image
 

@@ -36,7 +36,7 @@ from etils import epath
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from conadv_jax import experiment
-from conadv_jax.base import storage
+from conadv_jax.base import jax_platform, storage
 from conadv_jax.checkpoints import checksum
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import from_config_dict
@@ -248,6 +248,7 @@ def main() -> None:
   )
   parser.add_argument('--output', type=storage.expand, help='a JSON file')
   args = parser.parse_args()
+  jax_platform.choose()
   with tempfile.TemporaryDirectory(dir=args.directory) as directory:
     saved = checkpoint_rows(args, pathlib.Path(directory))
   device = jax.devices()[0]

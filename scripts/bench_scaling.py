@@ -51,7 +51,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from conadv_jax import experiment, models
 from conadv_jax.audit.compile import state_bytes
-from conadv_jax.base import storage
+from conadv_jax.base import jax_platform, storage
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import Config
 from scripts.bench import files, our_step, scaling_report
@@ -298,6 +298,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+  jax_platform.choose()
   args = parse(argv)
   settings = files.settings(args, ['axes'])
   rows = files.kept_rows(args, settings)

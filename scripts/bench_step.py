@@ -50,7 +50,7 @@ import jax
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from conadv_jax import experiment, models
-from conadv_jax.base import storage
+from conadv_jax.base import jax_platform, storage
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import Config
 from conadv_jax.methods import METHODS
@@ -250,6 +250,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+  jax_platform.choose()
   args = parse(argv)
   settings = files.settings(args, ['batch_sizes'])
   rows = files.kept_rows(args, settings)

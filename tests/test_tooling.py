@@ -1,6 +1,7 @@
 """The set-up: Python is found, the lock fits setup.py, `make` sets up first."""
 
 import ast
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -19,7 +20,12 @@ from packaging.utils import canonicalize_name
 import conadv_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
-LOCK = ROOT / 'requirements.lock'
+# The lock of each DEVICE of the Makefile.
+LOCKS = {
+  'cpu': ROOT / 'requirements.lock',
+  'tpu': ROOT / 'requirements-tpu.lock',
+  'cuda': ROOT / 'requirements-cuda.lock',
+}
 FIND_PYTHON = ROOT / 'scripts' / 'find_python.sh'
 PYTHON_NAMES = (
   'python3.11',
@@ -87,12 +93,30 @@ def test_find_python_tries_the_given_one_first(tmp_path):
   assert 'none: not found; trying others' in result.stderr
 
 
-# ---- requirements.lock ------------------------------------------------------
+# ---- requirements*.lock -----------------------------------------------------
 
 
-def locked() -> list[Requirement]:
-  lines = LOCK.read_text().splitlines()
-  return [Requirement(x) for x in lines if x and not x.lstrip().startswith('#')]
+def locked(device: str) -> dict[str, set[str]]:
+  """{name: its lines} of a lock: a version, and for which machines it is."""
+  pins = {}
+  for line in LOCKS[device].read_text().splitlines():
+    if line and not line.lstrip().startswith('#'):
+      pins.setdefault(canonicalize_name(Requirement(line).name), set()).add(
+        line
+      )
+  return pins
+
+
+def for_this_python(device: str) -> dict[str, str]:
+  """{name: version} of a lock, on this machine."""
+  pins = {}
+  for name, lines in locked(device).items():
+    for pin in map(Requirement, lines):
+      (spec,) = pin.specifier
+      assert spec.operator == '==', pin
+      if pin.marker is None or pin.marker.evaluate():
+        assert pins.setdefault(name, spec.version) == spec.version
+  return pins
 
 
 def metadata(monkeypatch) -> dict:
@@ -104,33 +128,123 @@ def metadata(monkeypatch) -> dict:
   return call
 
 
-def declared(monkeypatch) -> list[Requirement]:
-  """What setup.py asks for, the dev extra included."""
+def declared(monkeypatch, device: str) -> list[Requirement]:
+  """What setup.py asks for, with the extras that the lock has."""
   call = metadata(monkeypatch)
+  extras = call['extras_require']
+  extra = [] if device == 'cpu' else extras[device]
   return [
-    Requirement(x)
-    for x in call['install_requires'] + call['extras_require']['dev']
+    Requirement(x) for x in call['install_requires'] + extras['dev'] + extra
   ]
 
 
-def test_lock_pins_all_that_setup_asks_for(monkeypatch):
-  pins = {}
-  for pin in locked():
-    (spec,) = pin.specifier
-    assert spec.operator == '==', pin
-    pins.setdefault(canonicalize_name(pin.name), []).append(spec.version)
-  for need in declared(monkeypatch):
-    versions = pins.get(canonicalize_name(need.name), [])
-    assert versions, f'{need.name} is not in the lock: run `make lock`'
-    for version in versions:
-      assert version in need.specifier, f'{need} but {version}: run `make lock`'
+@pytest.mark.parametrize('device', LOCKS)
+def test_lock_pins_all_that_setup_asks_for(monkeypatch, device):
+  for need in declared(monkeypatch, device):
+    lines = locked(device).get(canonicalize_name(need.name), ())
+    assert lines, f'{need.name} is not in the lock: run `make lock`'
+    for (spec,) in (Requirement(line).specifier for line in lines):
+      fits = spec.version in need.specifier
+      assert fits, f'{need} but {spec.version}: run `make lock`'
 
 
-def test_lock_names_no_place():
+@pytest.mark.parametrize('device', LOCKS)
+def test_lock_names_no_place(device):
   # A path or an index address would work on one machine only.
-  text = LOCK.read_text()
+  text = LOCKS[device].read_text()
   assert not re.search(r'://|index|find-links|file:|\s[/~]', text)
-  assert 'uv pip compile' in text.splitlines()[1]
+  command = text.splitlines()[1]
+  assert 'uv pip compile' in command
+  assert (f'--extra {device} ' in command) == (device != 'cpu')
+  assert command.endswith(f' -o {LOCKS[device].name}')
+
+
+@pytest.mark.parametrize('device', ['tpu', 'cuda'])
+def test_locks_have_the_same_versions(device):
+  ours, cpu = locked(device), locked('cpu')
+  assert ours | cpu == ours, 'run `make lock`'
+
+
+@pytest.mark.parametrize(
+  ('device', 'extra', 'names'),
+  [
+    ('tpu', 'tpu', {'libtpu'}),
+    ('cuda', 'cuda12', {'jax-cuda12-plugin'}),
+  ],
+)
+def test_lock_has_what_jax_wants_there(monkeypatch, device, extra, names):
+  """As the jax that is installed says it, which is that of the lock."""
+  asked = {
+    extra for need in declared(monkeypatch, device) for extra in need.extras
+  }
+  assert asked >= {extra}
+  pins = for_this_python(device)
+  if pins['jax'] != importlib.metadata.version('jax'):
+    pytest.skip('the jax that is installed is not that of the lock')
+  needs = [
+    need
+    for need in map(Requirement, importlib.metadata.requires('jax'))
+    if need.marker is not None and need.marker.evaluate({'extra': extra})
+  ]
+  assert {need.name for need in needs} >= names
+  for need in needs:
+    assert pins[canonicalize_name(need.name)] in need.specifier, need
+
+
+def test_the_plugin_of_cuda_is_as_old_as_jax():
+  pins = locked('cuda')
+  versions = {line.replace('jax==', '') for line in pins['jax']}
+  assert len(versions) > 1  # by Python
+  for name in 'jax-cuda12-plugin', 'jax-cuda12-pjrt':
+    assert {line.replace(f'{name}==', '') for line in pins[name]} == versions
+
+
+INSTALLERS = [
+  '.ci/run', 'conadv_jax/cloud/worker.sh', 'examples/Dockerfile',
+  *(f'.github/workflows/{x}.yml' for x in ('docs', 'lint', 'newest', 'tests')),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('path', INSTALLERS)
+def test_what_a_script_installs_has_a_version(path):
+  """From a lock, with a lock beside it, from this folder, or NAME==VERSION."""
+  text = (ROOT / path).read_text(encoding='utf-8').replace('\\\n', ' ')
+  for line in text.splitlines():
+    _, found, arguments = line.partition('pip install ')
+    words = iter(re.split(r'&&|;', arguments)[0].split() if found else ())
+    constrained = '-c requirements.lock' in arguments
+    for word in words:
+      if word in ('-r', '-c', '--python', '--target', '-e'):
+        argument = next(words).strip('"\'')
+        if word in ('-r', '-c'):
+          assert argument == '$lock' or (ROOT / argument).exists(), line
+        elif word == '-e' and '--no-deps' not in arguments:
+          assert constrained, line
+      elif not word.startswith('-'):
+        pinned = '==' in word or word == '"$uv"'
+        name = canonicalize_name(word)
+        assert pinned or constrained and name in locked('cpu'), line
+
+
+# ---- Shell scripts ----------------------------------------------------------
+
+SHELL_SCRIPTS = [
+  *(ROOT / 'conadv_jax' / 'cloud').glob('*.sh'),
+  *(ROOT / 'examples').glob('*.sh'),
+  *(ROOT / 'scripts').glob('*.sh'),
+  ROOT / '.ci' / 'run',
+]
+SHELLCHECK = shutil.which(
+  'shellcheck',
+  path=os.pathsep.join([os.path.dirname(sys.executable), os.environ['PATH']]),
+)
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason='shellcheck is not installed')
+@pytest.mark.parametrize('script', SHELL_SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script):
+  result = run(SHELLCHECK, script, path=os.environ['PATH'])
+  assert result.returncode == 0, result.stdout
 
 
 # ---- The package ------------------------------------------------------------
@@ -229,8 +343,8 @@ def checkout(tmp_path) -> pathlib.Path:
   """The files that make needs, in a folder without .venv."""
   folder = tmp_path / 'a b'
   (folder / 'scripts').mkdir(parents=True)
-  for name in ('Makefile', 'requirements.lock', 'setup.py'):
-    shutil.copy(ROOT / name, folder)
+  for path in (ROOT / 'Makefile', ROOT / 'setup.py', *LOCKS.values()):
+    shutil.copy(path, folder)
   shutil.copy(FIND_PYTHON, folder / 'scripts')
   return folder
 
@@ -256,24 +370,96 @@ def test_failed_setup_is_not_taken_for_done(checkout, tmp_path):
   assert not (checkout / '.venv' / '.installed').exists()
 
 
+@pytest.fixture
+def installed(checkout):
+  """Makes .venv look installed for a device; returns the stamp."""
+
+  def install(device=None, place=None):
+    (checkout / '.venv' / 'bin').mkdir(parents=True)
+    (checkout / '.venv' / 'bin' / 'python').symlink_to(sys.executable)
+    if device:
+      (checkout / '.venv' / '.device').write_text(f'{device}\n')
+    stamp = checkout / '.venv' / '.installed'
+    stamp.write_text(f'{place or checkout.resolve()}\n')
+    return stamp
+
+  return install
+
+
+def planned(checkout, *arguments, **env):
+  """What `make setup` would do, in words of the shell."""
+  make = ('make', '-C', checkout, '-n', 'setup', *arguments)
+  result = run(*make, path=os.environ['PATH'], **env)
+  assert result.returncode == 0, result.stderr
+  return result.stdout
+
+
 @needs_make
-def test_finished_setup_is_not_repeated(checkout):
-  (checkout / '.venv' / 'bin').mkdir(parents=True)
-  (checkout / '.venv' / 'bin' / 'python').symlink_to(sys.executable)
-  stamp = checkout / '.venv' / '.installed'
-  stamp.write_text(f'{checkout.resolve()}\n')
-  make = ('make', '-C', checkout, '-n', 'setup')
-  path = os.environ['PATH']
-  assert 'Setting up' not in run(*make, path=path).stdout
+def test_finished_setup_is_not_repeated(checkout, installed):
+  stamp = installed()
+  assert 'Setting up' not in planned(checkout)
   newer = stamp.stat().st_mtime + 10
+  os.utime(checkout / 'requirements-tpu.lock', (newer, newer))
+  assert 'Setting up' not in planned(checkout)
   os.utime(checkout / 'requirements.lock', (newer, newer))
-  assert 'Setting up' in run(*make, path=path).stdout
+  assert 'Setting up' in planned(checkout)
 
 
 @needs_make
-def test_moved_checkout_is_set_up_again(checkout):
-  (checkout / '.venv' / 'bin').mkdir(parents=True)
-  (checkout / '.venv' / 'bin' / 'python').symlink_to(sys.executable)
-  (checkout / '.venv' / '.installed').write_text('/somewhere/else\n')
-  result = run('make', '-C', checkout, '-n', 'setup', path=os.environ['PATH'])
-  assert 'Setting up' in result.stdout
+def test_moved_checkout_is_set_up_again(checkout, installed):
+  installed(place='/somewhere/else')
+  assert 'Setting up' in planned(checkout)
+
+
+@needs_make
+@pytest.mark.parametrize('device', LOCKS)
+def test_a_device_has_its_lock(checkout, device):
+  name = LOCKS[device].name
+  for plan in (
+    planned(checkout, f'DEVICE={device}'), planned(checkout, DEVICE=device)
+  ):  # fmt: skip
+    assert plan.count(f'-r {name}') == 2  # by uv, or by pip
+    assert f'echo {device} > .venv/.device' in plan
+    others = {lock.name for lock in LOCKS.values()} - {name}
+    assert not others & set(plan.split())
+
+
+@needs_make
+def test_the_device_stays_until_another_is_asked_for(checkout, installed):
+  stamp = installed('tpu')
+  assert 'Setting up' not in planned(checkout)
+  assert 'Setting up' not in planned(checkout, 'DEVICE=tpu')
+  plan = planned(checkout, 'DEVICE=cpu')
+  assert '-r requirements.lock' in plan
+  assert 'venv --clear .venv' in plan  # libtpu goes
+  stamp.unlink()  # interrupted
+  plan = planned(checkout)
+  assert '-r requirements-tpu.lock' in plan
+  assert '--clear' not in plan
+
+
+@needs_make
+def test_a_venv_of_no_device_is_for_the_cpu(checkout, installed):
+  installed()
+  assert 'Setting up' not in planned(checkout, 'DEVICE=cpu')
+  assert '--clear' in planned(checkout, 'DEVICE=cuda')
+
+
+@needs_make
+@pytest.mark.parametrize('device', ['gpu', 'TPU', 'cpu tpu'])
+def test_an_unknown_device_is_an_error(checkout, installed, device):
+  installed('tpu')
+  make = ('make', '-C', checkout, 'setup', f'DEVICE={device}')
+  result = run(*make, path=os.environ['PATH'])
+  assert result.returncode != 0
+  assert f'DEVICE={device}: must be cpu, tpu or cuda' in result.stderr
+  assert (checkout / '.venv' / '.installed').exists()
+
+
+@needs_make
+def test_make_lock_makes_every_lock(checkout, installed):
+  installed()
+  make = ('make', '-C', checkout, '-n', 'lock', 'LOCK_ARGS=--upgrade')
+  plan = run(*make, path=os.environ['PATH']).stdout
+  assert '--extra dev setup.py -o requirements.lock --upgrade' in plan
+  assert 'for device in tpu cuda' in plan

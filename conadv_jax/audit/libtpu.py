@@ -15,10 +15,13 @@ from conadv_jax.devices.topology import Topology
 # What libtpu needs in a process that compiles but runs nothing. With
 # TPU_SKIP_MDS_QUERY, `jax.distributed.initialize` no longer finds its cluster,
 # and ALLOW_MULTIPLE_LIBTPU_LOAD lets two processes take the same chips: neither
-# may reach a process that trains.
+# may reach a process that trains. Without the other two it prints errors where
+# there is no TPU; what it compiles for does not depend on them.
 AOT_ENVIRONMENT: Mapping[str, str] = {
   'TPU_SKIP_MDS_QUERY': '1',
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'TPU_HOST_BOUNDS': '1,1,1',
 }
 
 

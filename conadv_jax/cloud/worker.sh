@@ -25,11 +25,8 @@ install() {
     python3 -m pip install -q --upgrade --target "$HOME/conadv/uv" "$uv"
     run_uv venv -q --python '>=3.11,<3.14' .venv
     lock=requirements-$device.lock
-    if [ -e "$lock" ]; then set -- -r "$lock"
-    elif [ "$device" = cpu ]; then set -- -r requirements.lock
-    elif [ "$device" = cuda ]; then set -- -r requirements.lock 'jax[cuda12]'
-    else set -- -r requirements.lock 'jax[tpu]'; fi
-    run_uv pip install -q --compile-bytecode --python .venv/bin/python "$@"
+    if [ "$device" = cpu ]; then lock=requirements.lock; fi
+    run_uv pip install -q --compile-bytecode --python .venv/bin/python -r "$lock"
     run_uv pip install -q --python .venv/bin/python --no-deps -e .
     touch ".venv/.installed-$device"  # git ignores it there
     cd ..

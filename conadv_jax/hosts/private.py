@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jax._src import cloud_tpu_init, clusters, distributed
+from jax._src import cloud_tpu_init, clusters, distributed, hardware_utils
 
 # Has `process_id`, `num_processes`, `coordinator_address` and `client`, the
 # client of the key-value store; the last two are None for a host alone.
@@ -37,5 +37,7 @@ def detect(
 
 
 def on_tpu_vm() -> bool:
-  """Whether this machine has TPUs."""
-  return cloud_tpu_init.running_in_cloud_tpu_vm
+  """Whether this machine has TPUs, with libtpu or without."""
+  # JAX's own variable is False where libtpu is missing.
+  chips, _ = hardware_utils.num_available_tpu_chips_and_device_id()
+  return chips > 0 or cloud_tpu_init.running_in_cloud_tpu_vm

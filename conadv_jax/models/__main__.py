@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from conadv_jax import models
+from conadv_jax.base import jax_platform
 from conadv_jax.base.usage import answered
 from conadv_jax.models import summary
 
@@ -41,6 +42,7 @@ def _line(cells: tuple[str, ...]) -> str:
 def console() -> None:
   """Runs the command `conadv-models`."""
   if not answered(__doc__):
+    jax_platform.choose()
     for line in lines():
       print(line, flush=True)
 
