@@ -1,6 +1,7 @@
 #!/bin/sh
 # One task per GPU: JAX takes one GPU for each, and finds the others by Slurm.
 #
+#   make setup DEVICE=cuda
 #   sbatch examples/slurm.sh --config=imagenet_resnet50 --workdir=/shared/run1
 #
 #SBATCH --job-name=conadv

@@ -9,8 +9,9 @@ import types
 
 import pytest
 
+from conadv_jax import cli
 from conadv_jax.base import jax_platform
-from conadv_jax.models import __main__ as models_command
+from conadv_jax.models import __main__ as models
 
 LIBTPU = importlib.util.find_spec('jax')  # any module that is there
 
@@ -62,16 +63,15 @@ def test_without_libtpu_jax_chooses(machine, monkeypatch):
   assert chosen(machine) == 'cpu'
 
 
-def test_models_chooses_too(monkeypatch, capsys):
-  """It is the one command that `cli.run` does not start."""
+def test_commands_choose_first(monkeypatch):
   calls = []
   monkeypatch.setattr(jax_platform, 'choose', lambda: calls.append('choose'))
-  monkeypatch.setattr(
-    models_command, 'lines', lambda: calls.append('lines') or ()
-  )
+  cli.run(lambda _: calls.append('command'))
+  # The one command of JAX that `cli.run` does not start.
+  monkeypatch.setattr(models, 'lines', lambda: calls.append('lines') or ())
   monkeypatch.setattr(sys, 'argv', ['models'])
-  models_command.console()
-  assert calls == ['choose', 'lines']
+  models.console()
+  assert calls == ['choose', 'command', 'choose', 'lines']
 
 
 # ---- With libtpu -----------------------------------------------------------

@@ -283,7 +283,7 @@ def test_a_slice_from_creation_to_deletion(capsys, cloud, checkout):
   assert cloud('setup', *SLICE) == 0
   home = cloud.root / 'run1/1'
   installed = (home / 'installed').read_text()
-  assert 'uv==0.5.0' in installed and 'jax[tpu]' in installed
+  assert 'uv==0.5.0' in installed and '-r requirements-tpu.lock' in installed
   code = home / 'conadv/current'
   head = ['git', '-C', checkout, 'rev-parse', 'HEAD']
   commit = subprocess.check_output(head, text=True).strip()

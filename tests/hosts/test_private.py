@@ -4,7 +4,7 @@ import inspect
 
 import jax
 import pytest
-from jax._src import cloud_tpu_init, clusters
+from jax._src import cloud_tpu_init, clusters, hardware_utils
 from jax._src.lib import _jax
 
 from conadv_jax.hosts import private
@@ -43,8 +43,16 @@ def test_the_search_for_hosts_takes_its_arguments():
   ], CHANGED.format('such a search')  # fmt: skip
 
 
-def test_a_tpu_machine_can_be_told():
+def test_a_tpu_machine_can_be_told(monkeypatch):
+  find = 'num_available_tpu_chips_and_device_id'
+  chips, _ = getattr(hardware_utils, find)()
+  assert isinstance(chips, int)
   assert isinstance(cloud_tpu_init.running_in_cloud_tpu_vm, bool)
+  # Without libtpu JAX does not call it one.
+  monkeypatch.setattr(cloud_tpu_init, 'running_in_cloud_tpu_vm', False)
+  for chips in 0, 4:
+    monkeypatch.setattr(hardware_utils, find, lambda n=chips: (n, None))
+    assert private.on_tpu_vm() == (chips > 0)
 
 
 def test_a_process_that_joined_nobody_is_host_0_of_1():
