@@ -106,5 +106,4 @@ def test_no_command_complains_of_a_missing_tpu(tmp_path):
   assert '1 x cpu' in quiet('train', *small, run)
   quiet('evaluate', run)
   quiet('export', run, f'--output={tmp_path}/weights.safetensors')
-  quiet('preflight', *small, f'--workdir={tmp_path}/other')
   quiet('audit', *small[:1], '--config.bn_group_size=8', '--topology=v3-8')
