@@ -20,7 +20,7 @@ import pytest
 from conadv_jax import experiment, models
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import from_config_dict
-from conadv_jax.method.state import Snapshot
+from conadv_jax.method.state import Perturbation, Snapshot
 from conadv_jax.run import feed, metrics, training
 from configs import digits
 
@@ -40,7 +40,13 @@ FIELDS = {
   'checkpoint.every_steps': 5,
   'checkpoint.keep': 1,
 }
-TAUS = {'0': ('disadv', 0), '1': ('conadv', 1), '3': ('conadv', 3)}
+TAUS = {
+  '0': ('disadv', 0),
+  '1': ('conadv', 1),
+  '3': ('conadv', 3),
+  'both': ('conadv_consam', 2),
+  'sampa': ('sampa', 1),
+}
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -173,7 +179,14 @@ KILLS = (
 
 # Everywhere with the most to lose, 3 snapshots; else where it may differ.
 @pytest.mark.parametrize(
-  ('tau', 'kills'), [('0', KILLS[1::3]), ('1', KILLS[2::3]), ('3', KILLS)]
+  ('tau', 'kills'),
+  [
+    ('0', KILLS[1::3]),
+    ('1', KILLS[2::3]),
+    ('3', KILLS),
+    ('both', KILLS[::3]),
+    ('sampa', KILLS[2::3]),
+  ],
 )
 def test_a_run_that_is_killed_anywhere_equals_the_unbroken_one(
   tau, kills, unbroken, tmp_path
@@ -318,8 +331,8 @@ def test_a_resume_that_forgets_something_does_not_equal_the_unbroken_run(
     def without(settings, step_fn, state, batch):
       image = batch['clean']
       return state.replace(
-        perturbation=jnp.zeros(
-          image.shape, settings.dtype, device=image.sharding
+        perturbation=Perturbation(
+          jnp.zeros(image.shape, settings.dtype, device=image.sharding)
         )
       )
 

@@ -207,22 +207,36 @@ def put_batch(
   return {name: put(x) for name, x in local.items()}
 
 
-def state_shardings(mesh: Mesh, state: Any, is_flat: Callable[[Any], bool]):
+def state_shardings(
+  mesh: Mesh, state: Any, is_flat: Callable[[Any], bool], *, in_groups: bool
+):
   """Shardings of a TrainState: replicated, but for two fields.
 
-  The perturbation lies as the batch does; leaves of the optimizer for which
-  `is_flat` holds are split over `data`.
+  Those of the perturbation are `perturbation_shardings`; leaves of the
+  optimizer for which `is_flat` holds are split over `data`.
   """
   every = jax.tree.map(lambda _: replicated(mesh), state)
   return every.replace(
-    perturbation=jax.tree.map(
-      lambda _: batch_sharding(mesh), state.perturbation
-    ),
+    perturbation=perturbation_shardings(mesh, state.perturbation, in_groups),
     opt_state=jax.tree.map(
       lambda x: NamedSharding(mesh, FLAT if is_flat(x) else REPLICATED),
       state.opt_state,
     ),
   )
+
+
+def perturbation_shardings(mesh: Mesh, perturbation: Any, in_groups: bool):
+  """Shardings of a Perturbation: of images as the batch; of weights replicated.
+
+  With `in_groups` those lie as the batch does, too.
+  """
+  if perturbation is None:
+    return None
+  every = jax.tree.map(lambda _: batch_sharding(mesh), perturbation)
+  if in_groups:
+    return every
+  whole = jax.tree.map(lambda _: replicated(mesh), perturbation.weights)
+  return every.replace(weights=whole)
 
 
 # ---- Per device ------------------------------------------------------------

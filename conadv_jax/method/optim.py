@@ -146,6 +146,22 @@ def rmsprop(
 OPTIMIZERS = {'lars': lars, 'sgd': sgd, 'lamb': lamb, 'rmsprop': rmsprop}
 
 
+# Of the states of these optimizers: the momentum, and the sign with which it
+# moves the weights.
+_MOMENTA = {
+  'lars': ('trace', 1),
+  'sgd': ('trace', -1),
+  'rmsprop': ('trace', 1),
+  'lamb': ('mu', -1),
+}
+
+
+def momentum_moves(config: Optimizer, state: optax.OptState) -> Params:
+  """Returns the direction that momentum moves the weights in, if packed so."""
+  name, sign = _MOMENTA[config.name]
+  return jax.tree.map(lambda x: sign * x, optax.tree.get(state, name))
+
+
 def _decay(config: Optimizer) -> optax.GradientTransformation:
   return optax.add_decayed_weights(config.weight_decay, kernel_mask)
 

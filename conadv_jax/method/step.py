@@ -8,7 +8,8 @@ For a staleness tau >= 1 the two sub-steps of a program share no result, unless
 
 so the compiler may run them concurrently (ConAdv, arXiv:2106.00221, algorithm
 1). For tau = 0 the attack on batch_t with theta_t comes first and the update
-waits for it (AdvProp, arXiv:1911.09665).
+waits for it (AdvProp, arXiv:1911.09665). delta perturbs images, or weights
+(`method.sam`), or both.
 """
 
 from __future__ import annotations
@@ -17,23 +18,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from conadv_jax.config import Config
 from conadv_jax.devices import sharded_optimizer
 from conadv_jax.devices.mesh import Places
-from conadv_jax.method import fast_advprop, noise, optim, spikes, staleness
+from conadv_jax.method import (
+  fast_advprop,
+  noise,
+  optim,
+  sam,
+  spikes,
+  staleness,
+)
 from conadv_jax.method.attack import attack_batch
 from conadv_jax.method.gradients import (
   Means,
   loss_gradient,
+  no_means,
   over_devices,
   weighted_loss,
 )
 from conadv_jax.method.pixels import Batch, trained_views
 from conadv_jax.method.setup import Setup
 from conadv_jax.method.staleness import Metrics
-from conadv_jax.method.state import Snapshot, TrainState
+from conadv_jax.method.state import Perturbation, Snapshot, TrainState
 
 
 def train_step(
@@ -51,16 +61,20 @@ def train_step(
     next_batch: batch_{t+1}, likewise.
   """
   config = setup.config
-  now = Snapshot(state.params, state.batch_stats)
   passes = fast_advprop.sub_steps if config.adv_every else sub_steps
-  means, pending = over_devices(setup, passes)(
+  trained, first = trained_weights(setup, state, batch)
+  means, pending = over_devices(setup, passes, _no_means)(
     state.step,
-    now,
+    trained,
     staleness.attacker(config, state),
     batch,
     next_batch if config.staleness_steps else {},
-    state.perturbation,
+    of_parts(config, state.perturbation),
   )
+  if first.ascent_stats is not None:
+    means = means.replace(ascent_stats=first.ascent_stats)
+  if pending is not None and means.ascent is not None:
+    pending = pending.replace(weights=means.ascent)
   with jax.named_scope('optimizer'):
     new, metrics = update(setup, state, means)
     if config.noise_scale:
@@ -70,11 +84,51 @@ def train_step(
         means.square,
         jnp.square(metrics['grad_norm']),
       )
+    newest = Snapshot(state.params, state.batch_stats)
+    if config.ascent == 'lookahead':
+      newest = sam.lookahead(setup, new, means.ascent)
   return new.replace(
     step=state.step + 1,
-    snapshots=staleness.aged(config, state),
+    snapshots=(*state.snapshots, newest)[1:] if state.snapshots else (),
     perturbation=pending,
   ), metrics
+
+
+def trained_weights(
+  setup: Setup, state: TrainState, batch: Batch
+) -> tuple[Snapshot, Means]:
+  """Computes theta_t + e_t, at which the update takes its gradient.
+
+  Where groups of examples have perturbations of their own, or there are none,
+  that is theta_t.
+
+  Returns:
+    The weights, and the Means of an ascent that the update has to wait for.
+  """
+  config, first = setup.config, Means()
+  now = Snapshot(state.params, state.batch_stats)
+  if config.ascent == 'none' or sam.in_groups(config):
+    return now, first
+  if not config.ascends:
+    d = sam.free_direction(setup, state)
+  elif config.staleness_steps:
+    d = state.perturbation.weights
+  else:
+    with jax.named_scope('adversarial'):
+      first, _ = over_devices(setup, _ascent_alone, sam.no_means)(
+        state.step, now, now, batch, {}, None
+      )
+    d = first.ascent
+  return now.replace(params=sam.moved(config, now.params, d)), first
+
+
+def of_parts(
+  config: Config, perturbation: Perturbation | None
+) -> Perturbation | None:
+  """Returns what parts of a batch differ in; the rest is `trained_weights`."""
+  if perturbation is None or sam.in_groups(config):
+    return perturbation
+  return perturbation.replace(weights=None)
 
 
 def sub_steps(
@@ -84,36 +138,89 @@ def sub_steps(
   attacker: Snapshot,
   batch: Batch,
   next_batch: Batch,
-  delta: jax.Array | None,
+  delta: Perturbation | None,
   places: Places,
-) -> tuple[Means, jax.Array | None]:
+) -> tuple[Means, Perturbation | None]:
   """Computes both sub-steps on a microbatch of one device.
 
   Args:
     setup: what the step is made of.
     step: t.
-    now: theta_t.
+    now: `trained_weights`.
     attacker: theta_{t+1-tau}; theta_t for tau = 0.
     batch: examples of batch_t.
     next_batch: the same places of batch_{t+1}; {} for tau = 0.
-    delta: delta_t of `batch`, [G, b, H, W, C]; None for tau = 0.
+    delta: delta_t of `batch`; None for tau = 0.
     places: where the examples are in their batch.
 
   Returns:
     `Means` over the microbatch, and delta_{t+1} of `next_batch`, or None.
   """
-  pending = attack_stats = None
+  config, pending = setup.config, None
   with jax.named_scope('adversarial'):
-    if setup.config.staleness_steps:  # ConAdv: the update does not wait
-      pending, attack_stats = attack_batch(
-        setup, attacker, next_batch, step + 1, places
+    if config.staleness_steps:  # ConAdv: the update does not wait
+      pending, found = make_perturbation(
+        setup, attacker, now.batch_stats, next_batch, step + 1, places
       )
-    elif setup.config.is_adversarial:  # AdvProp: it does
-      delta, attack_stats = attack_batch(setup, attacker, batch, step, places)
+    else:  # AdvProp: it does
+      delta, found = make_perturbation(
+        setup, attacker, now.batch_stats, batch, step, places
+      )
   with jax.named_scope('update'):
-    images = trained_views(setup.config, batch, delta)
+    now, images = apply_perturbation(config, now, batch, delta)
     means = loss_gradient(setup, now, images, batch['label'], step, places)
-  return means.replace(attack_stats=attack_stats), pending
+    if config.ascent == 'lookahead':
+      grads = optax.incremental_update(
+        found.ascent, means.grads, config.sam.mix
+      )
+      means = means.replace(grads=grads)
+  return means.replace(
+    attack_stats=found.attack_stats,
+    ascent=found.ascent,
+    ascent_stats=found.ascent_stats,
+  ), pending
+
+
+def make_perturbation(
+  setup: Setup,
+  attacker: Snapshot,
+  batch_stats: Any,
+  batch: Batch,
+  step: jax.Array,
+  places: Places,
+) -> tuple[Perturbation, Means]:
+  """Computes the perturbation of a microbatch, and what comes of it.
+
+  Args:
+    setup: what the step is made of.
+    attacker: weights that make it.
+    batch_stats: that an ascent moves.
+    batch: examples of batch_t.
+    step: t.
+    places: where the examples are in their batch.
+  """
+  config, found = setup.config, Means()
+  images = attack_stats = d = None
+  if config.is_adversarial:
+    images, attack_stats = attack_batch(setup, attacker, batch, step, places)
+  if sam.is_beside(config):
+    weights = attacker.replace(batch_stats=batch_stats)
+    found = sam.ascent(setup, weights, batch, step, places)
+    if sam.in_groups(config):
+      d = jax.tree.map(lambda x: x[None, None], found.ascent)
+      found = found.replace(ascent=None)
+  return Perturbation(images, d), found.replace(attack_stats=attack_stats)
+
+
+def apply_perturbation(
+  config: Config, now: Snapshot, batch: Batch, delta: Perturbation | None
+) -> tuple[Snapshot, dict[str, jax.Array]]:
+  """Computes the weights and images that a microbatch is trained with."""
+  delta = delta or Perturbation()
+  if delta.weights is not None:
+    d = jax.tree.map(lambda x: x[0, 0], delta.weights)
+    now = now.replace(params=sam.moved(config, now.params, d))
+  return now, trained_views(config, batch, delta.images)
 
 
 def update(
@@ -129,6 +236,8 @@ def update(
   config, stats = setup.config, means.batch_stats
   if means.attack_stats is not None:
     stats = _mean_on_route(stats, means.attack_stats, config.route_of('adv'))
+  if means.ascent_stats is not None and config.sam.rho:
+    stats = _of_ascent(config, stats, means.ascent_stats)
   params, opt_state, packed = sharded_optimizer.apply_updates(
     config,
     setup.mesh,
@@ -192,6 +301,35 @@ def _averaged(
   if not config.ema.batch_stats:
     average = average.replace(batch_stats=new.batch_stats)
   return average
+
+
+def _no_means(config: Config, weights: Snapshot) -> Means:
+  """Makes the Means of nothing, of `sub_steps`."""
+  zeros = no_means(config, weights)
+  if not sam.is_beside(config):
+    return zeros
+  found = sam.no_means(config, weights)
+  return zeros.replace(ascent=found.ascent, ascent_stats=found.ascent_stats)
+
+
+def _ascent_alone(setup, step, now, _, batch, __, ___, places):
+  """`sub_steps` of the ascent that an update waits for."""
+  return sam.ascent(setup, now, batch, step, places), None
+
+
+def _of_ascent(config: Config, a: Any, b: Any) -> Any:
+  """Replaces the rows of `a` that an ascent has moved by those of `b`.
+
+  As in `_mean_on_route`, but for elements that are not finite.
+  """
+  rows = np.array(
+    sorted({config.route_of(v) for v, _ in config.views if v != 'adv'})
+  )
+
+  def replaced(x, y):
+    return x.at[rows].set(jnp.where(jnp.isfinite(y), y, x)[rows])
+
+  return jax.tree.map(replaced, a, b)
 
 
 def _mean_on_route(a: Any, b: Any, route: int) -> Any:
