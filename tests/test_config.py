@@ -292,11 +292,11 @@ def test_values_at_the_edge_are_allowed(fields):
     ({'batch_size': 10}, ['nearest: batch_size=64']),
     (
       {'method': 'baseline', 'staleness_steps': 1},
-      ['staleness_steps=1', "'baseline' has no adversarial view"],
+      ['staleness_steps=1', "'baseline' perturbs with no gradient"],
     ),
     (
       {'method': 'disadv', 'staleness_steps': 1},
-      ['staleness_steps=1', "use method 'conadv'"],
+      ['staleness_steps=1', "for more, use 'conadv'"],
     ),
     (
       {'epochs': 4.0, 'schedule.warmup_epochs': 5.0},

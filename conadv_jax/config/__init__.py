@@ -221,10 +221,10 @@ class Config(Group):
   def _check_staleness(self):
     tau = self.staleness_steps
     own = METHODS[self.method].staleness_steps
-    fix = f'method {self.method!r} makes no perturbation with a gradient'
+    fix = f'method {self.method!r} perturbs with no gradient; leave it unset'
     check(own is not None or tau == 0, 'staleness_steps', tau, fix)
     other = 'conadv' if self.is_adversarial else 'consam'
-    fix = f'method {self.method!r} is staleness 0; use {other!r} for more'
+    fix = f'method {self.method!r} is staleness 0; for more, use {other!r}'
     check(own != 0 or tau == 0, 'staleness_steps', tau, fix)
     fix = f'method {self.method!r} looks one step ahead; leave it unset'
     check(self.ascent != 'lookahead' or tau == 1, 'staleness_steps', tau, fix)

@@ -310,8 +310,8 @@ def test_statistics_come_from_the_pass_of_the_ascent_alone():
     ({'method': 'sampa', 'staleness_steps': 2}, 'looks one step ahead'),
     ({'method': 'sampa', 'sam.mask': 'norm_only'}, "leave it at 'all'"),
     ({'method': 'sampa', 'sam.group_size': 3}, 'leave it at 0'),
-    ({'method': 'sam', 'staleness_steps': 1}, "use 'consam' for more"),
-    ({'method': 'msam', 'staleness_steps': 1}, 'makes no perturbation'),
+    ({'method': 'sam', 'staleness_steps': 1}, "for more, use 'consam'"),
+    ({'method': 'msam', 'staleness_steps': 1}, 'perturbs with no gradient'),
     ({'method': 'msam', 'optimizer.momentum': 0.0}, 'optimizer.momentum=0.0'),
   ],
 )
