@@ -289,6 +289,18 @@ def test_an_ascent_that_is_not_finite_costs_one_step(method):
   assert np.isfinite(jax.tree.leaves(later.batch_stats)[0]).all()
 
 
+def test_a_lookahead_that_is_not_finite_stays_at_the_weights():
+  config = helpers.make_config({'method': 'sampa'})
+  optimizer = optim.make_optimizer(config.optimizer, schedule)
+  mesh = helpers.one_device(config)
+  setup = Setup(config, helpers.SPEC, None, mesh, optimizer, schedule)
+  state = helpers.start_state(config, helpers.random_weights(config), optimizer)
+  for value, stays in ((1.0, False), (jnp.nan, True)):
+    d = jax.tree.map(lambda x, value=value: x + value, state.params)
+    found = sam.lookahead(setup, state, d)
+    assert (helpers.bits(found.params) == helpers.bits(state.params)) == stays
+
+
 def test_statistics_come_from_the_pass_of_the_ascent_alone():
   """From weights that are not perturbed, and once a step."""
   config = helpers.make_config({'method': 'sam', 'sam.rho': 2.0})
