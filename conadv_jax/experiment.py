@@ -31,11 +31,12 @@ from conadv_jax.devices.mesh import (
   replicated,
   state_shardings,
 )
-from conadv_jax.method import noise, optim, sam, schedules, staleness
+from conadv_jax.method import noise, optim, sam, schedules
 from conadv_jax.method.setup import Setup
 from conadv_jax.method.spikes import no_spikes
 from conadv_jax.method.staleness import StepFn
 from conadv_jax.method.state import (
+  Perturbation,
   Snapshot,
   Stream,
   TrainState,
@@ -215,6 +216,14 @@ class Run:
       variables = self.model.init(key, jnp.zeros(image), routes, True)
       now = Snapshot(variables['params'], variables.get('batch_stats', {}))
     zero = jnp.zeros((), jnp.int32)
+    images = weights = perturbation = None
+    if config.staleness_steps:
+      if config.is_adversarial:
+        shape = (self.groups, config.bn_group_size, *self.spec.image_shape)
+        images = jnp.zeros(shape, config.dtype)
+      if config.ascends:
+        weights = sam.blank(config, self.mesh.shape['bn'], now.params)
+      perturbation = Perturbation(images, weights)
     return TrainState(
       step=zero,
       params=now.params,
@@ -222,9 +231,7 @@ class Run:
       opt_state=self.optimizer.init(sharded_optimizer.pack(config, now.params)),
       snapshots=(now,) * config.num_snapshots,
       ema=now if config.ema.decay else None,
-      perturbation=staleness.blank(
-        config, self.mesh, now.params, self.spec.image_shape
-      ),
+      perturbation=perturbation,
       nonfinite_steps=zero,
       nonfinite_streak=zero,
       spikes=no_spikes(config),

@@ -41,11 +41,12 @@ FIELDS = {
   'checkpoint.keep': 1,
 }
 TAUS = {
-  '0': ('disadv', 0),
-  '1': ('conadv', 1),
-  '3': ('conadv', 3),
-  'both': ('conadv_consam', 2),
-  'sampa': ('sampa', 1),
+  '0': ('disadv', {'staleness_steps': 0}),
+  '1': ('conadv', {'staleness_steps': 1}),
+  '3': ('conadv', {'staleness_steps': 3}),
+  # Images and weights are perturbed; of weights each device has its own.
+  'both': ('conadv_consam', {'staleness_steps': 2, 'sam.group_size': 8}),
+  'sampa': ('sampa', {}),
 }
 
 
@@ -58,9 +59,9 @@ def tiny_network():
 
 
 def settings(tau):
-  method, steps = TAUS[tau]
+  method, more = TAUS[tau]
   values = digits.get_config(f'batch_size=64,method={method}')
-  values.update_from_flattened_dict(FIELDS | {'staleness_steps': steps})
+  values.update_from_flattened_dict(FIELDS | more)
   return from_config_dict(values)
 
 
@@ -70,8 +71,8 @@ def start(directory, tau='1', faults='', cached=True, devices=8, **fields):
   Compiling is most of such a run. With `cached`, all runs of the same program
   compile it once.
   """
-  method, steps = TAUS[tau]
-  flags = FIELDS | {'staleness_steps': steps} | fields
+  method, more = TAUS[tau]
+  flags = FIELDS | more | fields
   ids_of(directory).mkdir(exist_ok=True)
   environment = {'CONADV_FAULTS': faults, 'RECORD_IDS': str(ids_of(directory))}
   if cached:

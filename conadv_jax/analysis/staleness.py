@@ -57,7 +57,6 @@ def make_attack_fn(
       one_microbatch,
       (batch, batch_places(config, mesh)),
       own_copy(blank),
-      (),
     )
     return delta
 

@@ -60,13 +60,11 @@ def make_diagnosis_fn(run: Run):
     if config.is_adversarial:
       shape = (groups, examples, *run.spec.image_shape)
       slots['delta'] = jnp.zeros(shape, config.dtype)
-    zeros = jax.tree.map(jnp.zeros_like, (now.params,) * num_views)
     means, slots = over_microbatches(
       config.microbatches,
       lambda part, _: one_microbatch(step, trained, now, part),
       (batch, delta, places),
       own_copy(slots),
-      (zeros, jax.tree.map(jnp.zeros_like, now.batch_stats)),
     )
     return mean_over_devices(means), slots
 

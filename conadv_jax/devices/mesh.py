@@ -212,12 +212,13 @@ def state_shardings(
 ):
   """Shardings of a TrainState: replicated, but for two fields.
 
-  Those of the perturbation are `perturbation_shardings`; leaves of the
-  optimizer for which `is_flat` holds are split over `data`.
+  Images of the perturbation lie as the batch does; so do its weights if they
+  are `in_groups`. Leaves of the optimizer for which `is_flat` holds are split
+  over `data`.
   """
   every = jax.tree.map(lambda _: replicated(mesh), state)
   return every.replace(
-    perturbation=perturbation_shardings(mesh, state.perturbation, in_groups),
+    perturbation=_of_perturbation(mesh, state.perturbation, in_groups),
     opt_state=jax.tree.map(
       lambda x: NamedSharding(mesh, FLAT if is_flat(x) else REPLICATED),
       state.opt_state,
@@ -225,15 +226,9 @@ def state_shardings(
   )
 
 
-def perturbation_shardings(mesh: Mesh, perturbation: Any, in_groups: bool):
-  """Shardings of a Perturbation: of images as the batch; of weights replicated.
-
-  With `in_groups` those lie as the batch does, too.
-  """
-  if perturbation is None:
-    return None
+def _of_perturbation(mesh: Mesh, perturbation: Any, in_groups: bool):
   every = jax.tree.map(lambda _: batch_sharding(mesh), perturbation)
-  if in_groups:
+  if perturbation is None or in_groups:
     return every
   whole = jax.tree.map(lambda _: replicated(mesh), perturbation.weights)
   return every.replace(weights=whole)

@@ -145,7 +145,8 @@ def loss_gradient(
 def over_devices(
   setup: Setup,
   sub_steps: Callable[..., tuple[Means, Perturbation | None]],
-  no_means: Callable[[Config, Snapshot], Means],
+  *,
+  trains: bool = True,
 ) -> Callable[..., tuple[Means, Perturbation | None]]:
   """Makes a program over global arrays of what one device does with a part.
 
@@ -154,7 +155,7 @@ def over_devices(
     sub_steps: (setup, step, weights, attacker, batch, next batch,
       perturbation, places) -> (Means, perturbation), of a microbatch of one
       device.
-    no_means: (config, weights) -> the Means of nothing: zeros.
+    trains: whether the Means have gradients for the optimizer.
 
   Returns:
     (step, weights, attacker, batch, next batch, perturbation) -> (Means,
@@ -182,14 +183,13 @@ def over_devices(
       one_microbatch,
       (batch, next_batch, batch_places(config, mesh)),
       delta,
-      own_copy(no_means(config, weights)),
     )
     with jax.named_scope('gradient_sum'):
       return _summed(config, means), pending
 
   def program(step, weights, *args):
-    grads = no_means(config, weights).grads
-    grads = sharded_optimizer.packed_specs(config, grads)
+    grads = sharded_optimizer.packed_specs(config, weights.params)
+    grads = grads if trains else REPLICATED
     return per_device(
       mesh,
       on_device,
@@ -211,7 +211,6 @@ def over_microbatches(
   fn: Callable[[Any, Any], tuple[Any, Any]],
   batch: Any,
   delta: Any,
-  zero: Any,
 ) -> tuple[Any, Any]:
   """Computes the mean of the first result of `fn(part, delta part)` over parts.
 
@@ -221,7 +220,6 @@ def over_microbatches(
       delta to begin with.
     batch: arrays [G, ...] to be divided along G.
     delta: arrays [G, ...] or None; their parts are replaced in place.
-    zero: of the type and shapes of what is averaged.
 
   Returns:
     The mean, and delta with all its parts replaced.
@@ -240,26 +238,14 @@ def over_microbatches(
     deltas = jax.tree.map(lambda x, new: x.at[index].set(new), deltas, delta)
     return (jax.tree.map(jnp.add, total, mean), deltas), None
 
-  carry = zero, jax.tree.map(split, delta)
-  parts = jnp.arange(count), jax.tree.map(split, batch)
-  total, deltas = loops.scan(add, carry, parts, count)
+  batch, deltas = jax.tree.map(split, (batch, delta))
+  first = jax.tree.map(lambda x: x[0], (batch, deltas))
+  shapes, _ = jax.eval_shape(fn, *first)
+  zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  parts = jnp.arange(count), batch
+  total, deltas = loops.scan(add, (own_copy(zero), deltas), parts, count)
   mean = jax.tree.map(lambda x: x / count, total)
   return mean, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), deltas)
-
-
-def no_means(config: Config, weights: Snapshot) -> Means:
-  """Makes the Means of nothing, of an update and an attack: zeros."""
-  moves_stats = config.is_adversarial and config.attack.update_batch_stats
-  per_view = jnp.zeros(len(config.views), wide_dtype(config))
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), weights)
-  return Means(
-    grads=zeros.params,
-    batch_stats=zeros.batch_stats,
-    attack_stats=zeros.batch_stats if moves_stats else None,
-    loss_V=per_view,
-    top1_V=per_view,
-    square=per_view[0] if config.noise_scale else None,
-  )
 
 
 def _summed(config: Config, means: Means) -> Means:

@@ -86,14 +86,10 @@ def with_chosen(params: Params, part: Params) -> Params:
   return traverse_util.unflatten_dict(flat | traverse_util.flatten_dict(part))
 
 
-def blank(config: Config, params: Params, mesh: Mesh) -> Params | None:
-  """Makes a d_t of zeros for the state; None of a method that has none."""
-  if not (config.ascends and config.staleness_steps):
-    return None
-  axes = ()
-  if in_groups(config):
-    groups = config.batch_size // config.sam.group_size
-    axes = (groups, mesh.shape['bn'])
+def blank(config: Config, devices: int, params: Params) -> Params:
+  """Makes a pending d_t of zeros, where so many `devices` share a group."""
+  groups = config.batch_size // (config.sam.group_size or config.batch_size)
+  axes = (groups, devices) if in_groups(config) else ()
   return jax.tree.map(
     lambda x: jnp.zeros(axes + x.shape, x.dtype), chosen(config, params)
   )
@@ -105,15 +101,6 @@ def is_beside(config: Config) -> bool:
   If not, and there is one, the update waits for the ascent of the whole batch.
   """
   return config.ascends and (config.staleness_steps > 0 or in_groups(config))
-
-
-def no_means(config: Config, weights: Snapshot) -> Means:
-  """Makes the Means of nothing, of an ascent: zeros."""
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), weights)
-  return Means(
-    ascent=None if in_groups(config) else chosen(config, zeros.params),
-    ascent_stats=zeros.batch_stats,
-  )
 
 
 def ascent(

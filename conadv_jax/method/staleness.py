@@ -9,8 +9,8 @@ arXiv:1911.09665).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,8 @@ from conadv_jax.config import Config
 from conadv_jax.devices.mesh import (
   BATCH,
   REPLICATED,
-  Mesh,
   own_copy,
   per_device,
-  perturbation_shardings,
 )
 from conadv_jax.devices.sums import mean_over_devices
 from conadv_jax.method import losses, sam
@@ -85,39 +83,25 @@ def pending_perturbation(
   if config.num_snapshots == 1:
     past = past.replace(params=oldest.params, batch_stats=oldest.batch_stats)
   if past.perturbation is None:  # its value is not read, its shape is
-    past = past.replace(perturbation=_blank_beside(config, state, batch))
+    past = past.replace(perturbation=_of_right_shape(config, state, batch))
   # The step donates: no buffer may be in its arguments twice.
   past = copied(past)
   return state.replace(perturbation=step_fn(past, batch, batch)[0].perturbation)
 
 
-def blank(
-  config: Config, mesh: Mesh, params: Any, image_shape: tuple[int, ...]
-) -> Perturbation | None:
-  """Makes a perturbation of zeros, of the shapes that a step makes."""
-  if not config.staleness_steps:
-    return None
-  layout = config.batch_size // config.bn_group_size, config.bn_group_size
-  images = jnp.zeros(layout + image_shape, config.dtype)
-  return Perturbation(
-    images if config.is_adversarial else None, sam.blank(config, params, mesh)
-  )
-
-
-def _blank_beside(
+def _of_right_shape(
   config: Config, state: TrainState, batch: Batch
 ) -> Perturbation:
-  """Makes a perturbation of zeros on the devices of `batch`."""
-  label, shape = batch['label'], batch[config.attacked].shape[2:]
-  mesh = label.sharding.mesh
-
-  def make(params):
-    return blank(config, mesh, params, shape)
-
-  shardings = perturbation_shardings(
-    mesh, jax.eval_shape(make, state.params), sam.in_groups(config)
-  )
-  return jax.jit(make, out_shardings=shardings)(state.params)
+  """Makes a perturbation for a step whose update is discarded."""
+  image, label, weights = batch[config.attacked], batch['label'], None
+  images = jnp.zeros(image.shape, config.dtype, device=image.sharding)
+  if sam.in_groups(config):
+    own = label.sharding.shard_shape(label.shape)
+    make = functools.partial(sam.blank, config, label.shape[1] // own[1])
+    weights = jax.jit(make, out_shardings=label.sharding)(state.params)
+  elif config.ascends:
+    weights = sam.chosen(config, state.params)
+  return Perturbation(images if config.is_adversarial else None, weights)
 
 
 def make_attack_stats_fn(
@@ -161,7 +145,6 @@ def make_attack_stats_fn(
       lambda part, _: one_microbatch(step, now, part),
       (batch, delta, batch_places(config, mesh)),
       None,
-      own_copy(dict.fromkeys(names, jnp.zeros((), wide))),
     )
     return mean_over_devices(means)
 

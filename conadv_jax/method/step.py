@@ -14,6 +14,7 @@ waits for it (AdvProp, arXiv:1911.09665). delta perturbs images, or weights
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -36,7 +37,6 @@ from conadv_jax.method.attack import attack_batch
 from conadv_jax.method.gradients import (
   Means,
   loss_gradient,
-  no_means,
   over_devices,
   weighted_loss,
 )
@@ -63,7 +63,7 @@ def train_step(
   config = setup.config
   passes = fast_advprop.sub_steps if config.adv_every else sub_steps
   trained, first = trained_weights(setup, state, batch)
-  means, pending = over_devices(setup, passes, _no_means)(
+  means, pending = over_devices(setup, passes)(
     state.step,
     trained,
     staleness.attacker(config, state),
@@ -115,7 +115,7 @@ def trained_weights(
     d = state.perturbation.weights
   else:
     with jax.named_scope('adversarial'):
-      first, _ = over_devices(setup, _ascent_alone, sam.no_means)(
+      first, _ = over_devices(setup, _ascent_alone, trains=False)(
         state.step, now, now, batch, {}, None
       )
     d = first.ascent
@@ -235,9 +235,11 @@ def update(
   """
   config, stats = setup.config, means.batch_stats
   if means.attack_stats is not None:
-    stats = _mean_on_route(stats, means.attack_stats, config.route_of('adv'))
+    rows = {config.route_of('adv')}
+    stats = _blended(stats, means.attack_stats, rows, 0.5)
   if means.ascent_stats is not None and config.sam.rho:
-    stats = _of_ascent(config, stats, means.ascent_stats)
+    rows = {config.route_of(v) for v, _ in config.views if v != 'adv'}
+    stats = _blended(stats, means.ascent_stats, rows, 1.0)
   params, opt_state, packed = sharded_optimizer.apply_updates(
     config,
     setup.mesh,
@@ -303,44 +305,21 @@ def _averaged(
   return average
 
 
-def _no_means(config: Config, weights: Snapshot) -> Means:
-  """Makes the Means of nothing, of `sub_steps`."""
-  zeros = no_means(config, weights)
-  if not sam.is_beside(config):
-    return zeros
-  found = sam.no_means(config, weights)
-  return zeros.replace(ascent=found.ascent, ascent_stats=found.ascent_stats)
-
-
 def _ascent_alone(setup, step, now, _, batch, __, ___, places):
   """`sub_steps` of the ascent that an update waits for."""
   return sam.ascent(setup, now, batch, step, places), None
 
 
-def _of_ascent(config: Config, a: Any, b: Any) -> Any:
-  """Replaces the rows of `a` that an ascent has moved by those of `b`.
+def _blended(a: Any, b: Any, rows: Collection[int], share: float) -> Any:
+  """Replaces rows of the leaves of `a` by (1 - share) a + share b.
 
-  As in `_mean_on_route`, but for elements that are not finite.
+  Elements of that which are not finite are left out. They come from an attack
+  or an ascent, for which the finite check of the update must not wait.
   """
-  rows = np.array(
-    sorted({config.route_of(v) for v, _ in config.views if v != 'adv'})
-  )
+  rows = np.array(sorted(rows))
 
-  def replaced(x, y):
-    return x.at[rows].set(jnp.where(jnp.isfinite(y), y, x)[rows])
+  def blended(x, y):
+    new = (1 - share) * x[rows] + share * y[rows]
+    return x.at[rows].set(jnp.where(jnp.isfinite(new), new, x[rows]))
 
-  return jax.tree.map(replaced, a, b)
-
-
-def _mean_on_route(a: Any, b: Any, route: int) -> Any:
-  """Replaces row `route` of the leaves of `a` by the mean of both rows.
-
-  Elements of `b` that are not finite are left out. They come from an attack,
-  for which the finite check of the update must not wait.
-  """
-
-  def mean(x, y):
-    both = (x[route] + y[route]) / 2
-    return x.at[route].set(jnp.where(jnp.isfinite(both), both, x[route]))
-
-  return jax.tree.map(mean, a, b)
+  return jax.tree.map(blended, a, b)

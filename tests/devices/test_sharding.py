@@ -499,7 +499,7 @@ def test_the_compiled_sub_steps_share_no_result_and_the_attack_no_collective():
   assert arguments(attack) == {'state.step', 'state.params', 'next_batch'}
   assert 'all-reduce' not in {i.kind for i in attack}
   update = origin('params', 'opt_state', 'batch_stats', 'ema', 'metrics')
-  assert {'batch', 'state.perturbation'} <= arguments(update)
+  assert {'batch', 'state.perturbation.images'} <= arguments(update)
   assert 'next_batch' not in arguments(update)
   assert 'all-reduce' in {i.kind for i in update}
 

@@ -92,12 +92,11 @@ def test_a_step_logs_what_the_gradients_of_four_parts_say(
       run.setup, now, images, batch['label'], state.step, places
     ).grads
 
+  delta = state.perturbation and state.perturbation.images
   grads = []
   for part in range(4):
     groups = slice(2 * part, 2 * part + 2)
-    of_part = jax.tree.map(
-      lambda x, g=groups: x[g], (batch, state.perturbation)
-    )
+    of_part = jax.tree.map(lambda x, g=groups: x[g], (batch, delta))
     leaves = jax.tree.leaves(gradient(*of_part))
     grads.append(np.concatenate([np.ravel(x) for x in leaves]))
   grads = np.array(grads)
