@@ -233,13 +233,7 @@ def update(
   step is counted, and the run continues with the next batch. With
   `spike.sigmas`, neither is one whose loss is a spike (`spikes.judge_loss`).
   """
-  config, stats = setup.config, means.batch_stats
-  if means.attack_stats is not None:
-    rows = {config.route_of('adv')}
-    stats = _blended(stats, means.attack_stats, rows, 0.5)
-  if means.ascent_stats is not None and config.sam.rho:
-    rows = {config.route_of(v) for v, _ in config.views if v != 'adv'}
-    stats = _blended(stats, means.ascent_stats, rows, 1.0)
+  config, stats = setup.config, _moved_stats(setup.config, means)
   params, opt_state, packed = sharded_optimizer.apply_updates(
     config,
     setup.mesh,
@@ -308,6 +302,18 @@ def _averaged(
 def _ascent_alone(setup, step, now, _, batch, __, ___, places):
   """`sub_steps` of the ascent that an update waits for."""
   return sam.ascent(setup, now, batch, step, places), None
+
+
+def _moved_stats(config: Config, means: Means) -> Any:
+  """Returns the running statistics after all passes of a step."""
+  stats = means.batch_stats
+  if means.attack_stats is not None:
+    rows = {config.route_of('adv')}
+    stats = _blended(stats, means.attack_stats, rows, 0.5)
+  if means.ascent_stats is not None and config.sam.rho:
+    rows = {config.route_of(v) for v, _ in config.views if v != 'adv'}
+    stats = _blended(stats, means.ascent_stats, rows, 1.0)
+  return stats
 
 
 def _blended(a: Any, b: Any, rows: Collection[int], share: float) -> Any:
