@@ -60,7 +60,7 @@ class Cloud:
   def entry(self):
     number = min(self.state['created'], len(self.plan['creations'])) - 1
     return {
-      'states': ['ACCEPTED', 'PROVISIONING', 'ACTIVE'],
+      'states': ['WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE'],
       'nodes': ['CREATING', 'READY'],
       'workers': 1,
     } | self.plan['creations'][number]
