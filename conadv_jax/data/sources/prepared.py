@@ -115,9 +115,9 @@ class Prepared:
           f' the directory that holds {self.tfds_name}/, use {directory.parent}'
         )
 
-  def _remedy(self, root: epath.Path) -> str:
+  def _remedy(self, root: epath.Path, do: str = 'prepare it') -> str:
     command = self.command.format(data_dir=shlex.quote(str(root)))
-    return f'set dataset.data_dir, or prepare it with:\n  {command}'
+    return f'set dataset.data_dir, or {do} with:\n  {command}'
 
   def _builder(
     self,
@@ -129,10 +129,11 @@ class Prepared:
     """The TFDS builder of `directory`, if it has all files of `pieces`."""
 
     def half_prepared(what: str, resumes: bool = self.resumes) -> ConfigError:
-      remove = '' if resumes else 'remove that directory, then '
+      do = 'remove that directory and prepare it'
+      do = 'prepare the rest (what is there is kept)' if resumes else do
       return ConfigError(
         f'dataset.name={spec.name!r}: {directory} is half-prepared, {what};'
-        f' {remove}{self._remedy(root)}'
+        f' {self._remedy(root, do)}'
       )
 
     for name in ('dataset_info.json', 'features.json'):
