@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import pathlib
 import random
@@ -21,7 +20,7 @@ from conadv_jax import experiment, models
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import from_config_dict
 from conadv_jax.method.state import Perturbation, Snapshot
-from conadv_jax.run import feed, metrics, training
+from conadv_jax.run import feed, training
 from configs import digits
 
 pytestmark = pytest.mark.fault
@@ -56,13 +55,6 @@ def tiny_network():
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(models.MODELS, 'tiny', models.Entry(helpers.TinyNet, 4))
     yield
-
-
-def settings(tau):
-  method, more = TAUS[tau]
-  values = digits.get_config(f'batch_size=64,method={method}')
-  values.update_from_flattened_dict(FIELDS | more)
-  return from_config_dict(values)
 
 
 def start(directory, tau='1', faults='', cached=True, devices=8, **fields):
@@ -106,27 +98,6 @@ def log_of(directory):
   return (directory.parent / f'{directory.name}.log').read_text()
 
 
-def hashes(directory, tau):
-  """{leaf: SHA-256} of the state at the end."""
-  checkpoints = Checkpoints(directory, read_only=True)
-  like = experiment.build(settings(tau)).abstract_state()
-  step, state, _ = checkpoints.restore(like)
-  checkpoints.close()
-  assert step == STEPS
-  return {
-    jax.tree_util.keystr(path): hashlib.sha256(np.asarray(leaf)).hexdigest()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-  }
-
-
-def rows(directory):
-  """metrics.jsonl without what depends on the clock."""
-  return [
-    {name: v for name, v in row.items() if name not in metrics.TIMINGS}
-    for row in metrics.read_metrics(directory)
-  ]
-
-
 def fed(directory):
   """{batch: example ids} of all processes of a run; they must agree."""
   found = {}
@@ -146,7 +117,9 @@ def unbroken(tmp_path_factory):
       directory = root / f'tau{tau}'
       code = run(directory, tau, cached=False)
       assert code == 0, log_of(directory)
-      made[tau] = hashes(directory, tau), rows(directory), fed(directory)
+      made[tau] = (
+        multihost.hashes(directory), multihost.rows(directory), fed(directory)
+      )  # fmt: skip
     return made[tau]
 
   return of
@@ -154,10 +127,10 @@ def unbroken(tmp_path_factory):
 
 def assert_as_unbroken(directory, tau, unbroken):
   expected_hashes, expected_rows, expected_ids = unbroken(tau)
-  assert rows(directory) == expected_rows
+  assert multihost.rows(directory) == expected_rows
   ids = fed(directory)
   assert {batch: ids[batch] for batch in expected_ids} == expected_ids
-  assert hashes(directory, tau) == expected_hashes
+  assert multihost.hashes(directory) == expected_hashes
   assert len(expected_hashes) > 20
 
 
@@ -302,7 +275,7 @@ def losses_and_state(directory, settings):
   like = experiment.build(settings).abstract_state()
   _, state, _ = checkpoints.restore(like)
   checkpoints.close()
-  return rows(directory), [
+  return multihost.rows(directory), [
     np.asarray(x).tobytes() for x in jax.tree.leaves(state)
   ]
 
@@ -367,7 +340,7 @@ def test_other_devices_go_on_with_the_same_examples(unbroken, tmp_path):
   ids = fed(directory)
   assert {batch: ids[batch] for batch in expected_ids} == expected_ids
   expected = [r['loss'] for r in expected_rows if r['split'] == 'train']
-  got = [r['loss'] for r in rows(directory) if r['split'] == 'train']
+  got = [r['loss'] for r in multihost.rows(directory) if r['split'] == 'train']
   np.testing.assert_allclose(got, expected, rtol=1e-3)
 
 
