@@ -19,7 +19,8 @@ from conadv_jax.base.errors import (
   Preempted,
   unknown,
 )
-from conadv_jax.config import RENAMED, Config, recipes
+from conadv_jax.config import Config, recipes
+from conadv_jax.config.notices import RENAMED
 from conadv_jax.hosts import join, leaving
 
 

@@ -31,11 +31,12 @@ from conadv_jax.devices.mesh import (
   replicated,
   state_shardings,
 )
-from conadv_jax.method import noise, optim, schedules
+from conadv_jax.method import noise, optim, sam, schedules
 from conadv_jax.method.setup import Setup
 from conadv_jax.method.spikes import no_spikes
 from conadv_jax.method.staleness import StepFn
 from conadv_jax.method.state import (
+  Perturbation,
   Snapshot,
   Stream,
   TrainState,
@@ -105,6 +106,7 @@ class Run:
       self.mesh,
       shapes,
       lambda x: self.config.shard_optimizer and sharded_optimizer.is_large(x),
+      in_groups=sam.in_groups(self.config),
     )
     return jax.tree.map(
       lambda s, sharding: jax.ShapeDtypeStruct(
@@ -166,8 +168,10 @@ class Run:
     where S is the gradient of the pixels through the first layer, which
     training does not need. `remat` adds a forward pass to each. A view that
     only a share of the examples has counts as that share, and so does its
-    attack, whose backward pass is whole then: 3 F. A multiply-add counts as
-    two, on padding too, as in papers; XLA does not count padding.
+    attack, whose backward pass is whole then: 3 F. An ascent of weights adds
+    3 F - S for each view but `adv`, and 2 F - S with `sam.mask=norm_only`. A
+    multiply-add counts as two, on padding too, as in papers; XLA does not count
+    padding.
 
     Args:
       again: whether to count what `remat` computes a second time.
@@ -180,6 +184,9 @@ class Run:
     gradient = (3 if config.adv_every else 2) * forward + once_more
     attack = config.shares.get('adv', 0) * config.attack.steps
     per_example = sum(config.shares.values()) * view + attack * gradient
+    if config.ascends:
+      ascent = view - (forward if config.sam.mask == 'norm_only' else 0)
+      per_example += (len(config.views) - config.is_adversarial) * ascent
     return config.batch_size / self.mesh.size * per_example
 
   def local_positions(self) -> np.ndarray:
@@ -209,16 +216,20 @@ class Run:
       variables = self.model.init(key, jnp.zeros(image), routes, True)
       now = Snapshot(variables['params'], variables.get('batch_stats', {}))
     zero = jnp.zeros((), jnp.int32)
-    perturbation = None
+    images = weights = perturbation = None
     if config.staleness_steps:
-      shape = (self.groups, config.bn_group_size, *self.spec.image_shape)
-      perturbation = jnp.zeros(shape, config.dtype)
+      if config.is_adversarial:
+        shape = (self.groups, config.bn_group_size, *self.spec.image_shape)
+        images = jnp.zeros(shape, config.dtype)
+      if config.ascends:
+        weights = sam.blank(config, self.mesh.shape['bn'], now.params)
+      perturbation = Perturbation(images, weights)
     return TrainState(
       step=zero,
       params=now.params,
       batch_stats=now.batch_stats,
       opt_state=self.optimizer.init(sharded_optimizer.pack(config, now.params)),
-      snapshots=(now,) * config.staleness_steps,
+      snapshots=(now,) * config.num_snapshots,
       ema=now if config.ema.decay else None,
       perturbation=perturbation,
       nonfinite_steps=zero,
@@ -310,6 +321,7 @@ def build(
   _check_groups(config, mesh)
   sharded_optimizer.check_shards(config, mesh)
   noise.check_parts(config, mesh)
+  sam.check_parts(config, mesh)
   _check_network(config)
   peak = config.optimizer.peak_learning_rate(config.batch_size)
   schedule = schedules.make_schedule(config.schedule, steps, peak)

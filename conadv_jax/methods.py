@@ -2,7 +2,8 @@
 
 Start here to try an idea. An entry of METHODS is a training method; nothing
 else has to know its name. An entry of ATTACKS is an attack, for training
-(`attack.preset`) as for evaluation (`eval.attack`).
+(`attack.preset`) as for evaluation (`eval.attack`). `Sam` says how weights are
+perturbed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,17 @@ from __future__ import annotations
 import dataclasses
 
 from conadv_jax.base.errors import ConfigError
-from conadv_jax.base.fields import Group, choice, number, setting
+from conadv_jax.base.fields import (
+  Group,
+  check_choice,
+  choice,
+  number,
+  setting,
+)
+
+# Where the perturbation of weights points: along a gradient of tau steps ago,
+# or of weights that look one step ahead; along the momentum; anywhere.
+ASCENTS = ('none', 'gradient', 'lookahead', 'momentum', 'random')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +36,7 @@ class Method:
     views: (view, route) pairs, in the order of the view axis V. Routes are any
       names; views may share one.
     staleness_steps: tau, the age in steps of the weights that make the
-      perturbation; None where there is no `adv` view.
+      perturbation; None where none is made with a gradient.
     attacked: the view that the perturbation is made from. It is fed to the
       step even if it is not trained on.
     attack: a name in ATTACKS, of a method that stands for one attack; with
@@ -33,6 +44,8 @@ class Method:
     adv_every: n of `method.fast_advprop`: of any n batch-norm groups, one is
       trained on in the view `adv` and the others in `clean`. 0: every example
       in all views.
+    ascent: what perturbs the weights, a name in ASCENTS; see `method.sam`.
+    rho: its `sam.rho`, if nothing else is set.
   """
 
   views: tuple[tuple[str, str], ...]
@@ -40,16 +53,28 @@ class Method:
   attacked: str = 'clean'
   attack: str | None = None
   adv_every: int = 0
+  ascent: str = 'none'
+  rho: float = 0.05
 
   def __post_init__(self):
     names = [view for view, _ in self.views]
     if not names or len(set(names)) < len(names):
       raise ConfigError(f'a method needs views, each of them once: {names}')
-    if ('adv' in names) != (self.staleness_steps is not None):
+    check_choice('ascent', self.ascent, ASCENTS)
+    ages = 'adv' in names or self.ascent in ('gradient', 'lookahead')
+    if ages != (self.staleness_steps is not None):
       raise ConfigError(
         f'a method of views {names} with staleness_steps='
-        f"{self.staleness_steps}: needs a number with a view 'adv', else None"
+        f"{self.staleness_steps}: needs a number with a view 'adv' or the "
+        f'ascent of a gradient (ascent={self.ascent!r}), else None'
       )
+    if self.ascent != 'none' and (names == ['adv'] or self.adv_every):
+      raise ConfigError(
+        f'ascent={self.ascent!r}: needs a view that every example has, such as '
+        "'clean'"
+      )
+    if self.ascent == 'lookahead' and self.staleness_steps != 1:
+      raise ConfigError("ascent='lookahead': needs staleness_steps=1")
     if self.attacked == 'adv':
       raise ConfigError("attacked='adv': attack another view, such as 'clean'")
     if self.adv_every and (
@@ -110,7 +135,47 @@ METHODS = {
   'conadv_from_aa': Method(
     (('clean', 'clean'), ('aa', 'aa'), ('adv', 'adv')), 1, attacked='aa'
   ),
+  # Weights are perturbed, not images: sequential (SAM, arXiv:2010.01412),
+  # concurrent (AsyncSAM, arXiv:2503.11147), from weights a step ahead (SAMPa,
+  # arXiv:2410.10683); along the momentum, which costs nothing (MSAM,
+  # arXiv:2401.12033); and anywhere, as a control. Both images and weights.
+  'sam': Method((('clean', 'clean'),), 0, ascent='gradient'),
+  'consam': Method((('clean', 'clean'),), 1, ascent='gradient'),
+  'sampa': Method((('clean', 'clean'),), 1, ascent='lookahead', rho=0.1),
+  'msam': Method((('clean', 'clean'),), ascent='momentum', rho=0.3),
+  'random': Method((('clean', 'clean'),), ascent='random'),
+  'conadv_consam': Method(
+    (('clean', 'clean'), ('adv', 'adv')), 1, ascent='gradient'
+  ),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Sam(Group):
+  """How weights are perturbed, where `Method.ascent` says so."""
+
+  prefix = 'sam.'
+
+  rho: float = number(
+    None, '>= 0', "size of the perturbation; None = the method's", preset=True
+  )
+  normalize: str = choice(
+    'global',
+    ('global', 'adaptive', 'layerwise'),
+    'length rho over all weights; the same with each in units of its own size; '
+    "rho times a weight's length for each array",
+  )
+  mask: str = choice(
+    'all', ('all', 'norm_only'), 'norm_only: scales and biases of normalisation'
+  )
+  group_size: int = number(
+    0,
+    '>= 0',
+    'in examples, with a perturbation of their own; 0 = the whole batch',
+  )
+  mix: float = number(
+    0.2, 'in [0, 1]', 'sampa: share of the ascent gradient in the update'
+  )
 
 
 # What an attack that computes no gradient has no use for.

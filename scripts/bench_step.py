@@ -14,8 +14,8 @@ over rounds, ratios medians of the ratios within a round.
 
   ratio           to our `baseline`; of `torch AdvProp` to `torch plain`
   floor           the same in arithmetic: 3 passes per view that is trained on
-                  and 2 per gradient of the attack, over 3; `to floor` is ratio
-                  over floor
+                  and 2 per gradient of the attack, 3 per ascent of weights,
+                  over 3; `to floor` is ratio over floor
   to peer         to the step of PyTorch with the same floor
   share of peak   FLOPs of convolutions and dense layers, counted as in papers
                   (on padding too), per second, over those of a large matmul in

@@ -22,10 +22,16 @@ from conadv_jax import models
 from conadv_jax.config import Config, default_config, from_config_dict
 from conadv_jax.data import datasets
 from conadv_jax.devices import mesh
+from conadv_jax.method import sam
 from conadv_jax.method.setup import Setup
 from conadv_jax.method.spikes import no_spikes
 from conadv_jax.method.staleness import StepFn
-from conadv_jax.method.state import Snapshot, TrainState, copied
+from conadv_jax.method.state import (
+  Perturbation,
+  Snapshot,
+  TrainState,
+  copied,
+)
 from conadv_jax.method.step import train_step
 from conadv_jax.models.norm import Layout, RoutedBatchNorm
 
@@ -153,18 +159,22 @@ def random_weights(
 def start_state(config: Config, weights: Snapshot, tx: Any) -> TrainState:
   """The state before step 0 from `weights`; no buffer is in it twice."""
   zero = jnp.zeros((), jnp.int32)
-  perturbation = None
+  images = d = perturbation = None
   if config.staleness_steps:
-    groups = config.batch_size // config.bn_group_size
-    shape = (groups, config.bn_group_size, *SPEC.image_shape)
-    perturbation = jnp.zeros(shape, config.dtype)
+    if config.is_adversarial:
+      groups = config.batch_size // config.bn_group_size
+      shape = (groups, config.bn_group_size, *SPEC.image_shape)
+      images = jnp.zeros(shape, config.dtype)
+    if config.ascends:
+      d = sam.blank(config, 1, weights.params)
+    perturbation = Perturbation(images, d)
   return copied(
     TrainState(
       step=zero,
       params=weights.params,
       batch_stats=weights.batch_stats,
       opt_state=tx.init(weights.params),
-      snapshots=(weights,) * config.staleness_steps,
+      snapshots=(weights,) * config.num_snapshots,
       ema=weights if config.ema.decay else None,
       perturbation=perturbation,
       nonfinite_steps=zero,

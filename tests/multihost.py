@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -46,6 +47,16 @@ def free_port() -> int:
     return probe.getsockname()[1]
 
 
+def variables(devices: int) -> dict[str, str]:
+  """Those of a process that has so many CPU devices."""
+  return {
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_NUM_CPU_DEVICES': str(devices),
+    'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
+    'PYTHONPATH': _PYTHONPATH,
+  }
+
+
 def start(
   arguments: Sequence[str],
   log: pathlib.Path,
@@ -53,14 +64,9 @@ def start(
   devices: int = 1,
 ) -> multiprocessing.Process:
   """Starts `python ARGUMENTS`, which prints to `log`, with CPU devices."""
-  variables = os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    'JAX_NUM_CPU_DEVICES': str(devices),
-    'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
-    'PYTHONPATH': _PYTHONPATH,
-  }
+  own = os.environ | variables(devices) | dict(environment or {})
   log.write_bytes(b'')  # there from the start, for who waits for a line
-  job = (list(arguments), str(log), variables | dict(environment or {}))
+  job = (list(arguments), str(log), own)
   process = _server().Process(target=_run, args=job)
   process.start()
   return process
@@ -180,6 +186,35 @@ class Hosts:
       f'---- host {host}\n{self.log(host)[-3000:]}' for host in self._processes
     ]
     return '\n'.join([reason, *tails])
+
+
+def rows(workdir: pathlib.Path) -> list[dict]:
+  """The log of a run, without what depends on the clock."""
+  from conadv_jax.run import metrics
+
+  return [
+    {name: v for name, v in row.items() if name not in metrics.TIMINGS}
+    for row in metrics.read_metrics(workdir)
+  ]
+
+
+def hashes(workdir: pathlib.Path) -> dict[str, str]:
+  """{leaf: SHA-256} of the state that a run has saved last."""
+  import jax
+
+  from conadv_jax import experiment
+  from conadv_jax.checkpoints.checkpoint import Checkpoints
+  from conadv_jax.config import from_config_dict
+  from conadv_jax.run.workdir import read_config
+
+  config = from_config_dict(read_config(str(workdir)))
+  checkpoints = Checkpoints(workdir, read_only=True)
+  _, state, _ = checkpoints.restore(experiment.build(config).abstract_state())
+  checkpoints.close()
+  return {
+    jax.tree_util.keystr(path): hashlib.sha256(np.asarray(leaf)).hexdigest()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+  }
 
 
 def recorded_ids(directory: pathlib.Path, hosts: int, size: int) -> np.ndarray:

@@ -30,6 +30,8 @@ class Setting:
     rates: learning rate of each step.
     optimizer: 'lars_norm_of_sum', 'lars_sum_of_norms' or 'sgd'.
     adv_every: n of Fast AdvProp; 0 for other methods.
+    ascent: what perturbs the weights, such as 'gradient' or 'none'.
+    sam_groups: batch-norm groups that share a perturbation of the weights.
   """
 
   views: tuple[str, ...]
@@ -58,6 +60,12 @@ class Setting:
   bn_momentum: float
   bn_epsilon: float
   adv_every: int
+  ascent: str
+  rho: float
+  normalize: str
+  norm_only: bool
+  sam_groups: int
+  mix: float
 
 
 @dataclasses.dataclass
@@ -66,6 +74,7 @@ class Record:
 
   losses: dict[str, float]
   perturbation: np.ndarray | None
+  ascent: Any
   params: Tree
   stats: Tree
   trace: Tree
@@ -81,9 +90,13 @@ def train(s, params, stats, batches, starts):
   trace = _map(np.zeros_like, params)
   ema = (params, stats)
   records = []
+  ahead = [params, params]  # y_0, y_1 of the lookahead
   for t in range(len(batches) - 1):
     params, stats = history[t]
-    delta = None
+    delta, offsets = None, None
+    d = _direction(s, history, ahead, stats, trace, batches, t)
+    if d is not None:
+      offsets = [_offset(s, params, of_group) for of_group in d]
     if s.adv_every:
       losses, grads, moved = _fast_advprop(
         s, params, stats, batches[t], starts[t]
@@ -94,7 +107,7 @@ def train(s, params, stats, batches, starts):
           s, *history[max(t - s.tau, 0)], stats, batches[t], starts[t]
         )
       losses, grads, moved = _loss_and_gradient(
-        s, params, stats, batches[t], delta
+        s, params, stats, batches[t], delta, offsets
       )
     if s.update_batch_stats:
       ahead = t + (s.tau > 0)  # the batch that is attacked in step t
@@ -102,11 +115,112 @@ def train(s, params, stats, batches, starts):
         s, *history[max(ahead - s.tau, 0)], stats, batches[ahead], starts[ahead]
       )
       moved = _halfway(moved, attacked, s.adv_row)
+    if s.ascent in ('gradient', 'lookahead'):
+      later = t + (s.tau > 0)  # the batch that is ascended on in step t
+      weights = _ascent_weights(s, history, ahead, later)
+      next_d, ascended = _ascent(s, weights, stats, batches[later])
+      if s.rho:
+        for row in _rows_of_ascent(s):
+          moved = _with_row(moved, ascended, row)
+    if s.ascent == 'lookahead':
+      grads = _map(lambda p, x: (1 - s.mix) * p + s.mix * x, grads, next_d[0])
     new, trace = _descend(s, s.rates[t], params, grads, trace)
+    if s.ascent == 'lookahead':
+      ahead.append(_descend(s, s.rates[t + 1], new, next_d[0], trace)[0])
     ema = _average(s, ema, (new, moved))
     history.append((new, moved))
-    records.append(Record(losses, delta, new, moved, trace, ema))
+    records.append(Record(losses, delta, d, new, moved, trace, ema))
   return records
+
+
+def _ascent_weights(s, history, ahead, t):
+  """The weights whose gradient of batch t perturbs."""
+  if s.ascent == 'lookahead':
+    return ahead[t]
+  return history[max(t - s.tau, 0)][0]
+
+
+def _direction(s, history, ahead, stats, trace, batches, t):
+  """d_t of each group of examples, or None."""
+  if s.ascent == 'none':
+    return None
+  if s.ascent == 'momentum':
+    sign = -1.0 if s.optimizer == 'sgd' else 1.0
+    return [_map(lambda m: sign * m, trace)]
+  weights = _ascent_weights(s, history, ahead, t)
+  return _ascent(s, weights, stats, batches[t])[0]
+
+
+def _ascent(s, params, stats, batch):
+  """Gradients of each group of examples, and moved statistics."""
+  kept = [i for i, view in enumerate(s.views) if view != 'adv']
+  views, rows, weights = (
+    tuple(values[i] for i in kept) for values in (s.views, s.rows, s.weights)
+  )
+  weights = tuple(w / sum(weights) for w in weights)
+  s = dataclasses.replace(s, views=views, rows=rows, weights=weights)
+  _, _, moved = _loss_and_gradient(s, params, stats, batch, None, None)
+  starts = range(0, len(batch['label']), s.sam_groups)
+  parts = [
+    {name: x[i : i + s.sam_groups] for name, x in batch.items()} for i in starts
+  ]
+  found = [
+    _loss_and_gradient(s, params, stats, part, None, None)[1] for part in parts
+  ]
+  return found, moved
+
+
+def _offset(s, params, d):
+  """rho N(d), by layer and name."""
+  if s.norm_only:
+    d = {k: x if 'norm' in k else _map(np.zeros_like, x) for k, x in d.items()}
+
+  def scaled(x, size, by=1.0):
+    return s.rho * by * x / size if size else np.zeros_like(x)
+
+  def length(tree):
+    return np.sqrt(sum((x**2).sum() for x in _leaves(tree)))
+
+  if s.normalize == 'global':
+    return _map(lambda x: scaled(x, length(d)), d)
+  if s.normalize == 'adaptive':
+    size = length(_map(lambda w, x: w * x, params, d))
+    return _map(lambda w, x: scaled(x, size, w**2), params, d)
+
+  def layerwise(w, x):
+    return scaled(x, length(x), length(w))
+
+  def by_row(w, x):
+    return np.stack([layerwise(*pair) for pair in zip(w, x, strict=True)])
+
+  return {
+    layer: {
+      name: by_row(w, d[layer][name])
+      if 'norm' in layer
+      else layerwise(w, d[layer][name])
+      for name, w in leaves.items()
+    }
+    for layer, leaves in params.items()
+  }
+
+
+def _rows_of_ascent(s):
+  pairs = zip(s.views, s.rows, strict=True)
+  return {row for view, row in pairs if view != 'adv'}
+
+
+def _leaves(tree):
+  if not isinstance(tree, dict):
+    return [tree]
+  return [x for part in tree.values() for x in _leaves(part)]
+
+
+def _with_row(a, b, row):
+  new = copy.deepcopy(a)
+  for layer in a:
+    for name in ('mean', 'var'):
+      new[layer][name][row] = b[layer][name][row]
+  return new
 
 
 def _attack(s, params, old_stats, stats, batch, start):
@@ -155,8 +269,16 @@ def _project(s, delta, image):
   return np.clip(image + delta, 0.0, 255.0) - image
 
 
-def _loss_and_gradient(s, params, stats, batch, delta):
-  """Losses by view and their weighted mean, gradient, moved statistics."""
+def _loss_and_gradient(s, params, stats, batch, delta, offsets):
+  """Losses by view and their weighted mean, gradient, moved statistics.
+
+  Each group of examples is trained at its own `offsets` from `params`.
+  """
+  at = [_map(np.add, params, x) for x in offsets] if offsets else [params]
+  if len(at) == 1:
+    at = at * len(batch['label'])
+  else:
+    at = [x for x in at for _ in range(s.sam_groups)]
   images = {v: batch[v].astype(np.float64) for v in s.views if v != 'adv'}
   if delta is not None:
     images['adv'] = np.clip(images['clean'] + delta, 0.0, 255.0)
@@ -166,7 +288,7 @@ def _loss_and_gradient(s, params, stats, batch, delta):
   for view, row, weight in zip(s.views, s.rows, s.weights, strict=True):
     loss, per_group = 0.0, []
     for g in range(len(labels)):
-      net = Network(s, params, stats, row, True)
+      net = Network(s, at[g], stats, row, True)
       logits = net.forward((images[view][g] - s.mean) / s.std)
       each, d_logits = _cross_entropy(logits, labels[g], s.label_smoothing)
       loss += each.sum() / labels.size

@@ -49,6 +49,10 @@ def contender(name, floor, *seconds, is_peer=False):
     'conadv_aa': 11 / 3,
     'conadv_from_aa': 11 / 3,
     'adv_only': 5 / 3,
+    'sam': 2,
+    'consam': 2,
+    'msam': 1,
+    'conadv_consam': 11 / 3,
   }.items(),
 )
 def test_the_floor_of_each_method(variant, expected):

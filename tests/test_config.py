@@ -8,7 +8,6 @@ import helpers
 import pytest
 
 from conadv_jax import cli
-from conadv_jax import config as config_room
 from conadv_jax.base import fields as field_room
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.config import (
@@ -18,6 +17,7 @@ from conadv_jax.config import (
   describe,
   flatten,
   from_config_dict,
+  notices,
   recipes,
   to_dict,
 )
@@ -292,11 +292,11 @@ def test_values_at_the_edge_are_allowed(fields):
     ({'batch_size': 10}, ['nearest: batch_size=64']),
     (
       {'method': 'baseline', 'staleness_steps': 1},
-      ['staleness_steps=1', "'baseline' has no adversarial view"],
+      ['staleness_steps=1', "'baseline' perturbs with no gradient"],
     ),
     (
       {'method': 'disadv', 'staleness_steps': 1},
-      ['staleness_steps=1', "use method 'conadv'"],
+      ['staleness_steps=1', "for more, use 'conadv'"],
     ),
     (
       {'epochs': 4.0, 'schedule.warmup_epochs': 5.0},
@@ -516,7 +516,7 @@ def test_eval_attacks_by_name():
   'name', ['attack.epsilon', 'attack.step_size', 'eval.epsilon']
 )
 def test_a_fraction_of_a_grey_level_is_warned_of_once(name, capsys):
-  config_room._warn_of_fraction.cache_clear()
+  notices._warn_of_fraction.cache_clear()
   for _ in range(2):
     load({name: 0.05})
   lines = capsys.readouterr().err.splitlines()
@@ -525,7 +525,7 @@ def test_a_fraction_of_a_grey_level_is_warned_of_once(name, capsys):
 
 
 def test_a_step_that_follows_a_whole_epsilon_is_not_warned_of(capsys):
-  config_room._warn_of_fraction.cache_clear()
+  notices._warn_of_fraction.cache_clear()
   config = load({'attack.preset': 'pgd', 'attack.epsilon': 1.0})
   from_config_dict(to_dict(config))
   assert config.attack.step_size == 0.25

@@ -114,7 +114,7 @@ def test_the_example_equals_the_library(example, tau):
 
   for t in range(STEPS):
     if tau:
-      helpers.assert_close(ours.delta, theirs.perturbation, TOLERANCE)
+      helpers.assert_close(ours.delta, theirs.perturbation.images, TOLERANCE)
     ours, losses = example_step_fn(ours, pairs[t], pairs[t + 1], **fixed)
     theirs, metrics = step_fn(theirs, data[t], data[t + 1])
     expected = np.array([metrics['loss_clean'], metrics['loss_adv']])

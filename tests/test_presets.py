@@ -14,7 +14,7 @@ from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import from_config_dict
 from conadv_jax.export.export import export
 from conadv_jax.method.state import copied
-from conadv_jax.methods import Method
+from conadv_jax.methods import ASCENTS, Method
 from configs import digits
 
 
@@ -32,10 +32,13 @@ def drawn_methods(draw):
   )
   routes = [draw(st.sampled_from(('clean', 'aa', 'adv'))) for _ in views]
   pairs = tuple(zip(views, routes, strict=True))
-  if 'adv' not in views:
-    return Method(pairs)
+  ascents = list(ASCENTS) if views != ['adv'] else ['none']
+  ascent = draw(st.sampled_from(ascents))
+  ages = (1,) if ascent == 'lookahead' else (0, 1, 2)
+  if 'adv' not in views and ascent not in ('gradient', 'lookahead'):
+    return Method(pairs, ascent=ascent)
   attacked = draw(st.sampled_from(('clean', 'aa')))
-  return Method(pairs, draw(st.sampled_from((0, 1, 2))), attacked)
+  return Method(pairs, draw(st.sampled_from(ages)), attacked, ascent=ascent)
 
 
 def config_of(method, patch, **fields):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import pathlib
 import random
@@ -20,8 +19,8 @@ import pytest
 from conadv_jax import experiment, models
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import from_config_dict
-from conadv_jax.method.state import Snapshot
-from conadv_jax.run import feed, metrics, training
+from conadv_jax.method.state import Perturbation, Snapshot
+from conadv_jax.run import feed, training
 from configs import digits
 
 pytestmark = pytest.mark.fault
@@ -40,7 +39,14 @@ FIELDS = {
   'checkpoint.every_steps': 5,
   'checkpoint.keep': 1,
 }
-TAUS = {'0': ('disadv', 0), '1': ('conadv', 1), '3': ('conadv', 3)}
+TAUS = {
+  '0': ('disadv', {'staleness_steps': 0}),
+  '1': ('conadv', {'staleness_steps': 1}),
+  '3': ('conadv', {'staleness_steps': 3}),
+  # Images and weights are perturbed; of weights each device has its own.
+  'both': ('conadv_consam', {'staleness_steps': 2, 'sam.group_size': 8}),
+  'sampa': ('sampa', {}),
+}
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -51,21 +57,14 @@ def tiny_network():
     yield
 
 
-def settings(tau):
-  method, steps = TAUS[tau]
-  values = digits.get_config(f'batch_size=64,method={method}')
-  values.update_from_flattened_dict(FIELDS | {'staleness_steps': steps})
-  return from_config_dict(values)
-
-
 def start(directory, tau='1', faults='', cached=True, devices=8, **fields):
   """Starts a run in `directory`, which keeps the ids that it fed.
 
   Compiling is most of such a run. With `cached`, all runs of the same program
   compile it once.
   """
-  method, steps = TAUS[tau]
-  flags = FIELDS | {'staleness_steps': steps} | fields
+  method, more = TAUS[tau]
+  flags = FIELDS | more | fields
   ids_of(directory).mkdir(exist_ok=True)
   environment = {'CONADV_FAULTS': faults, 'RECORD_IDS': str(ids_of(directory))}
   if cached:
@@ -99,27 +98,6 @@ def log_of(directory):
   return (directory.parent / f'{directory.name}.log').read_text()
 
 
-def hashes(directory, tau):
-  """{leaf: SHA-256} of the state at the end."""
-  checkpoints = Checkpoints(directory, read_only=True)
-  like = experiment.build(settings(tau)).abstract_state()
-  step, state, _ = checkpoints.restore(like)
-  checkpoints.close()
-  assert step == STEPS
-  return {
-    jax.tree_util.keystr(path): hashlib.sha256(np.asarray(leaf)).hexdigest()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-  }
-
-
-def rows(directory):
-  """metrics.jsonl without what depends on the clock."""
-  return [
-    {name: v for name, v in row.items() if name not in metrics.TIMINGS}
-    for row in metrics.read_metrics(directory)
-  ]
-
-
 def fed(directory):
   """{batch: example ids} of all processes of a run; they must agree."""
   found = {}
@@ -139,7 +117,9 @@ def unbroken(tmp_path_factory):
       directory = root / f'tau{tau}'
       code = run(directory, tau, cached=False)
       assert code == 0, log_of(directory)
-      made[tau] = hashes(directory, tau), rows(directory), fed(directory)
+      made[tau] = (
+        multihost.hashes(directory), multihost.rows(directory), fed(directory)
+      )  # fmt: skip
     return made[tau]
 
   return of
@@ -147,10 +127,10 @@ def unbroken(tmp_path_factory):
 
 def assert_as_unbroken(directory, tau, unbroken):
   expected_hashes, expected_rows, expected_ids = unbroken(tau)
-  assert rows(directory) == expected_rows
+  assert multihost.rows(directory) == expected_rows
   ids = fed(directory)
   assert {batch: ids[batch] for batch in expected_ids} == expected_ids
-  assert hashes(directory, tau) == expected_hashes
+  assert multihost.hashes(directory) == expected_hashes
   assert len(expected_hashes) > 20
 
 
@@ -173,7 +153,14 @@ KILLS = (
 
 # Everywhere with the most to lose, 3 snapshots; else where it may differ.
 @pytest.mark.parametrize(
-  ('tau', 'kills'), [('0', KILLS[1::3]), ('1', KILLS[2::3]), ('3', KILLS)]
+  ('tau', 'kills'),
+  [
+    ('0', KILLS[1::3]),
+    ('1', KILLS[2::3]),
+    ('3', KILLS),
+    ('both', KILLS[::3]),
+    ('sampa', KILLS[2::3]),
+  ],
 )
 def test_a_run_that_is_killed_anywhere_equals_the_unbroken_one(
   tau, kills, unbroken, tmp_path
@@ -288,7 +275,7 @@ def losses_and_state(directory, settings):
   like = experiment.build(settings).abstract_state()
   _, state, _ = checkpoints.restore(like)
   checkpoints.close()
-  return rows(directory), [
+  return multihost.rows(directory), [
     np.asarray(x).tobytes() for x in jax.tree.leaves(state)
   ]
 
@@ -318,8 +305,8 @@ def test_a_resume_that_forgets_something_does_not_equal_the_unbroken_run(
     def without(settings, step_fn, state, batch):
       image = batch['clean']
       return state.replace(
-        perturbation=jnp.zeros(
-          image.shape, settings.dtype, device=image.sharding
+        perturbation=Perturbation(
+          jnp.zeros(image.shape, settings.dtype, device=image.sharding)
         )
       )
 
@@ -353,7 +340,7 @@ def test_other_devices_go_on_with_the_same_examples(unbroken, tmp_path):
   ids = fed(directory)
   assert {batch: ids[batch] for batch in expected_ids} == expected_ids
   expected = [r['loss'] for r in expected_rows if r['split'] == 'train']
-  got = [r['loss'] for r in rows(directory) if r['split'] == 'train']
+  got = [r['loss'] for r in multihost.rows(directory) if r['split'] == 'train']
   np.testing.assert_allclose(got, expected, rtol=1e-3)
 
 

@@ -69,6 +69,7 @@ EMA, SPIKE = {'ema.decay': 0.9}, {'spike.sigmas': 6.0}
 ARRAYS = {'dataset.name': 'arrays'}
 AA = {'method': 'conadv_aa', 'dataset.crop_padding_px': 1}
 ADV = {'method': 'adv_only'}
+SAM = {'method': 'consam'}
 RANDOM_START = {'attack.random_start_prob': 1.0}
 SCALED = {'optimizer.scaling': 'linear'}
 EXPONENTIAL = {'schedule.name': 'exponential'}
@@ -132,6 +133,11 @@ FIELDS = {
   'attack.random_start_prob': Case(0.5, attack, ADV),
   'attack.train_mode': Case(False, attack, ADV),
   'attack.update_batch_stats': Case(True, attack, ADV),
+  'sam.rho': Case(0.5, program, SAM),
+  'sam.normalize': Case('layerwise', program, SAM),
+  'sam.mask': Case('norm_only', program, SAM),
+  'sam.group_size': Case(4, program, SAM | {'microbatches': 2}),
+  'sam.mix': Case(0.5, program, {'method': 'sampa'}),
   'optimizer.name': Case('sgd', updates, BASELINE),
   'optimizer.learning_rate': Case(2.0, updates),
   'optimizer.base_batch_size': Case(64, updates, SCALED),

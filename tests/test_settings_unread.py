@@ -207,6 +207,15 @@ RIDES = {
   'one recipe for a grid of methods: no adversarial view': (
     program, BASELINE, ATTACK | {'attack_stats_every_steps': 7}
   ),
+  'the same: no weights are perturbed': (
+    program, BASELINE, {
+      'sam.rho': 0.5, 'sam.normalize': 'layerwise', 'sam.mask': 'norm_only',
+      'sam.group_size': 4, 'sam.mix': 0.5,
+    }
+  ),
+  'the same: no gradient perturbs them, or one that does not train': (
+    program, {'method': 'msam'}, {'sam.group_size': 4, 'sam.mix': 0.5}
+  ),
   'the same: AutoAugment alone': (program, {'method': 'autoaugment'}, ATTACK),
   'the same: no view aa': (
     pixels, BASELINE, {

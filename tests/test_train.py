@@ -144,7 +144,7 @@ def test_the_pending_perturbation_is_made_again_after_a_restore(tau, tmp_path):
   assert restored.perturbation is None
   batch = next(fed(5, 1))
   restored = training.pending_perturbation(cfg, step_fn, restored, batch)
-  assert np.any(np.asarray(state.perturbation))
+  assert np.any(np.asarray(state.perturbation.images))
   for (name, a), (_, b) in zip(
     jax.tree_util.tree_leaves_with_path(restored),
     jax.tree_util.tree_leaves_with_path(state),

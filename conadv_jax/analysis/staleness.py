@@ -28,7 +28,7 @@ from conadv_jax.method.staleness import (
   make_attack_stats_fn,
   pending_perturbation,
 )
-from conadv_jax.method.state import Snapshot, TrainState, copied
+from conadv_jax.method.state import Perturbation, Snapshot, TrainState, copied
 from conadv_jax.run import feed, provenance
 from conadv_jax.run.initial import restore_before
 from conadv_jax.run.reopen import saved_steps
@@ -57,7 +57,6 @@ def make_attack_fn(
       one_microbatch,
       (batch, batch_places(config, mesh)),
       own_copy(blank),
-      (),
     )
     return delta
 
@@ -120,7 +119,7 @@ def measure(subject: Subject) -> Found:
     state, batch, weights = _repeated(subject, step_fn, step)
     for tau in TAUS:
       delta = attack(state.step, weights[-1 - tau], batch)
-      found = stats(state.replace(perturbation=delta), batch)
+      found = stats(state.replace(perturbation=Perturbation(delta)), batch)
       row = {ours: found[name] for ours, name in _NAMES.items()}
       row['error'] = 100 - row.pop('top1')
       rows.append({'step': step, 'tau': tau} | jax.device_get(row))

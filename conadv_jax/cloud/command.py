@@ -74,7 +74,9 @@ def _positive(text: str) -> int:
 
 
 def _check(options: argparse.Namespace, remote: Sequence[str]) -> None:
-  for field in ('name', 'zone', 'project', 'job', 'commit', 'runtime_version'):
+  for field in (
+    'name', 'zone', 'project', 'type', 'runtime_version', 'job', 'commit',
+  ):  # fmt: skip
     if value := getattr(options, field):
       names.check(field, value)
   if options.hosts:
@@ -129,8 +131,7 @@ def _do(
   logs = pathlib.Path(logs)
   match options.verb:
     case 'create':
-      machines.create()
-      machines.wait()
+      _create(machines)
     case 'setup':
       jobs.setup(machines, jobs.commit_of(options.commit), options.device)
     case 'run':
@@ -166,6 +167,25 @@ def _do(
       policy = supervise.Policy(options.tries, options.keep, options.adopt)
       return supervise.supervise(machines, job, policy)
   return 0
+
+
+def _create(machines: Slice) -> None:
+  """Asks for the slice and waits; says what is left if that is cut short."""
+  refused = False
+  try:
+    try:
+      machines.create()
+    except CommandError:
+      refused = True
+      raise
+    machines.wait()
+  except (CommandError, KeyboardInterrupt):
+    if not refused:
+      print(
+        f'{machines.label} may be left, and costs money once it is there; '
+        f'{machines.how_to_delete()}'
+      )
+    raise
 
 
 def _follow(

@@ -136,6 +136,11 @@ class Slice:
     self._topology = None
     if request.type:
       self._topology = topology.parse(request.type)
+      if ':' in self._topology.alias:
+        raise ConfigError(
+          f'type={request.type!r}: no type of Cloud TPU has that shape; name '
+          'one by its size, such as v5litepod-256 or v4-128'
+        )
       if not self._topology.generation.runtime_version:
         raise ConfigError(
           f'type={request.type!r}: the Cloud TPU API does not have it; '

@@ -23,6 +23,7 @@ _NAMES = {
   ),
   'job': (r'[a-z0-9][a-z0-9_-]{0,39}', 'at most 40 of a-z, 0-9, _ and dashes'),
   'commit': (r'\w[\w./~^-]*', 'a commit, tag or branch'),
+  'type': (r'[A-Za-z0-9]+[:-][0-9x]+', 'such as v5litepod-256'),
   'runtime_version': (r'[a-z0-9][a-z0-9.-]*', 'such as tpu-ubuntu2204-base'),
   'bucket': (
     r'gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[\w./=+-]*)?',

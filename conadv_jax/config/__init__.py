@@ -6,17 +6,15 @@ exactly once; everything after it reads attributes, so a misspelt field cannot
 fall back to a default. Epochs become steps in one place, `Steps`.
 
 A field that is None takes the value of its preset then: `staleness_steps`,
-`attack.preset` and `eval.route` the method's, the other fields of `attack`
-those of `attack.preset`, `optimizer.eps` the optimizer's, `grad_buckets` that
-of `xla_flags`.
+`attack.preset`, `sam.rho` and `eval.route` the method's, the other fields of
+`attack` those of `attack.preset`, `optimizer.eps` the optimizer's,
+`grad_buckets` that of `xla_flags`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -45,17 +43,8 @@ from conadv_jax.config.groups import (
   Schedule,
   Spike,
 )
-from conadv_jax.methods import ATTACKS, METHODS, Attack
-
-# Names that fields had in earlier versions -> what to write now.
-RENAMED = {
-  'attack.epsilon_px': 'attack.epsilon',
-  'attack.step_size_px': 'attack.step_size',
-  'eval.epsilon_px': 'eval.epsilon',
-  'eval.pgd_steps': 'eval.attack_steps',
-  'dataset.num_train': "dataset.train_split, 'train[:N]' (left out for N = 0)",
-  'dataset.num_eval': "dataset.eval_split, 'test[:N]' (left out for N = 0)",
-}
+from conadv_jax.config.notices import check_not_renamed, warn_of_fractions
+from conadv_jax.methods import ATTACKS, METHODS, Attack, Sam
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +71,8 @@ class Config(Group):
   staleness_steps: int = number(
     None,
     '>= 0',
-    'tau: the attack on batch t uses the weights of step t - tau; None = the '
-    "method's",
+    'tau: the perturbations of batch t, and of the weights that it trains, are '
+    "made with the weights of step t - tau; None = the method's",
     preset=True,
   )
   bn_group_size: int = number(
@@ -128,6 +117,7 @@ class Config(Group):
   )
   loss: Loss = dataclasses.field(default_factory=Loss)
   attack: Attack = Attack()
+  sam: Sam = Sam()
   optimizer: Optimizer = Optimizer()
   schedule: Schedule = Schedule()
   ema: Ema = Ema()
@@ -161,6 +151,7 @@ class Config(Group):
     self._check_read()
     self._check_staleness()
     self._check_attack()
+    self._check_sam()
     self._check_loss()
     self._check_batch()
     self._check_schedule()
@@ -229,11 +220,14 @@ class Config(Group):
 
   def _check_staleness(self):
     tau = self.staleness_steps
-    fix = f'method {self.method!r} has no adversarial view; leave it unset'
-    check(self.is_adversarial or tau == 0, 'staleness_steps', tau, fix)
-    fix = f"method {self.method!r} is staleness 0; use method 'conadv' for more"
     own = METHODS[self.method].staleness_steps
+    fix = f'method {self.method!r} perturbs with no gradient; leave it unset'
+    check(own is not None or tau == 0, 'staleness_steps', tau, fix)
+    other = 'conadv' if self.is_adversarial else 'consam'
+    fix = f'method {self.method!r} is staleness 0; for more, use {other!r}'
     check(own != 0 or tau == 0, 'staleness_steps', tau, fix)
+    fix = f'method {self.method!r} looks one step ahead; leave it unset'
+    check(self.ascent != 'lookahead' or tau == 1, 'staleness_steps', tau, fix)
 
   def _check_attack(self):
     own, preset = METHODS[self.method].attack, self.attack.preset
@@ -249,6 +243,25 @@ class Config(Group):
       ):  # fmt: skip
         value = getattr(self.attack, name)
         check(value == getattr(Attack, name), f'attack.{name}', value, fix)
+
+  def _check_sam(self):
+    size, sam = self.sam.group_size, self.sam
+    fix = (
+      f'must divide batch_size={self.batch_size} and be a multiple of '
+      f'bn_group_size={self.bn_group_size}'
+    )
+    ok = not size or not (self.batch_size % size or size % self.bn_group_size)
+    check(ok, 'sam.group_size', size, fix)
+    if self.ascent == 'lookahead':
+      fix = f'method {self.method!r} trains with the ascent gradient too: '
+      all_ = (('mask', 'all'), ('group_size', 0))
+      for name, only in all_:
+        value = getattr(sam, name)
+        check(value == only, f'sam.{name}', value, f'{fix}leave it at {only!r}')
+    fix = f'method {self.method!r} needs a momentum: set optimizer.momentum'
+    has_momentum = self.optimizer.name == 'lamb' or self.optimizer.momentum
+    ok = self.ascent != 'momentum' or has_momentum
+    check(ok, 'optimizer.momentum', self.optimizer.momentum, fix)
 
   def _check_loss(self):
     weights = self.loss.view_weights
@@ -272,6 +285,21 @@ class Config(Group):
   def adv_every(self) -> int:
     """See `Method`."""
     return METHODS[self.method].adv_every
+
+  @property
+  def ascent(self) -> str:
+    """What perturbs the weights, one of ASCENTS."""
+    return METHODS[self.method].ascent
+
+  @property
+  def ascends(self) -> bool:
+    """Whether a gradient perturbs the weights."""
+    return self.ascent in ('gradient', 'lookahead')
+
+  @property
+  def num_snapshots(self) -> int:
+    """How many weights a step needs beside theta_t; see `TrainState`."""
+    return self.staleness_steps + (self.ascent == 'lookahead')
 
   @property
   def shares(self) -> dict[str, float]:
@@ -354,18 +382,8 @@ def from_config_dict(values: Mapping[str, Any]) -> Config:
   values = fields.complete(Config, values, default_config().to_dict())
   _fill_presets(values)
   config = fields.build(Config, values)
-  _warn_of_fractions(config)
+  warn_of_fractions(config.attack, config.eval.epsilon)
   return config
-
-
-def check_not_renamed(names: Iterable[str]) -> None:
-  """Raises ConfigError if any of `names` has a new name; it lists them all."""
-  old = [name for name in names if name in RENAMED]
-  if old:
-    raise ConfigError(
-      'config fields with a new name:\n  '
-      + '\n  '.join(f'{name} -> {RENAMED[name]}' for name in old)
-    )
 
 
 def _fill_presets(values: dict[str, Any]) -> None:
@@ -388,6 +406,8 @@ def _fill_presets(values: dict[str, Any]) -> None:
     if attack['step_size'] is None:
       made = fields.build(Attack, attack, Attack.prefix)
       attack['step_size'] = made.default_step_size
+  if 'sam' in groups and groups['sam']['rho'] is None:
+    groups['sam']['rho'] = method.rho
   if 'optimizer' in groups and groups['optimizer']['eps'] is None:
     name = groups['optimizer']['name']
     check_choice('optimizer.name', name, OPTIMIZER_EPS)
@@ -395,30 +415,6 @@ def _fill_presets(values: dict[str, Any]) -> None:
   if 'eval' in groups and groups['eval']['route'] is None:
     routes = method.routes
     groups['eval']['route'] = 'clean' if 'clean' in routes else routes[0]
-
-
-def _warn_of_fractions(config: Config) -> None:
-  attack = config.attack
-  sizes = {
-    'attack.epsilon': attack.epsilon,
-    'eval.epsilon': config.eval.epsilon,
-  }
-  if attack.step_size != attack.default_step_size:
-    sizes['attack.step_size'] = attack.step_size
-  for name, value in sizes.items():
-    if 0 < value < 1:
-      _warn_of_fraction(name, value)
-
-
-@functools.cache
-def _warn_of_fraction(name: str, value: float) -> None:
-  """Once for a value: a configuration is read several times in a run."""
-  print(
-    f'warning: {name}={value:g} is read as grey levels of 255; for images in '
-    f'[0, 1] that is {value / 255:.2g}. {value:g} of the whole range would be '
-    f'{name}={value * 255:g}',
-    file=sys.stderr,
-  )
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -22,7 +22,8 @@ import ml_collections
 
 from conadv_jax.base import fields
 from conadv_jax.base.errors import ConfigError, unknown
-from conadv_jax.config import Config, check_not_renamed
+from conadv_jax.config import Config
+from conadv_jax.config.notices import check_not_renamed
 from conadv_jax.methods import METHODS
 
 _PACKAGE = pathlib.Path(__file__).parents[1]

@@ -21,10 +21,15 @@ from conadv_jax.devices.mesh import (
 from conadv_jax.devices.sums import mean_over_devices
 from conadv_jax.experiment import Run
 from conadv_jax.method import losses
-from conadv_jax.method.attack import attack_batch
 from conadv_jax.method.gradients import batch_places, over_microbatches
 from conadv_jax.method.pixels import normalize, trained_views, wide_dtype
 from conadv_jax.method.state import Snapshot, Stream, TrainState, stream_key
+from conadv_jax.method.step import (
+  apply_perturbation,
+  make_perturbation,
+  of_parts,
+  trained_weights,
+)
 
 
 def make_diagnosis_fn(run: Run):
@@ -41,8 +46,8 @@ def make_diagnosis_fn(run: Run):
   config, mesh = run.config, run.mesh
   one_microbatch = _make_microbatch(run)
 
-  def on_device(step, now, batch, delta):
-    now = own_copy(now)
+  def on_device(step, trained, now, batch, delta):
+    trained, now = own_copy((trained, now))
     places = batch_places(config, mesh)
     groups, examples = places.example.shape
     wide = wide_dtype(config)
@@ -55,26 +60,26 @@ def make_diagnosis_fn(run: Run):
     if config.is_adversarial:
       shape = (groups, examples, *run.spec.image_shape)
       slots['delta'] = jnp.zeros(shape, config.dtype)
-    zeros = jax.tree.map(jnp.zeros_like, (now.params,) * num_views)
     means, slots = over_microbatches(
       config.microbatches,
-      lambda part, _: one_microbatch(step, now, part),
+      lambda part, _: one_microbatch(step, trained, now, part),
       (batch, delta, places),
       own_copy(slots),
-      (zeros, jax.tree.map(jnp.zeros_like, now.batch_stats)),
     )
     return mean_over_devices(means), slots
 
   fn = per_device(
     mesh,
     on_device,
-    (REPLICATED,) * 2 + (BATCH,) * 2,
+    (REPLICATED,) * 3 + (BATCH,) * 2,
     (REPLICATED, BATCH),
   )
 
   def diagnose(state: TrainState, batch: Mapping[str, jax.Array]):
     now = Snapshot(state.params, state.batch_stats)
-    (grads, stats), slots = fn(state.step, now, batch, state.perturbation)
+    trained, _ = trained_weights(run.setup, state, batch)
+    delta = of_parts(config, state.perturbation)
+    (grads, stats), slots = fn(state.step, trained, now, batch, delta)
     found = {
       'loss': slots['loss'],
       'predicted': slots['predicted'],
@@ -108,11 +113,13 @@ def _make_microbatch(run: Run):
   views = [view for view, _ in config.views]
   routes = tuple(config.route_of(view) for view, _ in config.views)
 
-  def one_microbatch(step, now, part):
+  def one_microbatch(step, trained, now, part):
     batch, delta, places = part
-    if config.is_adversarial and delta is None:  # made in the step itself
-      delta, _ = attack_batch(run.setup, now, batch, step, places)
-    images = trained_views(config, batch, delta)
+    if delta is None:  # made in the step itself
+      delta, _ = make_perturbation(
+        run.setup, now, now.batch_stats, batch, step, places
+      )
+    now, images = apply_perturbation(config, trained, batch, delta)
     x_GVbHWC = jnp.stack([normalize(run.spec, x) for x in images.values()], 1)
     key = stream_key(config.seed, Stream.DROPOUT, step)
 
@@ -136,7 +143,9 @@ def _make_microbatch(run: Run):
       'loss': jnp.moveaxis(loss_GVb, 1, 2),
       'predicted': jnp.moveaxis(predicted_GVb.astype(jnp.int32), 1, 2),
     }
-    return (grads, stats), slots if delta is None else slots | {'delta': delta}
+    if delta.images is not None:
+      slots['delta'] = delta.images
+    return (grads, stats), slots
 
   return one_microbatch
 

@@ -200,7 +200,11 @@ class _Replay:
           for place in diagnosis.worst(loss_N, _EXAMPLES)
         ],
       }
-    perturbations = {'of_batch': delta, 'of_next_batch': after.perturbation}
+    pending = after.perturbation
+    perturbations = {
+      'of_batch': delta,
+      'of_next_batch': pending and pending.images,
+    }
     content['perturbation'] = {
       name: _extremes(x) for name, x in perturbations.items() if x is not None
     }

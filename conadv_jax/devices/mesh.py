@@ -207,22 +207,31 @@ def put_batch(
   return {name: put(x) for name, x in local.items()}
 
 
-def state_shardings(mesh: Mesh, state: Any, is_flat: Callable[[Any], bool]):
+def state_shardings(
+  mesh: Mesh, state: Any, is_flat: Callable[[Any], bool], *, in_groups: bool
+):
   """Shardings of a TrainState: replicated, but for two fields.
 
-  The perturbation lies as the batch does; leaves of the optimizer for which
-  `is_flat` holds are split over `data`.
+  Images of the perturbation lie as the batch does; so do its weights if they
+  are `in_groups`. Leaves of the optimizer for which `is_flat` holds are split
+  over `data`.
   """
   every = jax.tree.map(lambda _: replicated(mesh), state)
   return every.replace(
-    perturbation=jax.tree.map(
-      lambda _: batch_sharding(mesh), state.perturbation
-    ),
+    perturbation=_of_perturbation(mesh, state.perturbation, in_groups),
     opt_state=jax.tree.map(
       lambda x: NamedSharding(mesh, FLAT if is_flat(x) else REPLICATED),
       state.opt_state,
     ),
   )
+
+
+def _of_perturbation(mesh: Mesh, perturbation: Any, in_groups: bool):
+  every = jax.tree.map(lambda _: batch_sharding(mesh), perturbation)
+  if perturbation is None or in_groups:
+    return every
+  whole = jax.tree.map(lambda _: replicated(mesh), perturbation.weights)
+  return every.replace(weights=whole)
 
 
 # ---- Per device ------------------------------------------------------------

@@ -84,18 +84,28 @@ def apply_updates(
   Returns:
     The new params, the new state, and the old params as `optimizer` saw them.
   """
-  packed = pack(config, params)
-  if not config.shard_optimizer:
-    updates, opt_state = optimizer.update(grads, opt_state, packed)
-    return optax.apply_updates(packed, updates), opt_state, packed
-  specs = packed_specs(config, packed)
-  packed = _split(mesh, packed, specs)
+  packed = split(config, mesh, params)
   updates, opt_state = optimizer.update(grads, opt_state, packed)
-  new = _gather(mesh, optax.apply_updates(packed, updates), specs)
-  new = jax.tree.map(
-    lambda x, leaf: x.reshape(-1)[: leaf.size].reshape(leaf.shape), new, params
+  new = optax.apply_updates(packed, updates)
+  return joined(config, mesh, new, params), opt_state, packed
+
+
+def split(config: Config, mesh: Mesh, tree: Params) -> Params:
+  """Packs a `tree` of all devices; each keeps its part of large leaves."""
+  packed = pack(config, tree)
+  if not config.shard_optimizer:
+    return packed
+  return _split(mesh, packed, packed_specs(config, packed))
+
+
+def joined(config: Config, mesh: Mesh, packed: Params, like: Params) -> Params:
+  """Returns what `split` took, in the shapes of `like`, on all devices."""
+  if not config.shard_optimizer:
+    return packed
+  whole = _gather(mesh, packed, packed_specs(config, packed))
+  return jax.tree.map(
+    lambda x, leaf: x.reshape(-1)[: leaf.size].reshape(leaf.shape), whole, like
   )
-  return new, opt_state, packed
 
 
 def _split(mesh: Mesh, tree: Any, specs: Any) -> Any:

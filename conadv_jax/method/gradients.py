@@ -32,28 +32,39 @@ from conadv_jax.devices.mesh import (
 from conadv_jax.method import losses
 from conadv_jax.method.pixels import normalize, wide_dtype
 from conadv_jax.method.setup import Setup
-from conadv_jax.method.state import Snapshot, Stream, stream_key
+from conadv_jax.method.state import (
+  Perturbation,
+  Snapshot,
+  Stream,
+  stream_key,
+)
 
 
 @flax.struct.dataclass
 class Means:
   """What the two sub-steps yield: means over the examples of a batch.
 
+  What a pass does not make is None.
+
   Attributes:
     grads: of the parameters, in the optimizer's shapes once summed.
     batch_stats: after the update.
-    attack_stats: after the attack, or None.
+    attack_stats: after the attack.
     loss_V: of each view.
     top1_V: percentage, of each view.
-    square: squared norm of the gradients of a part, or None.
+    square: squared norm of the gradients of a part.
+    ascent: gradient that weights are perturbed with; see `method.sam`.
+    ascent_stats: after it.
   """
 
-  grads: Any
-  batch_stats: Any
-  attack_stats: Any
-  loss_V: jax.Array
-  top1_V: jax.Array
+  grads: Any = None
+  batch_stats: Any = None
+  attack_stats: Any = None
+  loss_V: jax.Array | None = None
+  top1_V: jax.Array | None = None
   square: jax.Array | None = None
+  ascent: Any = None
+  ascent_stats: Any = None
 
 
 def weighted_loss(
@@ -128,24 +139,29 @@ def loss_gradient(
   grads, (loss_V, top1_V, stats) = jax.grad(training_loss, 1, has_aux=True)(
     setup, weights.params, weights.batch_stats, images, label, step, places
   )
-  return Means(grads, stats, None, loss_V, top1_V)
+  return Means(grads, stats, loss_V=loss_V, top1_V=top1_V)
 
 
 def over_devices(
-  setup: Setup, sub_steps: Callable[..., tuple[Means, jax.Array | None]]
-) -> Callable[..., tuple[Means, jax.Array | None]]:
+  setup: Setup,
+  sub_steps: Callable[..., tuple[Means, Perturbation | None]],
+  *,
+  trains: bool = True,
+) -> Callable[..., tuple[Means, Perturbation | None]]:
   """Makes a program over global arrays of what one device does with a part.
 
   Args:
     setup: what the step is made of.
-    sub_steps: (setup, step, weights, attacker, batch, next batch, delta,
-      places) -> (Means, delta), of a microbatch of one device.
+    sub_steps: (setup, step, weights, attacker, batch, next batch,
+      perturbation, places) -> (Means, perturbation), of a microbatch of one
+      device.
+    trains: whether the Means have gradients for the optimizer.
 
   Returns:
-    (step, weights, attacker, batch, next batch, delta) -> (Means, delta), of
-    whole batches [G, b, ...]. Means are the same on all devices, but for the
-    gradients of a sharded optimizer. The delta that is returned takes the
-    buffer of the other, part by part.
+    (step, weights, attacker, batch, next batch, perturbation) -> (Means,
+    perturbation), of whole batches [G, b, ...]. Means are the same on all
+    devices, but for the gradients of a sharded optimizer. The perturbation that
+    is returned takes the buffers of the other, part by part.
   """
   config, mesh = setup.config, setup.mesh
 
@@ -167,18 +183,18 @@ def over_devices(
       one_microbatch,
       (batch, next_batch, batch_places(config, mesh)),
       delta,
-      own_copy(_no_means(config, weights)),
     )
     with jax.named_scope('gradient_sum'):
       return _summed(config, means), pending
 
   def program(step, weights, *args):
     grads = sharded_optimizer.packed_specs(config, weights.params)
+    grads = grads if trains else REPLICATED
     return per_device(
       mesh,
       on_device,
       in_specs=(REPLICATED,) * 3 + (BATCH,) * 3,
-      out_specs=(Means(grads, *(REPLICATED,) * 5), BATCH),
+      out_specs=(Means(grads, *(REPLICATED,) * 7), BATCH),
     )(step, weights, *args)
 
   return program
@@ -195,7 +211,6 @@ def over_microbatches(
   fn: Callable[[Any, Any], tuple[Any, Any]],
   batch: Any,
   delta: Any,
-  zero: Any,
 ) -> tuple[Any, Any]:
   """Computes the mean of the first result of `fn(part, delta part)` over parts.
 
@@ -204,8 +219,7 @@ def over_microbatches(
     fn: returns what is averaged and a new delta part, or None where there is no
       delta to begin with.
     batch: arrays [G, ...] to be divided along G.
-    delta: array [G, ...] or None; its parts are replaced in place.
-    zero: of the type and shapes of what is averaged.
+    delta: arrays [G, ...] or None; their parts are replaced in place.
 
   Returns:
     The mean, and delta with all its parts replaced.
@@ -224,26 +238,14 @@ def over_microbatches(
     deltas = jax.tree.map(lambda x, new: x.at[index].set(new), deltas, delta)
     return (jax.tree.map(jnp.add, total, mean), deltas), None
 
-  carry = zero, jax.tree.map(split, delta)
-  parts = jnp.arange(count), jax.tree.map(split, batch)
-  total, deltas = loops.scan(add, carry, parts, count)
+  batch, deltas = jax.tree.map(split, (batch, delta))
+  first = jax.tree.map(lambda x: x[0], (batch, deltas))
+  shapes, _ = jax.eval_shape(fn, *first)
+  zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  parts = jnp.arange(count), batch
+  total, deltas = loops.scan(add, (own_copy(zero), deltas), parts, count)
   mean = jax.tree.map(lambda x: x / count, total)
   return mean, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), deltas)
-
-
-def _no_means(config: Config, weights: Snapshot) -> Means:
-  """Makes the Means of nothing: zeros."""
-  moves_stats = config.is_adversarial and config.attack.update_batch_stats
-  per_view = jnp.zeros(len(config.views), wide_dtype(config))
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), weights)
-  return Means(
-    grads=zeros.params,
-    batch_stats=zeros.batch_stats,
-    attack_stats=zeros.batch_stats if moves_stats else None,
-    loss_V=per_view,
-    top1_V=per_view,
-    square=per_view[0] if config.noise_scale else None,
-  )
 
 
 def _summed(config: Config, means: Means) -> Means:
@@ -253,14 +255,20 @@ def _summed(config: Config, means: Means) -> Means:
   configuration says bfloat16: the partitioner of a global program would take
   the latter for every kernel that is cast to it. Everything else shares their
   vectors, if there are any: a compiler would join what it finds beside them,
-  and cannot put that behind other work.
+  and cannot put that behind other work. Ascent gradients have vectors of their
+  own, which the update does not wait for.
   """
   wide = wide_dtype(config)
   dtype = jnp.bfloat16 if config.grad_allreduce_dtype == 'bfloat16' else wide
-  grads = jax.tree.map(lambda g: g.astype(dtype), means.grads)
+  grads, ascent = jax.tree.map(
+    lambda g: g.astype(dtype), (means.grads, means.ascent)
+  )
+  ascent = sums.means_by_spec(
+    ascent, jax.tree.map(lambda _: REPLICATED, ascent), config.grad_buckets
+  )
   grads = sharded_optimizer.pack(config, grads)
   specs = sharded_optimizer.packed_specs(config, grads)
-  others = means.replace(grads=())
+  others = means.replace(grads=(), ascent=())
   if config.grad_buckets:
     specs = specs, jax.tree.map(lambda _: REPLICATED, others)
     grads, others = sums.means_by_spec(
@@ -269,4 +277,5 @@ def _summed(config: Config, means: Means) -> Means:
   else:
     grads = sums.means_by_spec(grads, specs)
     others = sums.mean_over_devices(others)
-  return others.replace(grads=jax.tree.map(lambda g: g.astype(wide), grads))
+  grads, ascent = jax.tree.map(lambda g: g.astype(wide), (grads, ascent))
+  return others.replace(grads=grads, ascent=ascent)

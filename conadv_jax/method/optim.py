@@ -182,3 +182,25 @@ def kernel_trust_ratios(
   return jnp.stack(
     [trust_ratio(config, g, w) for g, w, kernel in leaves if kernel]
   )
+
+
+# Of the states of these optimizers: the momentum, and the sign with which it
+# moves the weights.
+_MOMENTA = {
+  'lars': ('trace', 1),
+  'sgd': ('trace', -1),
+  'rmsprop': ('trace', 1),
+  'lamb': ('mu', -1),
+}
+
+
+def momentum_moves(config: Optimizer, state: optax.OptState) -> Params:
+  """Returns where the momentum in `state` moves the weights, packed as it is.
+
+  Raises:
+    ConfigError: if it is not known what of `state` is the momentum.
+  """
+  if config.name not in _MOMENTA:
+    raise unknown('optimizer with a momentum', config.name, _MOMENTA)
+  name, sign = _MOMENTA[config.name]
+  return jax.tree.map(lambda x: sign * x, optax.tree.get(state, name))

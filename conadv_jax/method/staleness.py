@@ -9,20 +9,31 @@ arXiv:1911.09665).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from conadv_jax.config import Config
-from conadv_jax.devices.mesh import BATCH, REPLICATED, own_copy, per_device
+from conadv_jax.devices.mesh import (
+  BATCH,
+  REPLICATED,
+  own_copy,
+  per_device,
+)
 from conadv_jax.devices.sums import mean_over_devices
-from conadv_jax.method import losses
+from conadv_jax.method import losses, sam
 from conadv_jax.method.attack import attack_batch
 from conadv_jax.method.gradients import batch_places, over_microbatches
 from conadv_jax.method.pixels import Batch, normalize, perturbed, wide_dtype
 from conadv_jax.method.setup import Setup
-from conadv_jax.method.state import Snapshot, TrainState, copied
+from conadv_jax.method.state import (
+  Perturbation,
+  Snapshot,
+  TrainState,
+  copied,
+)
 
 Metrics = dict[str, jax.Array]
 # (state_t, batch_t, batch_{t+1}) -> (state_{t+1}, metrics)
@@ -34,7 +45,7 @@ def attacker(config: Config, state: TrainState) -> Snapshot:
 
   For tau = 0 theta_t, which attacks batch t.
   """
-  if config.staleness_steps <= 1:
+  if config.num_snapshots <= 1:
     return Snapshot(state.params, state.batch_stats)
   old = state.snapshots[1]
   if config.attack.update_batch_stats:
@@ -42,14 +53,6 @@ def attacker(config: Config, state: TrainState) -> Snapshot:
     # it moves those of now, whatever the age of its weights.
     old = old.replace(batch_stats=state.batch_stats)
   return old
-
-
-def aged(config: Config, state: TrainState) -> tuple[Snapshot, ...]:
-  """Returns the snapshots of step t + 1: theta_{t + 1 - tau}, ..., theta_t."""
-  if not config.staleness_steps:
-    return ()
-  now = Snapshot(state.params, state.batch_stats)
-  return (*state.snapshots, now)[1:]
 
 
 def pending_perturbation(
@@ -77,15 +80,28 @@ def pending_perturbation(
   past = state.replace(
     step=state.step - 1, snapshots=(oldest, *state.snapshots[:-1])
   )
-  if config.staleness_steps == 1:
+  if config.num_snapshots == 1:
     past = past.replace(params=oldest.params, batch_stats=oldest.batch_stats)
   if past.perturbation is None:  # its value is not read, its shape is
-    image = batch[config.attacked]
-    blank = jnp.zeros(image.shape, config.dtype, device=image.sharding)
-    past = past.replace(perturbation=blank)
+    past = past.replace(perturbation=_of_right_shape(config, state, batch))
   # The step donates: no buffer may be in its arguments twice.
   past = copied(past)
   return state.replace(perturbation=step_fn(past, batch, batch)[0].perturbation)
+
+
+def _of_right_shape(
+  config: Config, state: TrainState, batch: Batch
+) -> Perturbation:
+  """Makes a perturbation for a step whose update is discarded."""
+  image, label, weights = batch[config.attacked], batch['label'], None
+  images = jnp.zeros(image.shape, config.dtype, device=image.sharding)
+  if sam.in_groups(config):
+    own = label.sharding.shard_shape(label.shape)
+    make = functools.partial(sam.blank, config, label.shape[1] // own[1])
+    weights = jax.jit(make, out_shardings=label.sharding)(state.params)
+  elif config.ascends:
+    weights = sam.chosen(config, state.params)
+  return Perturbation(images if config.is_adversarial else None, weights)
 
 
 def make_attack_stats_fn(
@@ -129,7 +145,6 @@ def make_attack_stats_fn(
       lambda part, _: one_microbatch(step, now, part),
       (batch, delta, batch_places(config, mesh)),
       None,
-      own_copy(dict.fromkeys(names, jnp.zeros((), wide))),
     )
     return mean_over_devices(means)
 
@@ -137,7 +152,7 @@ def make_attack_stats_fn(
 
   def attack_stats(state: TrainState, batch: Batch) -> Metrics:
     now = Snapshot(state.params, state.batch_stats)
-    return fn(state.step, now, state.perturbation, batch)
+    return fn(state.step, now, state.perturbation.images, batch)
 
   return attack_stats
 

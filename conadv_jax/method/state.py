@@ -36,6 +36,21 @@ class Spikes:
 
 
 @flax.struct.dataclass
+class Perturbation:
+  """What a step makes for the next one.
+
+  Attributes:
+    images: delta_t, [G, b, H, W, C] grey levels, or None.
+    weights: d_t, whose direction the weights are moved along: a tree as of
+      `sam.chosen`, or None. With `sam.group_size` arrays [K, ...], of the K
+      groups of the batch, and a second axis of the devices that share one.
+  """
+
+  images: jax.Array | None = None
+  weights: Any = None
+
+
+@flax.struct.dataclass
 class TrainState:
   """State before step t.
 
@@ -46,9 +61,10 @@ class TrainState:
     opt_state: of optax.
     snapshots: theta_{t - tau}, ..., theta_{t - 1}, length tau; theta_0 where
       the index is negative. The first is what made the pending perturbation.
+      Of `sampa` y_t and y_{t + 1}; see `sam.lookahead`.
     ema: averaged params and statistics as a Snapshot, or None.
-    perturbation: delta_t, [G, b, H, W, C] grey levels, or None where tau = 0.
-      Not saved: `train_step.pending_perturbation` makes it again.
+    perturbation: of batch_t and theta_t, or None where tau = 0. Not saved:
+      `staleness.pending_perturbation` makes it again.
     nonfinite_steps: steps that were not applied as not finite, int32.
     nonfinite_streak: how many of them are the last ones in a row, int32.
     spikes: what finds losses that jump, or None where spike.sigmas = 0.
@@ -60,7 +76,7 @@ class TrainState:
   opt_state: Any
   snapshots: tuple[Snapshot, ...]
   ema: Snapshot | None
-  perturbation: jax.Array | None
+  perturbation: Perturbation | None
   nonfinite_steps: jax.Array
   nonfinite_streak: jax.Array
   spikes: Spikes | None = None
@@ -80,6 +96,7 @@ class Stream(enum.IntEnum):
   ATTACK = 1
   EVAL_ATTACK = 2
   DROPOUT = 3
+  ASCENT = 4
 
 
 def stream_key(seed: int, stream: Stream, step: jax.Array | int) -> jax.Array:

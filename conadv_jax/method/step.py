@@ -8,21 +8,31 @@ For a staleness tau >= 1 the two sub-steps of a program share no result, unless
 
 so the compiler may run them concurrently (ConAdv, arXiv:2106.00221, algorithm
 1). For tau = 0 the attack on batch_t with theta_t comes first and the update
-waits for it (AdvProp, arXiv:1911.09665).
+waits for it (AdvProp, arXiv:1911.09665). delta perturbs images, or weights
+(`method.sam`), or both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from conadv_jax.config import Config
 from conadv_jax.devices import sharded_optimizer
 from conadv_jax.devices.mesh import Places
-from conadv_jax.method import fast_advprop, noise, optim, spikes, staleness
+from conadv_jax.method import (
+  fast_advprop,
+  noise,
+  optim,
+  sam,
+  spikes,
+  staleness,
+)
 from conadv_jax.method.attack import attack_batch
 from conadv_jax.method.gradients import (
   Means,
@@ -33,7 +43,7 @@ from conadv_jax.method.gradients import (
 from conadv_jax.method.pixels import Batch, trained_views
 from conadv_jax.method.setup import Setup
 from conadv_jax.method.staleness import Metrics
-from conadv_jax.method.state import Snapshot, TrainState
+from conadv_jax.method.state import Perturbation, Snapshot, TrainState
 
 
 def train_step(
@@ -51,16 +61,20 @@ def train_step(
     next_batch: batch_{t+1}, likewise.
   """
   config = setup.config
-  now = Snapshot(state.params, state.batch_stats)
   passes = fast_advprop.sub_steps if config.adv_every else sub_steps
+  trained, first = trained_weights(setup, state, batch)
   means, pending = over_devices(setup, passes)(
     state.step,
-    now,
+    trained,
     staleness.attacker(config, state),
     batch,
     next_batch if config.staleness_steps else {},
-    state.perturbation,
+    of_parts(config, state.perturbation),
   )
+  if first.ascent_stats is not None:
+    means = means.replace(ascent_stats=first.ascent_stats)
+  if pending is not None and means.ascent is not None:
+    pending = pending.replace(weights=means.ascent)
   with jax.named_scope('optimizer'):
     new, metrics = update(setup, state, means)
     if config.noise_scale:
@@ -70,11 +84,51 @@ def train_step(
         means.square,
         jnp.square(metrics['grad_norm']),
       )
+    newest = Snapshot(state.params, state.batch_stats)
+    if config.ascent == 'lookahead':
+      newest = sam.lookahead(setup, new, means.ascent)
   return new.replace(
     step=state.step + 1,
-    snapshots=staleness.aged(config, state),
+    snapshots=(*state.snapshots, newest)[1:] if state.snapshots else (),
     perturbation=pending,
   ), metrics
+
+
+def trained_weights(
+  setup: Setup, state: TrainState, batch: Batch
+) -> tuple[Snapshot, Means]:
+  """Computes theta_t + e_t, at which the update takes its gradient.
+
+  Where groups of examples have perturbations of their own, or there are none,
+  that is theta_t.
+
+  Returns:
+    The weights, and the Means of an ascent that the update has to wait for.
+  """
+  config, first = setup.config, Means()
+  now = Snapshot(state.params, state.batch_stats)
+  if config.ascent == 'none' or sam.in_groups(config):
+    return now, first
+  if not config.ascends:
+    d = sam.free_direction(setup, state)
+  elif config.staleness_steps:
+    d = state.perturbation.weights
+  else:
+    with jax.named_scope('adversarial'):
+      first, _ = over_devices(setup, _ascent_alone, trains=False)(
+        state.step, now, now, batch, {}, None
+      )
+    d = first.ascent
+  return now.replace(params=sam.moved(config, now.params, d)), first
+
+
+def of_parts(
+  config: Config, perturbation: Perturbation | None
+) -> Perturbation | None:
+  """Returns what parts of a batch differ in; the rest is `trained_weights`."""
+  if perturbation is None or sam.in_groups(config):
+    return perturbation
+  return perturbation.replace(weights=None)
 
 
 def sub_steps(
@@ -84,36 +138,89 @@ def sub_steps(
   attacker: Snapshot,
   batch: Batch,
   next_batch: Batch,
-  delta: jax.Array | None,
+  delta: Perturbation | None,
   places: Places,
-) -> tuple[Means, jax.Array | None]:
+) -> tuple[Means, Perturbation | None]:
   """Computes both sub-steps on a microbatch of one device.
 
   Args:
     setup: what the step is made of.
     step: t.
-    now: theta_t.
+    now: `trained_weights`.
     attacker: theta_{t+1-tau}; theta_t for tau = 0.
     batch: examples of batch_t.
     next_batch: the same places of batch_{t+1}; {} for tau = 0.
-    delta: delta_t of `batch`, [G, b, H, W, C]; None for tau = 0.
+    delta: delta_t of `batch`; None for tau = 0.
     places: where the examples are in their batch.
 
   Returns:
     `Means` over the microbatch, and delta_{t+1} of `next_batch`, or None.
   """
-  pending = attack_stats = None
+  config, pending = setup.config, None
   with jax.named_scope('adversarial'):
-    if setup.config.staleness_steps:  # ConAdv: the update does not wait
-      pending, attack_stats = attack_batch(
-        setup, attacker, next_batch, step + 1, places
+    if config.staleness_steps:  # ConAdv: the update does not wait
+      pending, found = make_perturbation(
+        setup, attacker, now.batch_stats, next_batch, step + 1, places
       )
-    elif setup.config.is_adversarial:  # AdvProp: it does
-      delta, attack_stats = attack_batch(setup, attacker, batch, step, places)
+    else:  # AdvProp: it does
+      delta, found = make_perturbation(
+        setup, attacker, now.batch_stats, batch, step, places
+      )
   with jax.named_scope('update'):
-    images = trained_views(setup.config, batch, delta)
+    now, images = apply_perturbation(config, now, batch, delta)
     means = loss_gradient(setup, now, images, batch['label'], step, places)
-  return means.replace(attack_stats=attack_stats), pending
+    if config.ascent == 'lookahead':
+      grads = optax.incremental_update(
+        found.ascent, means.grads, config.sam.mix
+      )
+      means = means.replace(grads=grads)
+  return means.replace(
+    attack_stats=found.attack_stats,
+    ascent=found.ascent,
+    ascent_stats=found.ascent_stats,
+  ), pending
+
+
+def make_perturbation(
+  setup: Setup,
+  attacker: Snapshot,
+  batch_stats: Any,
+  batch: Batch,
+  step: jax.Array,
+  places: Places,
+) -> tuple[Perturbation, Means]:
+  """Computes the perturbation of a microbatch, and what comes of it.
+
+  Args:
+    setup: what the step is made of.
+    attacker: weights that make it.
+    batch_stats: that an ascent moves.
+    batch: examples of batch_t.
+    step: t.
+    places: where the examples are in their batch.
+  """
+  config, found = setup.config, Means()
+  images = attack_stats = d = None
+  if config.is_adversarial:
+    images, attack_stats = attack_batch(setup, attacker, batch, step, places)
+  if sam.is_beside(config):
+    weights = attacker.replace(batch_stats=batch_stats)
+    found = sam.ascent(setup, weights, batch, step, places)
+    if sam.in_groups(config):
+      d = jax.tree.map(lambda x: x[None, None], found.ascent)
+      found = found.replace(ascent=None)
+  return Perturbation(images, d), found.replace(attack_stats=attack_stats)
+
+
+def apply_perturbation(
+  config: Config, now: Snapshot, batch: Batch, delta: Perturbation | None
+) -> tuple[Snapshot, dict[str, jax.Array]]:
+  """Computes the weights and images that a microbatch is trained with."""
+  delta = delta or Perturbation()
+  if delta.weights is not None:
+    d = jax.tree.map(lambda x: x[0, 0], delta.weights)
+    now = now.replace(params=sam.moved(config, now.params, d))
+  return now, trained_views(config, batch, delta.images)
 
 
 def update(
@@ -126,9 +233,7 @@ def update(
   step is counted, and the run continues with the next batch. With
   `spike.sigmas`, neither is one whose loss is a spike (`spikes.judge_loss`).
   """
-  config, stats = setup.config, means.batch_stats
-  if means.attack_stats is not None:
-    stats = _mean_on_route(stats, means.attack_stats, config.route_of('adv'))
+  config, stats = setup.config, _moved_stats(setup.config, means)
   params, opt_state, packed = sharded_optimizer.apply_updates(
     config,
     setup.mesh,
@@ -194,15 +299,33 @@ def _averaged(
   return average
 
 
-def _mean_on_route(a: Any, b: Any, route: int) -> Any:
-  """Replaces row `route` of the leaves of `a` by the mean of both rows.
+def _ascent_alone(setup, step, now, _, batch, __, ___, places):
+  """`sub_steps` of the ascent that an update waits for."""
+  return sam.ascent(setup, now, batch, step, places), None
 
-  Elements of `b` that are not finite are left out. They come from an attack,
-  for which the finite check of the update must not wait.
+
+def _moved_stats(config: Config, means: Means) -> Any:
+  """Returns the running statistics after all passes of a step."""
+  stats = means.batch_stats
+  if means.attack_stats is not None:
+    rows = {config.route_of('adv')}
+    stats = _blended(stats, means.attack_stats, rows, 0.5)
+  if means.ascent_stats is not None and config.sam.rho:
+    rows = {config.route_of(v) for v, _ in config.views if v != 'adv'}
+    stats = _blended(stats, means.ascent_stats, rows, 1.0)
+  return stats
+
+
+def _blended(a: Any, b: Any, rows: Collection[int], share: float) -> Any:
+  """Replaces rows of the leaves of `a` by (1 - share) a + share b.
+
+  Elements of that which are not finite are left out. They come from an attack
+  or an ascent, for which the finite check of the update must not wait.
   """
+  rows = np.array(sorted(rows))
 
-  def mean(x, y):
-    both = (x[route] + y[route]) / 2
-    return x.at[route].set(jnp.where(jnp.isfinite(both), both, x[route]))
+  def blended(x, y):
+    new = (1 - share) * x[rows] + share * y[rows]
+    return x.at[rows].set(jnp.where(jnp.isfinite(new), new, x[rows]))
 
-  return jax.tree.map(mean, a, b)
+  return jax.tree.map(blended, a, b)

@@ -25,9 +25,10 @@ from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.checkpoints import files
 from conadv_jax.config import Config, from_config_dict
-from conadv_jax.data import datasets
+from conadv_jax.data import datasets, slices
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.data.sources.source import Share, Source
+from conadv_jax.data.spec import DatasetSpec
 from conadv_jax.devices.generations import peak_flops_per_sec
 from conadv_jax.experiment import Run
 from conadv_jax.hosts import private
@@ -64,7 +65,7 @@ class Subject:
   step_seconds: float | None = None
   config: Config | None = None
   local: list[jax.Device] | None = None
-  spec: datasets.DatasetSpec | None = None
+  spec: DatasetSpec | None = None
   source: Source | None = None
   data: provenance.Data | None = None
   run: Run | None = None
@@ -161,17 +162,36 @@ def _dataset(subject: Subject) -> str:
     subject.facts |= {f'data.{name}': value for name, value in data.items()}
   subject.source = source
   subject.data = data | {'splits': dict(spec.splits)}
-  published = datasets.get_spec(config.name).splits
-  for split, count in published.items():
-    if spec.splits.get(split, 0) < count:
-      raise ConfigError(
-        f'{spec.splits.get(split, 0):,} examples in {split!r}, of '
-        f'{count:,} in the published data set; prepare all of them'
-      )
+  _check_whole(spec)
   return (
     f'{source.num_examples:,} examples to train on, {evaluated.num_examples:,} '
     'to evaluate'
   )
+
+
+def _check_whole(spec: DatasetSpec) -> None:
+  """Refuses slices that select less than they would of the published data.
+
+  'train[:10000]' is the same of both where there are so many; 'train' and
+  'train[:10%]' are not.
+  """
+  published = datasets.get_spec(spec.name).splits
+  for part in ('train', 'eval'):
+    field = f'{part}_split'
+    text, pieces = getattr(spec, field), spec.pieces(part)
+    fewer = [
+      name
+      for name in slices.names(text)
+      if spec.splits[name] < published.get(name, 0)
+    ]
+    if fewer and pieces != slices.parse(text, spec.splits | published, field):
+      raise ConfigError(
+        f'{spec.splits[fewer[0]]:,} examples in {fewer[0]!r}, of '
+        f'{published[fewer[0]]:,} in the published data set, which '
+        f'dataset.{field}={text!r} selects from; prepare all of it '
+        '(docs/data.md), or say that you want what is there: '
+        f"'--config.dataset.{field}={slices.to_text(pieces)}'"
+      )
 
 
 def _batch(subject: Subject) -> str:

@@ -234,7 +234,8 @@ class _Loop:
   def _hooks(self, start: int) -> list[Hook]:
     """What is done between steps, in order; the end saves and evaluates."""
     config, stop = self.run.config, self.run.steps.stop
-    stats = config.attack_stats_every_steps if config.staleness_steps else 0
+    ages = config.is_adversarial and config.staleness_steps
+    stats = config.attack_stats_every_steps if ages else 0
     saves, tests = config.checkpoint.every_steps, config.eval.every_steps
     shown = start + 1 if self.guard.timeline.wanted else None
     return [

@@ -9,9 +9,9 @@ Fixed before the runs:
   - Batch norm over groups of 128 in every arm, so that the batch size does not
     change its noise. No augmentation but that of the arms `aa`.
   - Searches of five runs: three learning rates, two apart, and then weight
-    decay where there is no attack, epsilon where there is one. Batches of 512
-    and 2,560 take what was chosen at 1,280, with the rate scaled by the square
-    root.
+    decay where nothing is perturbed, epsilon where images are, rho where
+    weights are. Batches of 512 and 2,560 take what was chosen at 1,280, with
+    the rate scaled by the square root.
   - The gap is that of the baseline between 128 and 1,280. ConAdv is asked
     whether it gives it back, and whether one step of staleness costs less than
     0.3 points.
@@ -19,7 +19,7 @@ Fixed before the runs:
 Prepare: python scripts/prepare_fashion_mnist.py --balanced
 Run:     python -m conadv_jax.study --study=fashion_mnist --processes=2 \
            --workdir=results/studies/fashion_mnist
-Needs:   about ten hours of two cores
+Needs:   about twenty hours of two cores
 """
 
 from conadv_jax.study.design import Arm, Figure, Search, Study
@@ -44,6 +44,7 @@ def search(rates: tuple[float, ...], grid: dict, fields: dict) -> Search:
   )
 
 
+RHO = {'sam.rho': (0.05, 0.1, 0.2)}
 DECAY = {'optimizer.weight_decay': (5e-5, 1e-4, 2e-4)}
 EPSILON = {'attack.epsilon': (2.0, 4.0, 8.0)}
 SMALL = {'optimizer__base_batch_size': 128}
@@ -93,6 +94,13 @@ ARMS = {
     fields('conadv', attack__train_mode=False), 3, 'conadv'
   ),
   'shared_bn': Arm(fields('conadv_shared_bn'), 3, 'conadv'),
+  # (d) weights perturbed, instead of images and with them
+  'sam_1280': Arm(fields('sam'), 8, 'consam'),
+  'consam_1280': Arm(fields('consam'), 8, 'consam'),
+  'sampa_1280': Arm(fields('sampa'), 8, 'sampa'),
+  'msam_1280': Arm(fields('msam'), 8, 'msam'),
+  'random_1280': Arm(fields('random'), 8, 'consam'),
+  'conadv_consam_1280': Arm(fields('conadv_consam'), 8, 'conadv_consam'),
 }
 
 STUDY = Study(
@@ -121,12 +129,19 @@ STUDY = Study(
       (0.25, 0.5, 1.0), DECAY, fields('baseline', **NESTEROV)
     ),
     'lamb': search((0.01, 0.02, 0.04), DECAY, fields('baseline', **LAMB)),
+    'consam': search(RATES, RHO, fields('consam')),
+    'sampa': search(RATES, RHO, fields('sampa')),
+    'msam': search(RATES, {'sam.rho': (0.3, 1.0, 3.0)}, fields('msam')),
+    'conadv_consam': search(RATES, RHO, fields('conadv_consam')),
   },
   arms=ARMS,
   small='baseline_128',
   large='baseline_1280',
-  recover=('conadv_1280',),
-  equivalent=(('conadv_1280', 'disadv_1280', 0.3),),
+  recover=('conadv_1280', 'consam_1280', 'conadv_consam_1280'),
+  equivalent=(
+    ('conadv_1280', 'disadv_1280', 0.3),
+    ('consam_1280', 'sam_1280', 0.3),
+  ),
   min_train_top1=99.0,
   analyse=('curvature', 'sharpness'),
   figures={
@@ -138,6 +153,14 @@ STUDY = Study(
         'baseline_128', 'baseline_1280', 'conadv_1280', 'disadv_1280',
         'noise_1280', 'baseline_long', 'autoaugment_1280', 'conadv_aa_1280',
         'nesterov_1280', 'lamb_1280',
+      ),
+      axis='',
+    ),
+    'weights': Figure(
+      (
+        'baseline_128', 'baseline_1280', 'conadv_1280', 'sam_1280',
+        'consam_1280', 'sampa_1280', 'msam_1280', 'random_1280',
+        'conadv_consam_1280',
       ),
       axis='',
     ),

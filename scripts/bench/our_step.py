@@ -58,11 +58,14 @@ def floor(config: Config) -> float:
 
   A forward pass and the two halves of a backward pass cost F each: 3 F for each
   view that is trained on, and 2 F, with no gradient of weights unless it
-  trains, for each gradient of the attack.
+  trains, for each gradient of the attack. An ascent of weights costs 3 F, or
+  2 F without those of kernels, for each view but `adv`.
   """
   shares, cost = config.shares, 3 if config.adv_every else 2
   attacks = shares.get('adv', 0) * config.attack.steps
-  return (3 * sum(shares.values()) + cost * attacks) / 3
+  each = 2 if config.sam.mask == 'norm_only' else 3
+  ascents = config.ascends * (len(config.views) - config.is_adversarial)
+  return (3 * sum(shares.values()) + cost * attacks + each * ascents) / 3
 
 
 def random_batch(run: experiment.Run) -> dict[str, np.ndarray]:

@@ -400,6 +400,11 @@ def test_what_batch_norm_over_devices_exchanges_by_hand():
   assert cost.group_size == 2
   assert cost.all_reduces == 2 * 2 * 2
   assert cost.bytes == (2 + 1) * (3 + 4) * 2 * 2 * 4
+  # The ascent of the weights has one view, and a pass of its own.
+  run = build(method='conadv_consam')
+  cost = forecast.batch_norm_cost(run.config, run.abstract_state().batch_stats)
+  assert cost.all_reduces == 2 * 2 * 3
+  assert cost.bytes == (2 + 1 + 1) * (3 + 4) * 2 * 2 * 4
 
 
 @pytest.mark.usefixtures('tiny_model')

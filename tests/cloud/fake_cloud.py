@@ -2,17 +2,19 @@
 
 As a program it goes by its name. `call` does the same in the process of a test.
 
-Queued resources pass through states at each look; nodes come with ACTIVE. The
-workers' homes are folders, and what is sent to them by ssh runs there. Its
-plan, in plan.json, has an entry for each creation:
+Queued resources and nodes pass through states, one for each look; nodes come
+with ACTIVE. The workers' homes are folders, and what is sent to them by ssh
+runs there. Its plan, in plan.json, has an entry for each creation:
 
-  states          of the queued resource, one for each look
+  states          of the queued resource
+  nodes           states of each node
   workers         of each node
   error           of the creation
-  preempt         whether nodes are taken away when a task of theirs stays
+  preempt         text in the log of a job at which nodes are taken away
 and for the whole cloud:
   interrupt       text of the call that sends a Ctrl-C to its caller, after it
   stuck           number of deletions that fail
+  busy            number of descriptions that fail
   silent          workers that ssh does not reach
 """
 
@@ -58,14 +60,15 @@ class Cloud:
   def entry(self):
     number = min(self.state['created'], len(self.plan['creations'])) - 1
     return {
-      'states': ['ACCEPTED', 'PROVISIONING', 'ACTIVE'],
+      'states': ['WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE'],
+      'nodes': ['CREATING', 'READY'],
       'workers': 1,
     } | self.plan['creations'][number]
 
   def make_nodes(self, names):
     for name in names:
       self.nodes[name] = {
-        'state': 'READY',
+        'states': self.entry()['nodes'],
         'networkEndpoints': [{}] * self.entry()['workers'],
       }
       for index in range(self.entry()['workers']):
@@ -73,7 +76,7 @@ class Cloud:
 
   def preempt(self):
     for name in self.nodes:
-      self.nodes[name]['state'] = 'PREEMPTED'
+      self.nodes[name]['states'] = ['PREEMPTED']
       kill(self.root / name)
     for resource in self.queued.values():
       resource['states'] = ['SUSPENDING', 'SUSPENDED']
@@ -92,14 +95,21 @@ class Cloud:
       nodes = [f'{prefix}-{i}' for i in range(int(count))]
     self.queued[name] = {'states': self.entry()['states'], 'nodes': nodes}
 
+  def fails(self, what):
+    if self.plan.get(what, 0) > self.state[what]:
+      self.state[what] += 1
+      fail('UNAVAILABLE: try again')
+
   def describe(self, kind, name):
-    if name not in (self.nodes if kind == 'tpu-vm' else self.queued):
+    self.fails('busy')
+    resources = self.nodes if kind == 'tpu-vm' else self.queued
+    if name not in resources:
       fail(f'NOT_FOUND: {name} was not found')
-    if kind == 'tpu-vm':
-      return json.dumps(self.nodes[name])
-    resource = self.queued[name]
+    resource = resources[name]
     state, *later = resource['states']
     resource['states'] = later or [state]
+    if kind == 'tpu-vm':
+      return json.dumps(resource | {'state': state})
     if state == 'ACTIVE' and resource['nodes'][0] not in self.nodes:
       self.make_nodes(resource['nodes'])
     answer = {'state': state}
@@ -108,9 +118,7 @@ class Cloud:
     return json.dumps({'state': answer})
 
   def delete(self, kind, name):
-    if self.plan.get('stuck', 0) > self.state['stuck']:
-      self.state['stuck'] += 1
-      fail('UNAVAILABLE: try again')
+    self.fails('stuck')
     names = [name]
     if kind == 'queued-resources':
       names = self.queued[name]['nodes']
@@ -124,8 +132,8 @@ class Cloud:
       kill(self.root / node)
 
   def home(self, name, index, rented=True):
-    node = self.nodes.get(name, {})
-    if rented and node.get('state') != 'READY':
+    node = self.nodes.get(name, {'states': []})
+    if rented and node['states'] != ['READY']:
       fail('ssh: connection closed', 255)
     if f'{name}/{index}' in self.plan.get('silent', []):
       fail('ssh: connection timed out', 255)
@@ -178,8 +186,8 @@ def call(root, program, arguments, interrupt):
     state = json.loads((root / 'state.json').read_text())
     cloud = Cloud(root, arguments, state, plan)
     state['calls'].append([program, *arguments])
-    if ' poll ' in line and cloud.entry().get('preempt'):
-      if 'x' not in (root / 'codes0').read_text():
+    if ' poll ' in line and (text := cloud.entry().get('preempt')):
+      if any(text in log.read_text() for log in root.rglob('jobs/*/log')):
         cloud.preempt()
     hit = plan.get('interrupt', '\0') in line and not state['interrupted']
     state['interrupted'] = hit or state['interrupted']

@@ -11,6 +11,8 @@ import sys
 import time
 
 import fake_cloud
+import helpers
+import multihost
 import pytest
 
 from conadv_jax.base import errors
@@ -29,10 +31,14 @@ echo "attempt of $0"
 [ "$code" != x ] || sleep 1000
 exit "$code"
 """]  # fmt: skip
-# Stands for pip and uv on a worker.
-PYTHON = """#!/bin/sh
+# Stands for pip and uv on a worker; what they install is what is here.
+PYTHON = f"""#!/bin/sh
 echo "$*" >> "$HOME/installed"
-case $* in *' venv '*) mkdir -p .venv/bin;; esac
+case $* in *' venv '*)
+  mkdir -p .venv/bin
+  printf '#!/bin/sh\\nexec {sys.executable} "$@"\\n' > .venv/bin/python
+  chmod +x .venv/bin/python
+esac
 """
 
 
@@ -40,13 +46,13 @@ class Fake:
   """The cloud's folder, what a test wants of it, and what it was asked."""
 
   def __init__(self, root):
-    self.root, self.sleeps = root, []
+    self.root, self.sleeps, self.pause = root, [], 0.01
     self.interrupt_at, self.on_sleep = None, lambda: None
     (root / 'remote').mkdir()
     self.write(root / 'remote/python3', PYTHON)
     self.plan({})
     state = {'queued': {}, 'nodes': {}, 'calls': []}
-    counts = dict.fromkeys(('created', 'stuck', 'interrupted'), 0)
+    counts = dict.fromkeys(('created', 'stuck', 'busy', 'interrupted'), 0)
     (root / 'state.json').write_text(json.dumps(state | counts))
 
   @staticmethod
@@ -67,13 +73,13 @@ class Fake:
 
   def sleep(self, seconds):
     self.sleeps.append(seconds)
-    assert len(self.sleeps) < 80, 'it waits for ever'
+    assert len(self.sleeps) < 300, 'it waits for ever'
     at = self.interrupt_at
     if at == len(self.sleeps) or (at == 'work' and self.is_at_work()):
       self.interrupt_at = None
       raise KeyboardInterrupt
     self.on_sleep()
-    time.sleep(0.01)
+    time.sleep(self.pause)
 
   def __call__(self, *arguments):
     return command.main(arguments, sleep=self.sleep)
@@ -159,8 +165,10 @@ RUN = ['run', *SLICE, '--', 'true']
 
 
 @pytest.mark.parametrize(
-  'field', ['name', 'zone', 'project', 'hosts', 'job', 'commit', 'bucket']
-)
+  'field',
+  ['name', 'zone', 'project', 'type', 'runtime_version', 'hosts', 'job',
+   'commit', 'bucket'],
+)  # fmt: skip
 def test_what_is_no_name_is_refused_with_its_field(field, capsys, cloud):
   for bad in ('a b', 'a;b', '$(b)', '`b`', '-oProxy=b', 'a\nb', ' '):
     if field == 'bucket':
@@ -181,6 +189,7 @@ def test_what_is_no_name_is_refused_with_its_field(field, capsys, cloud):
     (['create', '--zone=us-east5-a'], 'missing --name'),
     (['create', *SLICE], 'missing --type'),
     (['create', *SLICE, '--type=v5litepod-7'], 'no slice has 7 chips'),
+    (['create', *SLICE, '--type=v4:4x4x16'], 'no type of Cloud TPU has that'),
     (['create', *SLICE, '--type=tpu7x-128'], 'Cloud TPU API does not have it'),
     (['create', *NEW, '--slices=2', '--simple'], '--simple'),
     (['create', *NEW, '--tire=spot'], '--tire=spot'),
@@ -214,6 +223,12 @@ def test_wrong_usage_is_refused_before_anything_is_run(
       --node-id=run1 --spot --async --quiet""",
     ),
     (
+      '--type=v4-128 --tier=reserved',
+      """queued-resources create run1 --zone=us-east5-a
+      --accelerator-type=v4-128 --runtime-version=tpu-ubuntu2204-base
+      --node-id=run1 --reserved --async --quiet""",
+    ),
+    (
       '--type=v3-32 --tier=reserved --simple',
       """tpu-vm create run1 --zone=us-east5-a --accelerator-type=v3-32
       --version=tpu-ubuntu2204-base --reserved --async --quiet""",
@@ -245,7 +260,9 @@ def test_a_dry_run_prints_every_command_quoted_and_runs_none(capsys, cloud):
   (start,) = [shlex.split(x) for x in lines if ' start ' in x]
   remote = start[-1].removeprefix('--command=')
   assert shlex.split(remote)[-2:] == ['echo', odd]
-  assert '# the same for 3 other workers' in lines
+  for part in ('mkdir -p', ' scp ', ' install ', ' start ', ' poll '):
+    last = max(i for i, line in enumerate(lines) if part in line)
+    assert lines[last + 1] == '# the same for 3 other workers', part
   assert not cloud.state['calls'] and not (cloud.root / 'x').exists()
 
 
@@ -279,7 +296,9 @@ def test_the_page_has_the_table_of_generations():
 def test_a_slice_from_creation_to_deletion(capsys, cloud, checkout):
   cloud.plan({'workers': 2})
   assert cloud('create', *NEW) == 0
-  assert 'ACCEPTED' in (out := capsys.readouterr().out) and 'READY' in out
+  out = capsys.readouterr().out
+  for state in ('WAITING_FOR_RESOURCES', 'PROVISIONING', 'CREATING', 'READY'):
+    assert f'run1: {state}' in out
   assert cloud('setup', *SLICE) == 0
   home = cloud.root / 'run1/1'
   installed = (home / 'installed').read_text()
@@ -329,6 +348,16 @@ def test_a_job_outlives_its_caller_and_is_stopped_by_name(capsys, cloud):
   assert cloud('logs', *flags, '--follow') == 128 + signal.SIGTERM
 
 
+def test_a_job_that_cannot_start_on_all_workers_runs_on_none(capsys, cloud):
+  cloud.plan({'workers': 2})
+  assert cloud('create', *NEW) == cloud('setup', *SLICE) == 0
+  cloud.plan({'workers': 2}, silent=['run1/1'])
+  assert cloud('run', *SLICE, *cloud.task('x')) == errors.CLOUD
+  assert 'run1-worker-1: ERROR: ' in capsys.readouterr().err
+  (stop,) = cloud.calls(' stop ')
+  assert '--worker=0' in stop
+
+
 def test_machines_that_exist_are_reached_by_ssh(capsys, cloud):
   hosts = '--hosts=me@a.example,b'
   assert cloud('setup', hosts, '--device=cpu') == 0
@@ -351,11 +380,32 @@ def test_without_gcloud_the_error_says_what_to_install(
 def test_quota_and_failed_requests_are_explained(capsys, cloud):
   cloud.plan({'error': "Quota 'TPUV5sLitepodPerProject' exceeded. Limit: 8"})
   assert cloud('create', *NEW) == errors.CLOUD
-  error = capsys.readouterr().err
-  assert 'Limit: 8' in error and 'ask for more' in error
+  printed = capsys.readouterr()
+  assert 'Limit: 8' in printed.err and 'ask for more' in printed.err
+  assert 'left' not in printed.out
   cloud.plan({'states': ['ACCEPTED', 'FAILED']})
   assert cloud('create', *NEW) == errors.CLOUD
   assert 'is FAILED: no such capacity' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('call', ['create run1', 'tpu-vm describe', 'queue'])
+def test_a_creation_that_is_cut_short_says_what_is_left(call, capsys, cloud):
+  cloud.plan({'states': ['ACCEPTED', 'ACTIVE']}, interrupt=call)
+  if call == 'queue':
+    cloud.interrupt_at = 1
+  assert cloud('create', *NEW) == errors.INTERRUPTED
+  out = capsys.readouterr().out
+  assert 'run1 may be left, and costs money' in out
+  assert 'gcloud compute tpus queued-resources delete run1' in out
+  assert cloud.state['queued']
+
+
+def test_a_service_that_is_busy_is_asked_again(capsys, cloud):
+  cloud.plan(busy=5)
+  assert cloud('status', *SLICE) == 0
+  cloud.plan(busy=100)
+  assert cloud('status', *SLICE) == errors.CLOUD
+  assert 'cannot be asked for its state' in capsys.readouterr().err
 
 
 def test_a_deletion_that_does_not_work_says_what_is_left(capsys, cloud):
@@ -418,18 +468,75 @@ def test_a_run_that_ends_well_leaves_nothing_behind(cloud):
 
 
 def test_after_a_preemption_the_slice_is_made_again(capsys, cloud):
-  cloud.plan({'preempt': True}, {'states': ['ACCEPTED', 'FAILED']}, {})
+  cloud.plan({'preempt': 'attempt'}, {'states': ['ACCEPTED', 'FAILED']}, {})
   assert cloud.supervise('x', 0) == 0
   out = capsys.readouterr().out
   assert 'is SUSPENDING' in out and 'is FAILED' in out
+  assert 'is SUSPENDED; deleting it' in out
   assert cloud.state['created'] == 3 and len(cloud.calls('install')) == 2
   assert cloud.is_empty()
 
 
-def test_exit_code_42_on_a_slice_that_is_there_runs_again_on_it(cloud):
-  assert cloud.supervise(42, 8, 0) == 0
-  assert cloud.state['created'] == 1 and len(cloud.calls(' start ')) == 3
-  assert cloud.sleeps.count(30) == 1 and 60 in cloud.sleeps
+def test_a_preempted_node_without_a_queue_is_made_again(capsys, cloud):
+  cloud.plan({'preempt': 'attempt'}, {})
+  assert cloud.supervise('x', 0, flags=['--simple']) == 0
+  assert 'is PREEMPTED; deleting it' in capsys.readouterr().out
+  assert cloud.state['created'] == 2 and cloud.is_empty()
+
+
+@pytest.mark.parametrize(
+  'kind, state',
+  [
+    ('states', 'SUSPENDING'),
+    ('states', 'SUSPENDED'),
+    ('nodes', 'PREEMPTED'),
+    ('nodes', 'TERMINATED'),
+    ('nodes', 'REPAIRING'),
+  ],
+)
+def test_a_slice_that_will_not_be_ready_is_made_again(
+  kind, state, capsys, cloud
+):
+  cloud.plan({kind: ['CREATING', state]}, {})
+  assert cloud.supervise(0) == 0
+  assert f'run1: is {state}' in capsys.readouterr().out
+  assert cloud.state['created'] == 2 and cloud.is_empty()
+
+
+def test_a_run_that_can_go_on_does_so_on_the_slice_that_is_there(cloud):
+  assert cloud.supervise(42, 8, 6, 137, 0) == 0
+  assert cloud.state['created'] == 1 and len(cloud.calls(' start ')) == 5
+  assert [s for s in cloud.sleeps if s >= 30] == [30, 60, 120, 240]
+
+
+def test_a_job_that_is_lost_without_a_code_is_started_again(capsys, cloud):
+  def lose():
+    if cloud.is_at_work():
+      (file,) = cloud.root.rglob('jobs/train/pid')
+      os.killpg(int(file.read_text()), signal.SIGKILL)
+      cloud.on_sleep = lambda: None
+
+  cloud.on_sleep = lose
+  assert cloud.supervise('x', 0) == 0
+  assert 'is gone without an exit code' in capsys.readouterr().out
+  assert cloud.state['created'] == 1 and cloud.is_empty()
+
+
+def test_a_run_goes_on_while_its_worker_is_not_reached(capsys, cloud):
+  flag = cloud.root / 'flag'
+  wait = f'while [ ! -e {flag} ]; do sleep 0.01; done; exit 3'
+
+  def lose():
+    if cloud.calls(' poll '):
+      cloud.plan(silent=['run1/0'])
+    if cloud.sleeps[-1] == 30:
+      cloud.plan()
+      cloud.on_sleep = flag.touch
+
+  cloud.on_sleep = lose
+  assert cloud('supervise', *NEW, '--', 'sh', '-c', wait) == 3
+  assert 'cannot be reached by ssh' in capsys.readouterr().out
+  assert len(cloud.calls(' start ')) == 1 and cloud.is_empty()
 
 
 @pytest.mark.parametrize('code', [1, 2, 4, 130])
@@ -442,6 +549,12 @@ def test_it_gives_up_after_some_tries(capsys, cloud):
   assert cloud.supervise(*[42] * 9, flags=['--tries=2']) == 42
   assert 'gives up after 2 tries' in capsys.readouterr().out
   assert cloud.is_empty() and len(cloud.calls(' start ')) == 2
+
+
+def test_a_run_that_lasts_is_never_given_up(cloud, monkeypatch):
+  monkeypatch.setattr(supervise, '_PROGRESS_SECONDS', -1)
+  assert cloud.supervise(*[42] * 6, 0) == 0
+  assert cloud.sleeps.count(30) == 6
 
 
 def test_a_quota_that_is_used_up_is_tried_again_some_times(cloud):
@@ -535,6 +648,41 @@ def test_a_ctrl_c_lets_a_run_save_before_the_slice_goes(cloud):
   assert cloud.is_empty()
 
 
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_like_a_ctrl_c(number, cloud):
+  def send():
+    if cloud.is_at_work():
+      cloud.on_sleep = lambda: None
+      os.kill(os.getpid(), number)
+
+  cloud.on_sleep = send
+  assert cloud.supervise('x') == errors.INTERRUPTED
+  assert cloud.calls(' stop ') and cloud.is_empty()
+
+
+def test_nohup_lets_it_go_on(cloud):
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  cloud.on_sleep = lambda: os.kill(os.getpid(), signal.SIGHUP)
+  try:
+    assert cloud.supervise(0) == 0
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_ctrl_c_between_two_runs_leaves_nothing_behind(cloud):
+  def interrupt():
+    if cloud.sleeps[-1] == 30:
+      raise KeyboardInterrupt
+
+  cloud.on_sleep = interrupt
+  assert cloud.supervise(42, 'x') == errors.INTERRUPTED
+  assert cloud.is_empty() and len(cloud.calls(' start ')) == 1
+  cloud.plan({'preempt': 'attempt'}, interrupt=' delete ')
+  cloud.on_sleep = lambda: None
+  assert cloud.supervise('x') == errors.INTERRUPTED
+  assert cloud.is_empty() and cloud.state['created'] == 2
+
+
 def test_a_ctrl_c_in_the_queue_leaves_nothing_behind(cloud):
   cloud.plan({'states': ['ACCEPTED']})
   cloud.interrupt_at = 3
@@ -556,3 +704,73 @@ def test_a_second_ctrl_c_names_what_may_be_left(capsys, cloud):
 )
 def test_of_several_codes_the_cause_counts(codes, expected):
   assert supervise.worst(codes) == expected
+
+
+# ---- Supervised training -----------------------------------------------------
+
+# Trains with the next of the faults in a file of its own. The work directory,
+# which stands for a bucket, is in the text: a path of the machines is refused.
+TRAIN = """
+CONADV_FAULTS=$(head -n 1 "$0")
+export CONADV_FAULTS
+sed -i 1d "$0"
+exec python "$@" --workdir="""
+FAULTS = [
+  ['', 'kill@checkpoint/mid_write:8', '', ''],
+  ['kill@train/step:6', '', 'hang@train/step:14', ''],
+]
+
+
+def left_of(root):
+  """Processes of the workers of the cloud in `root` that still run."""
+  found = []
+  for process in pathlib.Path('/proc').glob('[0-9]*'):
+    try:
+      if f'HOME={root}/'.encode() in (process / 'environ').read_bytes():
+        found.append((process / 'cmdline').read_text())
+    except OSError:  # of another user, or gone
+      pass
+  return found
+
+
+@pytest.mark.fault
+def test_training_that_is_killed_three_times_equals_the_unbroken_run(
+  programs, monkeypatch, checkout, tmp_path
+):
+  """A worker in a step, the one that saves in a save, then all at once."""
+  arguments = [
+    multihost.TINY, 'train', '--config=digits:batch_size=32,method=conadv',
+    '--config.model=tiny', '--config.bn_group_size=8', '--config.max_steps=18',
+    '--config.log_every_steps=1', '--config.eval.every_steps=5',
+    '--config.checkpoint.every_steps=4', '--config.plots=False',
+    '--peer_timeout_seconds=5',
+  ]  # fmt: skip
+  for name, value in multihost.variables(devices=1).items():
+    monkeypatch.setenv(name, value)
+  with multihost.Hosts(
+    tmp_path / 'logs', 2, [*arguments, f'--workdir={tmp_path}/unbroken']
+  ) as run:
+    run.ends_with(0)
+  monkeypatch.setattr(jobs, '_root', lambda: checkout)
+  programs.pause = 1
+  programs.plan({'workers': 2, 'preempt': 'step 11/'}, {'workers': 2})
+  for worker, faults in enumerate(FAULTS):
+    (tmp_path / f'faults{worker}').write_text('\n'.join(faults) + '\n')
+  assert 0 == programs(
+    'supervise', *NEW, '--',
+    'sh', '-c', f'{TRAIN}{tmp_path}/run', f'{tmp_path}/faults{{index}}',
+    *arguments, f'--coordinator=127.0.0.1:{multihost.free_port()}',
+    '--num_hosts={hosts}', '--host_index={index}',
+  )  # fmt: skip
+  assert programs.state['created'] == 2 and programs.is_empty()
+  assert not left_of(tmp_path)
+  assert not any(f.read_text() for f in tmp_path.glob('faults*'))
+  log = tmp_path / 'runs/cloud/run1/train/run1-worker-0.log'
+  assert log.read_text().count('resumed at step') == 3
+  with helpers.tiny_network():
+    expected, got = (
+      (multihost.rows(tmp_path / name), multihost.hashes(tmp_path / name))
+      for name in ('unbroken', 'run')
+    )
+  assert got == expected
+  assert len(got[0]) > 20 and len(got[1]) > 20

@@ -1,6 +1,7 @@
 """Slices of splits: TFDS's notation, for every kind of source."""
 
 import dataclasses
+import shutil
 
 import helpers
 import numpy as np
@@ -202,6 +203,21 @@ def test_files_outside_of_a_slice_are_not_needed(fake_dirs, tmp_path):
   assert len(source.paths) == 1
   assert source.describe(0).endswith('-00001-of-00003, record 1')
   assert source.nbytes < 60_000 * 12
+
+
+@pytest.mark.parametrize('kind', ['array_record', 'tfrecord'])
+def test_files_that_are_not_read_need_not_be_there(kind, fake_dirs, tmp_path):
+  shutil.copytree(fake_dirs / kind, tmp_path / kind)
+  (last,) = tmp_path.glob(f'{kind}/*/*/*-train.*-00002-*')
+  last.unlink()
+  config = config_of(tmp_path, kind, train_split='train[:9]')
+  source = datasets.resolve(config).open('train', config)
+  assert all(source.fetch(np.arange(9)))
+  config = config_of(tmp_path, kind)
+  with pytest.raises(
+    ConfigError, match=f'{last.name} is missing, of 3 .*what is there is kept'
+  ):
+    datasets.resolve(config).open('train', config)
 
 
 def test_a_slice_without_the_data_set_has_the_published_size(tmp_path):

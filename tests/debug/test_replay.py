@@ -218,6 +218,10 @@ def test_another_data_set_is_refused(spoiled, tmp_path):
     ('disadv', {'microbatches': 2, 'bn_group_size': 4}),
     ('baseline', {'bn_group_size': 32}),
     ('conadv', {'bn_group_size': 32}),
+    ('consam', {'microbatches': 2, 'bn_group_size': 4}),
+    ('sam', {'bn_group_size': 4, 'sam.group_size': 8, 'sam.rho': 1.0}),
+    ('conadv_consam', {'bn_group_size': 8, 'sam.group_size': 8}),
+    ('msam', {'bn_group_size': 8}),
   ],
 )
 def test_the_diagnosis_has_the_losses_and_gradients_of_the_step(method, fields):

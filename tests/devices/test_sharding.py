@@ -34,7 +34,7 @@ from conadv_jax.method.staleness import (
   make_attack_stats_fn,
   pending_perturbation,
 )
-from conadv_jax.method.state import copied
+from conadv_jax.method.state import Perturbation, copied
 
 BATCH = 16
 STEPS = 3
@@ -134,6 +134,66 @@ def test_a_share_of_the_batch_does_not_depend_on_the_devices(
   assert_same_run(actual, expected)
 
 
+# Of weights that are perturbed: over the whole batch, and groups of 4 examples,
+# which are as many parts.
+@pytest.mark.usefixtures('tiny_model', 'x64')
+@pytest.mark.parametrize(
+  ('devices', 'microbatches', 'fields'),
+  [
+    (2, 2, {'method': 'consam', 'sam.normalize': 'layerwise'}),
+    *(
+      pytest.param(*case, marks=SLOW)
+      for case in (
+        (8, 1, {'method': 'consam', 'sam.mask': 'norm_only'}),
+        (8, 1, {'method': 'conadv_consam', 'grad_buckets': 1}),
+        (2, 2, {'method': 'sam', 'staleness_steps': 0}),
+        (2, 2, {'method': 'sampa', 'staleness_steps': 1}),
+        (2, 2, {'method': 'random', 'staleness_steps': 0}),
+        (2, 2, {'method': 'consam', 'sam.group_size': 4}),
+        (4, 1, {'method': 'sam', 'staleness_steps': 0, 'sam.group_size': 4}),
+      )
+    ),
+  ],
+  ids=lambda x: str(x).replace(' ', ''),
+)
+def test_perturbed_weights_do_not_depend_on_the_devices(
+  devices, microbatches, fields
+):
+  parts = devices * microbatches if 'sam.group_size' in fields else 1
+  expected, _ = trajectory(1, 2, microbatches=parts, **fields)
+  actual, donated = trajectory(devices, 2, microbatches=microbatches, **fields)
+  assert_same_run(actual, expected)
+  assert donated
+
+
+@SLOW
+@pytest.mark.usefixtures('tiny_model', 'x64')
+@pytest.mark.parametrize('fields', [{}, {'sam.group_size': 8}], ids=str)
+def test_perturbed_weights_of_groups_that_span_devices(fields):
+  fields = fields | {'method': 'consam'}
+  expected, _ = trajectory(1, 8, microbatches=2, **fields)
+  actual, _ = trajectory(8, 8, **fields)
+  for (state, _), (e_state, _) in zip(actual, expected, strict=True):
+    # The gradients of groups are kept by each of their devices.
+    pair = (x.replace(perturbation=None) for x in (state, e_state))
+    helpers.assert_close(*pair, TOLERANCE)
+
+
+@SLOW
+@pytest.mark.usefixtures('tiny_model', 'x64')
+@pytest.mark.parametrize('method', ['consam', 'sampa', 'msam'])
+def test_a_sharded_optimizer_perturbs_the_same_weights(monkeypatch, method):
+  monkeypatch.setattr(sharded_optimizer, 'SHARD_MULTIPLE', 16)
+  fields = {'method': method, 'staleness_steps': int(method != 'msam')}
+  expected, _ = trajectory(1, 2, **fields)
+  actual, _ = trajectory(8, 2, shard_optimizer=True, **fields)
+  for (state, values), (e_state, e_values) in zip(
+    actual, expected, strict=True
+  ):
+    helpers.assert_close(values, e_values, TOLERANCE)
+    helpers.assert_close(state.params, e_state.params, TOLERANCE)
+
+
 @SLOW
 @pytest.mark.usefixtures('tiny_model', 'x64')
 def test_random_signs_do_not_depend_on_the_devices():
@@ -215,7 +275,7 @@ def test_how_a_perturbation_aged_does_not_depend_on_how_it_is_computed(
     batch, _ = random_batches(run, 2)
     noise = np.random.default_rng(0).normal(0, 3, batch['clean'].shape)
     delta = jax.device_put(noise, batch['clean'].sharding)
-    state = run.init_state().replace(perturbation=delta)
+    state = run.init_state().replace(perturbation=Perturbation(delta))
     fn = make_attack_stats_fn(run.setup)
     return jax.device_get(jax.jit(fn)(state, batch))
 
@@ -231,9 +291,9 @@ def test_microbatches_that_are_not_finite_are_not_applied():
   step = run.compile_step()
   batches = random_batches(run, 2)
   state = pending_perturbation(run.config, step, run.init_state(), batches[0])
-  bad = state.perturbation.at[5, 1, 0, 0, 0].set(jnp.nan)
+  bad = state.perturbation.images.at[5, 1, 0, 0, 0].set(jnp.nan)
   before = jax.device_get(copied(state))
-  after, metrics = step(state.replace(perturbation=bad), *batches)
+  after, metrics = step(state.replace(perturbation=Perturbation(bad)), *batches)
   assert metrics['nonfinite_streak'] == 1
   assert helpers.bits(after.params) == helpers.bits(before.params)
   assert helpers.bits(after.opt_state) == helpers.bits(before.opt_state)
@@ -439,7 +499,7 @@ def test_the_compiled_sub_steps_share_no_result_and_the_attack_no_collective():
   assert arguments(attack) == {'state.step', 'state.params', 'next_batch'}
   assert 'all-reduce' not in {i.kind for i in attack}
   update = origin('params', 'opt_state', 'batch_stats', 'ema', 'metrics')
-  assert {'batch', 'state.perturbation'} <= arguments(update)
+  assert {'batch', 'state.perturbation.images'} <= arguments(update)
   assert 'next_batch' not in arguments(update)
   assert 'all-reduce' in {i.kind for i in update}
 
@@ -450,7 +510,7 @@ def test_the_state_stays_where_it_belongs():
   state, _ = step.output_shardings
   assert state == jax.tree.map(lambda s: s.sharding, run.abstract_state())
   shape = (2, 8, *run.spec.image_shape)
-  assert state.perturbation.shard_shape(shape) == (1, 2, *shape[2:])
+  assert state.perturbation.images.shard_shape(shape) == (1, 2, *shape[2:])
   assert all(s.is_fully_replicated for s in jax.tree.leaves(state.params))
 
 

@@ -11,7 +11,7 @@ from conadv_jax.devices.mesh import Places
 from conadv_jax.method import noise
 from conadv_jax.method.gradients import loss_gradient
 from conadv_jax.method.pixels import trained_views
-from conadv_jax.method.state import Snapshot
+from conadv_jax.method.state import Perturbation, Snapshot
 
 BATCH = 16
 
@@ -56,9 +56,11 @@ def a_step(run):
   )
   state = run.init_state()
   if run.config.staleness_steps:
-    delta = np.random.default_rng(0).normal(0, 3, state.perturbation.shape)
-    delta = jax.device_put(delta, state.perturbation.sharding)
-    state = state.replace(perturbation=delta)
+    delta = np.random.default_rng(0).normal(
+      0, 3, state.perturbation.images.shape
+    )
+    delta = jax.device_put(delta, state.perturbation.images.sharding)
+    state = state.replace(perturbation=Perturbation(delta))
   before = jax.device_get(state)
   _, metrics = run.compile_step()(state, batch, following)
   return before, jax.device_get(batch), jax.device_get(metrics)
@@ -90,12 +92,11 @@ def test_a_step_logs_what_the_gradients_of_four_parts_say(
       run.setup, now, images, batch['label'], state.step, places
     ).grads
 
+  delta = state.perturbation and state.perturbation.images
   grads = []
   for part in range(4):
     groups = slice(2 * part, 2 * part + 2)
-    of_part = jax.tree.map(
-      lambda x, g=groups: x[g], (batch, state.perturbation)
-    )
+    of_part = jax.tree.map(lambda x, g=groups: x[g], (batch, delta))
     leaves = jax.tree.leaves(gradient(*of_part))
     grads.append(np.concatenate([np.ravel(x) for x in leaves]))
   grads = np.array(grads)

@@ -11,12 +11,12 @@ import optax
 import oracle
 import pytest
 
-from conadv_jax.method import optim
+from conadv_jax.method import optim, sam
 from conadv_jax.method.attack import (
   sample_start,
 )
 from conadv_jax.method.staleness import pending_perturbation
-from conadv_jax.method.state import Stream, stream_key
+from conadv_jax.method.state import Perturbation, Stream, stream_key
 
 pytestmark = pytest.mark.usefixtures('x64')
 
@@ -84,6 +84,44 @@ CASES = {
   },
 }
 
+# Weights are perturbed: each ascent, length, mask and kind of group.
+SIZE = {'sam.rho': 0.3}
+ADAPTIVE = {'sam.normalize': 'adaptive'}
+LAYERWISE = {'sam.normalize': 'layerwise', 'sam.rho': 0.1}
+NORM_ONLY = {'sam.mask': 'norm_only'}
+
+
+def consam(tau):
+  return {'method': 'consam', 'staleness_steps': tau} | SIZE
+
+
+CASES |= {
+  'sam-lars': {'method': 'sam'} | SIZE | NORM_OF_SUM,
+  'sam-adaptive-sgd': {'method': 'sam'} | SIZE | ADAPTIVE | SGD | EMA,
+  'sam-layerwise-parts': {'method': 'sam', 'microbatches': 2} | LAYERWISE,
+  'sam-groups-norm_only': {'method': 'sam', 'microbatches': 2}
+  | SIZE
+  | NORM_ONLY
+  | {'sam.group_size': 6, 'batch_size': 12},
+  'consam1-lars2': consam(1) | SUM_OF_NORMS | EMA,
+  'consam1-norm_only-adaptive': consam(1) | NORM_ONLY | ADAPTIVE | SGD,
+  'consam1-groups': consam(1)
+  | {'microbatches': 2, 'sam.group_size': 6, 'batch_size': 12},
+  'consam2-layerwise': consam(2) | LAYERWISE | SUM_OF_NORMS,
+  'consam2-norm_only': consam(2) | NORM_ONLY | {'microbatches': 2},
+  'sampa-sgd': {'method': 'sampa'} | SIZE | SGD | {'sam.mix': 0.3},
+  'sampa-adaptive-lars': {'method': 'sampa'} | SIZE | ADAPTIVE | SUM_OF_NORMS,
+  'sampa-layerwise': {'method': 'sampa'} | LAYERWISE | SGD,
+  'msam-sgd': {'method': 'msam'} | SIZE | SGD,
+  'msam-layerwise-lars2': {'method': 'msam'} | LAYERWISE | SUM_OF_NORMS,
+  'conadv_consam-layerwise': {'method': 'conadv_consam'} | FGSM | LAYERWISE,
+  'conadv_consam2-sgd': {'method': 'conadv_consam', 'staleness_steps': 2}
+  | FGSM
+  | SIZE
+  | SGD
+  | {'loss.view_weights': {'clean': 1.0, 'aa': 1.0, 'adv': 2.0}},
+}
+
 # Each staleness code, view and optimizer; the other cases are slow tests.
 QUICK = (
   'baseline',
@@ -91,6 +129,10 @@ QUICK = (
   'tau1-fgsm-lars2',
   'tau2-aa-fgsm-weights',
   'fast_advprop-lars',
+  'sam-lars',
+  'consam1-groups',
+  'consam2-layerwise',
+  'sampa-sgd',
 )
 
 
@@ -116,7 +158,8 @@ def setting_of(config):
       for v in views
     ),
     tau=config.staleness_steps,
-    rates=tuple(learning_rate(config, t) for t in range(STEPS)),
+    # One more: the lookahead makes a step of its own.
+    rates=tuple(learning_rate(config, t) for t in range(STEPS + 1)),
     optimizer=name,
     momentum=optimizer.momentum,
     nesterov=optimizer.nesterov,
@@ -137,6 +180,13 @@ def setting_of(config):
     bn_momentum=0.9,
     bn_epsilon=1e-5,
     adv_every=config.adv_every,
+    ascent=config.ascent,
+    rho=config.sam.rho,
+    normalize=config.sam.normalize,
+    norm_only=config.sam.mask == 'norm_only',
+    sam_groups=(config.sam.group_size or config.batch_size)
+    // config.bn_group_size,
+    mix=config.sam.mix,
   )
 
 
@@ -171,13 +221,14 @@ def library_records(config, weights, batches):
   state = pending_perturbation(config, step, state, batches[0])
   records = []
   for batch, following in zip(batches, batches[1:], strict=False):
-    delta = jax.device_get(state.perturbation)
+    pending = jax.device_get(state.perturbation) or Perturbation()
     state, metrics = step(state, batch, following)
     kept = jax.device_get(state)
     records.append(
       oracle.Record(
         losses={k: v for k, v in metrics.items() if k.startswith('loss')},
-        perturbation=delta,
+        perturbation=pending.images,
+        ascent=groups_of(config, pending.weights),
         params=kept.params,
         stats=kept.batch_stats,
         trace=optax.tree.get(kept.opt_state, 'trace'),
@@ -185,6 +236,16 @@ def library_records(config, weights, batches):
       )
     )
   return records
+
+
+def groups_of(config, d):
+  """The pending d_t as the oracle has it, or None."""
+  if d is None:
+    return None
+  count = config.batch_size // (config.sam.group_size or config.batch_size)
+  if count == 1:
+    return [d]
+  return [jax.tree.map(lambda x, k=k: x[k, 0], d) for k in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +267,12 @@ def test_twelve_steps_equal_the_numpy_oracle(name):
   actual = library_records(config, weights, batches)
   for t, (a, e) in enumerate(zip(actual, expected, strict=True)):
     if config.staleness_steps == 0:
-      e.perturbation = None  # never leaves the step; the loss on it is compared
+      # Never leaves the step; the loss on it is compared.
+      e.perturbation = None
+    if config.staleness_steps == 0 or not config.ascends:
+      e.ascent = None
+    elif config.sam.mask == 'norm_only':
+      e.ascent = [sam.chosen(config, d) for d in e.ascent]
     if config.ema.decay == 0:
       e.ema = None
     for field in dataclasses.fields(oracle.Record):

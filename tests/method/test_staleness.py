@@ -12,7 +12,7 @@ from conadv_jax.method.attack import attack_batch
 from conadv_jax.method.pixels import normalize, perturbed
 from conadv_jax.method.setup import Setup
 from conadv_jax.method.staleness import make_attack_stats_fn
-from conadv_jax.method.state import Snapshot
+from conadv_jax.method.state import Perturbation, Snapshot
 
 
 @functools.cache
@@ -30,7 +30,9 @@ def compared():
   fn = jax.jit(make_attack_stats_fn(setup))
 
   def stats(delta, batch=batch):
-    return jax.device_get(fn(state.replace(perturbation=delta), batch))
+    return jax.device_get(
+      fn(state.replace(perturbation=Perturbation(delta)), batch)
+    )
 
   return setup, state, batch, np.asarray(fresh), stats
 

@@ -1,6 +1,5 @@
 """The step: what each sub-step reads, what it leaves alone, what it repeats."""
 
-import collections
 import dataclasses
 import functools
 
@@ -10,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.interpreters import partial_eval
+from flow import Flow, contractions, equations
 
-from conadv_jax import experiment, models
 from conadv_jax.method import losses, optim
 from conadv_jax.method.attack import (
   perturb,
@@ -20,7 +18,7 @@ from conadv_jax.method.attack import (
 )
 from conadv_jax.method.pixels import normalize
 from conadv_jax.method.staleness import pending_perturbation
-from conadv_jax.method.state import Stream, copied, stream_key
+from conadv_jax.method.state import Perturbation, Stream, copied, stream_key
 
 STALENESS = (1, *(pytest.param(tau, marks=pytest.mark.slow) for tau in (2, 3)))
 STEPS = 6
@@ -109,7 +107,7 @@ def test_the_attack_has_the_same_bits_whatever_is_trained_on(tau):
   b, _ = run.step(old, other, following)
   c, _ = run.step(
     old.replace(
-      perturbation=old.perturbation[::-1],
+      perturbation=Perturbation(old.perturbation.images[::-1]),
       opt_state=jax.tree.map(lambda x: x + 1, old.opt_state),
     ),
     now,
@@ -118,71 +116,6 @@ def test_the_attack_has_the_same_bits_whatever_is_trained_on(tau):
   for changed in (b, c):
     assert helpers.bits(a.params) != helpers.bits(changed.params)
     assert helpers.bits(a.perturbation) == helpers.bits(changed.perturbation)
-
-
-class Flow:
-  """What each output of the uncompiled step is computed from.
-
-  The network is one that users train, on its own data set.
-  """
-
-  def __init__(self, **fields):
-    fields = {'model': 'resnet8', 'attack.preset': 'paper'} | fields
-    run = experiment.build(
-      helpers.make_config(fields), devices=jax.devices()[:1]
-    )
-    # Elsewhere than on a CPU, where some convolutions are products.
-    apply_fn = models.make_apply_fn(run.model.clone(platform=''))
-    self.run = dataclasses.replace(run, apply_fn=apply_fn)
-    batch = self.run.abstract_batch()
-    args = self.run.abstract_state(), batch, batch
-    closed, out = jax.make_jaxpr(self.run.step_fn, return_shape=True)(*args)
-    self.jaxpr = closed.jaxpr
-    self.inputs = _labels(args, 'batch', 'next_batch')
-    self.outputs = _labels(out, 'metrics')
-    params = jax.tree_util.tree_leaves_with_path(args[0].params)
-    self.kernels = [x.shape for path, x in params if path[-1].key == 'kernel']
-
-  def to(self, *outputs):
-    """(labels of the inputs that `outputs` need, the jaxpr that makes them)."""
-    assert set(outputs) <= set(self.outputs)
-    used = [label in outputs for label in self.outputs]
-    jaxpr, needed = partial_eval.dce_jaxpr(self.jaxpr, used)
-    labels = zip(self.inputs, needed, strict=True)
-    return {label for label, need in labels if need}, jaxpr
-
-
-def _labels(tree, *others):
-  """One word for each leaf of (state, *others)."""
-
-  def label(path, _):
-    if path[0].idx:
-      return others[path[0].idx - 1]
-    if path[1].name == 'snapshots':
-      return f'snapshots[{path[2].idx}]'
-    return path[1].name
-
-  return jax.tree.leaves(jax.tree_util.tree_map_with_path(label, tree))
-
-
-def equations(jaxpr):
-  """All equations, those of inner jaxprs too."""
-  for equation in jaxpr.eqns:
-    yield equation
-    for parameter in jax.tree.leaves(list(equation.params.values())):
-      inner = getattr(parameter, 'jaxpr', parameter)
-      if hasattr(inner, 'eqns'):
-        yield from equations(inner)
-
-
-def contractions(jaxpr):
-  """Numbers of convolutions and of products of matrices."""
-  kinds = collections.Counter(
-    equation.primitive.name
-    for equation in equations(jaxpr)
-    if equation.outvars and equation.outvars[0].aval.ndim > 1
-  )
-  return kinds['conv_general_dilated'], kinds['dot_general']
 
 
 @functools.cache
@@ -434,7 +367,8 @@ def test_adversarial_images_move_adversarial_statistics_only(moves_stats):
   others = {
     'next batch': step(state, batches[0], batches[2])[0],
     'perturbation': step(
-      state.replace(perturbation=state.perturbation + 3), *batches[:2]
+      state.replace(perturbation=Perturbation(state.perturbation.images + 3)),
+      *batches[:2],
     )[0],
   }
   moved = set()
@@ -458,9 +392,9 @@ def kept(state):
 
 
 def with_bad_pixel(state):
-  perturbation = np.array(state.perturbation)
+  perturbation = np.array(state.perturbation.images)
   perturbation[0, 0, 0, 0, 0] = np.nan
-  return state.replace(perturbation=perturbation)
+  return state.replace(perturbation=Perturbation(perturbation))
 
 
 def counts(state):
@@ -569,7 +503,7 @@ def test_the_pending_perturbation_is_made_again_bit_for_bit(tau):
     restored = state.replace(perturbation=None)  # as after a restore
     batch = jax.tree.map(jnp.asarray, run.batches[t])
     again = pending_perturbation(run.config, run.step, restored, batch)
-    assert np.abs(state.perturbation).max() > 1
+    assert np.abs(state.perturbation.images).max() > 1
     assert helpers.bits(again) == helpers.bits(state)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import threading
 import types
+from concurrent.futures import Future
 
 import multihost
 import pytest
@@ -17,8 +18,9 @@ from conadv_jax.hosts import private
 from conadv_jax.preflight import checks, command
 from conadv_jax.preflight.checks import CHECKS, Check, Subject
 from conadv_jax.preflight.command import FAILED, OK, SKIPPED, Line
-from conadv_jax.run import workdir
+from conadv_jax.run import wandb_log, workdir
 from conadv_jax.run.lock import RunLock
+from scripts import make_fake_imagenet
 
 # The machine of the tests may do other things, too.
 PATIENT = """
@@ -28,6 +30,7 @@ patient = [dataclasses.replace(c, seconds=120) for c in checks.CHECKS]
 checks.CHECKS = tuple(patient)
 command._CHECKS_SECONDS = command._END_SECONDS = 200
 """
+CHECKS_SECONDS = command._CHECKS_SECONDS
 BY_NAME = {c.name: dataclasses.replace(c, seconds=120) for c in CHECKS}
 DIGITS = ('--config=digits:batch_size=64', '--config.bn_group_size=8')
 
@@ -136,6 +139,32 @@ def test_when_the_time_of_all_is_over_each_has_a_second():
   never.set()
 
 
+def test_when_every_check_hangs_the_command_ends_in_under_a_minute(
+  monkeypatch, capsys
+):
+  """With the limits that users have, and a clock that jumps to them."""
+  now, never = [0.0], threading.Event()
+
+  def wait(_, seconds):
+    now[0] += seconds
+
+  hung = [dataclasses.replace(c, find=lambda _: never.wait()) for c in CHECKS]
+  monkeypatch.setattr(checks, 'CHECKS', hung)
+  monkeypatch.setattr(command, '_CHECKS_SECONDS', CHECKS_SECONDS)
+  monkeypatch.setattr(
+    command, 'futures', types.SimpleNamespace(Future=Future, wait=wait)
+  )
+  monkeypatch.setattr(
+    command, 'time', types.SimpleNamespace(monotonic=lambda: now[0])
+  )
+  assert command.check_all(subject_of()) == len(CHECKS)
+  never.set()
+  assert capsys.readouterr().out.count('no answer in') == len(CHECKS)
+  between_hosts = 3  # a second for each check, as the time of all is over
+  assert now[0] > CHECKS_SECONDS
+  assert now[0] + between_hosts < command._END_SECONDS < 60
+
+
 def test_an_error_without_a_remedy_gets_that_of_its_check():
   def find(_):
     raise TimeoutError('https://user:secret@host/x: late')
@@ -154,6 +183,22 @@ def test_a_tpu_machine_without_its_tpus(monkeypatch):
   )
   monkeypatch.setattr(checks, 'jax', cpu)
   fails('devices', subject_of(), 'found cpu only', "pip install -e '.[tpu]'")
+
+
+def test_a_machine_without_devices(monkeypatch):
+  def find():
+    raise RuntimeError('Unable to initialize backend')
+
+  none = types.SimpleNamespace(local_devices=find)
+  monkeypatch.setattr(checks, 'jax', none)
+  fails('devices', subject_of(), 'Unable to', 'end what else uses the devices')
+
+
+def test_a_log_whose_package_is_not_there(monkeypatch):
+  subject = subject_of(*DIGITS, '--config.wandb_project=x', '--workdir=w')
+  found(subject, 'config', 'devices')
+  monkeypatch.setattr(wandb_log.importlib.util, 'find_spec', lambda _: None)
+  fails('versions', subject, "wandb_project='x'", 'pip install')
 
 
 def test_a_tpu_machine_without_libtpu(monkeypatch):
@@ -176,10 +221,41 @@ def test_a_data_set_that_is_not_there(tmp_path):
 
 
 def test_a_data_set_that_is_not_whole(digits, monkeypatch):
-  whole = dataclasses.replace(digits.spec, splits={'train': 2000, 'test': 360})
-  monkeypatch.setattr(datasets, 'resolve', lambda _: digits.spec)
-  monkeypatch.setattr(datasets, 'get_spec', lambda _: whole)
-  fails('data set', digits, "1,437 examples in 'train', of 2,000", 'prepare')
+  more = {'train': 2000, 'test': 360}
+  published = dataclasses.replace(digits.spec, splits=more)
+  monkeypatch.setattr(datasets, 'get_spec', lambda _: published)
+
+  def sliced(text):
+    spec = dataclasses.replace(digits.spec, train_split=text)
+    monkeypatch.setattr(datasets, 'resolve', lambda _: spec)
+    return digits
+
+  fails(
+    'data set', sliced('train'), "1,437 examples in 'train', of 2,000",
+    "dataset.train_split='train'", 'prepare all of it (docs/data.md)',
+    "'--config.dataset.train_split=train[0:1437]'",
+  )  # fmt: skip
+  fails('data set', sliced('test+train[:50%]'), 'train_split=test[0:360]+train')
+  for text in ('train[0:1437]', 'train[:900]', 'test'):
+    assert find('data set', sliced(text))[0] == OK
+  more['test'] = 361  # is not read twice
+  fails('data set', sliced('train[:900]'), 'of 361 in', 'dataset.eval_split')
+
+
+@pytest.mark.slow
+def test_a_data_set_of_which_files_are_missing(tmp_path):
+  make_fake_imagenet.prepare(str(tmp_path), 'array_record', 23, 13, 3)
+  (last,) = tmp_path.glob('*/*/*-train.*-00002-*')
+  last.unlink()
+  argv = [
+    '--config=imagenet_resnet50', '--config.dataset.train_split=train[:9]',
+    '--config.dataset.eval_split=validation[:13]', '--workdir=w',
+    f'--config.dataset.data_dir={tmp_path}',
+  ]  # fmt: skip
+  subject = found(subject_of(*argv), 'config')
+  assert find('data set', subject)[1].startswith('9 examples to train on, 13')
+  subject = subject_of(*argv, '--config.dataset.train_split=train[:23]')
+  fails('data set', found(subject, 'config'), last.name, 'prepare_imagenet.py')
 
 
 def test_a_batch_that_does_not_divide(tmp_path):

@@ -181,7 +181,7 @@ def test_bad_numbers_anywhere_are_applied_nowhere(layout):
       before = kept(state)
       state, _ = step(state, b, bad)
       assert kept(state) != before
-      assert not np.isfinite(state.perturbation).all()
+      assert not np.isfinite(state.perturbation.images).all()
       state, _ = step(copied(state), bad, b)
     else:
       state, _ = step(state, b, bad)

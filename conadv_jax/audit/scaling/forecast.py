@@ -14,6 +14,7 @@ from conadv_jax.audit.scaling.study import Study, make_study
 from conadv_jax.config import Config
 from conadv_jax.devices import topology
 from conadv_jax.devices.topology import Topology
+from conadv_jax.method import sam
 
 # Examples per device of the second program, which tells fixed from growing
 # cost; also those of MLPerf's step.
@@ -64,9 +65,12 @@ def step_cost(
   # Of the trial: the batch of `config` need not divide over `where`.
   run = experiment.build(trial, libtpu.load_devices(where))
   state = run.abstract_state()
+  summed = [state.params]
+  if config.ascends and not sam.in_groups(config):
+    summed.append(sam.chosen(config, state.params))
   return StepCost.from_compiled(
     *programs,
-    gradient_bytes=4 * sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    gradient_bytes=4 * sum(leaf.size for leaf in jax.tree.leaves(summed)),
     batch_norm=batch_norm_cost(config, state.batch_stats),
   )
 
@@ -75,8 +79,8 @@ def batch_norm_cost(config: Config, batch_stats: Any) -> BatchNormCost:
   """Computes what groups that span devices exchange per step, or microbatch.
 
   In float32, the mean and the mean square of each channel and view in the
-  forward pass, and their gradients in the backward pass, of the update and of
-  every step of the attack.
+  forward pass, and their gradients in the backward pass, of the update, of
+  every step of the attack, and of an ascent.
   """
   channels = [
     leaf.shape[1]
@@ -84,8 +88,10 @@ def batch_norm_cost(config: Config, batch_stats: Any) -> BatchNormCost:
     if path[-1] == 'mean'
   ]
   attacks = config.attack.steps if config.is_adversarial else 0
+  ascents = config.ascends * (len(config.views) - config.is_adversarial)
+  views = len(config.views) + attacks + ascents
   return BatchNormCost(
     group_size=config.bn_group_size,
-    all_reduces=2 * len(channels) * (1 + attacks),
-    bytes=2 * 2 * 4 * sum(channels) * (len(config.views) + attacks),
+    all_reduces=2 * len(channels) * (1 + attacks + config.ascends),
+    bytes=2 * 2 * 4 * sum(channels) * views,
   )

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 import shlex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
@@ -115,9 +115,9 @@ class Prepared:
           f' the directory that holds {self.tfds_name}/, use {directory.parent}'
         )
 
-  def _remedy(self, root: epath.Path) -> str:
+  def _remedy(self, root: epath.Path, do: str = 'prepare it') -> str:
     command = self.command.format(data_dir=shlex.quote(str(root)))
-    return f'set dataset.data_dir, or prepare it with:\n  {command}'
+    return f'set dataset.data_dir, or {do} with:\n  {command}'
 
   def _builder(
     self,
@@ -126,13 +126,14 @@ class Prepared:
     root: epath.Path,
     directory: epath.Path,
   ):
-    """The TFDS builder of `directory`, once all files are there."""
+    """The TFDS builder of `directory`, if it has all files of `pieces`."""
 
     def half_prepared(what: str, resumes: bool = self.resumes) -> ConfigError:
-      remove = '' if resumes else 'remove that directory, then '
+      do = 'remove that directory and prepare it'
+      do = 'prepare the rest (what is there is kept)' if resumes else do
       return ConfigError(
         f'dataset.name={spec.name!r}: {directory} is half-prepared, {what};'
-        f' {remove}{self._remedy(root)}'
+        f' {self._remedy(root, do)}'
       )
 
     for name in ('dataset_info.json', 'features.json'):
@@ -147,18 +148,20 @@ class Prepared:
     except (OSError, ValueError, json_format.ParseError) as error:
       what = f'its metadata is not readable ({error})'
       raise half_prepared(what, resumes=False) from error
-    paths = []
-    for split in dict.fromkeys(piece.split for piece in pieces):
-      if split not in builder.info.splits:
-        raise half_prepared(f'it has no split {split!r}')
-      paths += builder.info.splits[split].filepaths
+    paths = {}
+    for piece in pieces:
+      if piece.split not in builder.info.splits:
+        raise half_prepared(f'it has no split {piece.split!r}')
+      for path, *_ in _parts(builder, piece):
+        paths[path] = None
     # A thousand look-ups in a bucket, one after the other, would take a minute.
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
       there = list(pool.map(lambda path: path.exists(), paths))
     missing = [p.name for p, ok in zip(paths, there, strict=True) if not ok]
     if missing:
       others = f' and {len(missing) - 1} others are' if missing[1:] else ' is'
-      raise half_prepared(f'{missing[0]}{others} missing')
+      what = f'{missing[0]}{others} missing, of {len(paths)} files to read'
+      raise half_prepared(what)
     return builder
 
   def _check_info(
@@ -200,15 +203,18 @@ def _has_version(directory: epath.Path) -> bool:
   return any(_VERSION.fullmatch(path.name) for path in directory.iterdir())
 
 
+def _parts(builder, piece: Piece) -> list[tuple[Any, int, tuple[int, int]]]:
+  """The files that hold `piece`; see `records.parts_of`."""
+  from conadv_jax.data.sources import records
+
+  info = builder.info.splits[piece.split]
+  return records.parts_of(info.filepaths, info.shard_lengths, piece)
+
+
 def _records(
   spec: DatasetSpec, builder, pieces: tuple[Piece, ...], window_shards: int
 ) -> ShardedRecords:
-  from conadv_jax.data.sources import records
-
-  parts = []
-  for piece in pieces:
-    info = builder.info.splits[piece.split]
-    parts += records.parts_of(info.filepaths, info.shard_lengths, piece)
+  parts = [part for piece in pieces for part in _parts(builder, piece)]
   file_format = builder.info.file_format.value
   if file_format == 'array_record':
     from conadv_jax.data.sources import array_record
