@@ -110,9 +110,9 @@ def train(s, params, stats, batches, starts):
         s, params, stats, batches[t], delta, offsets
       )
     if s.update_batch_stats:
-      ahead = t + (s.tau > 0)  # the batch that is attacked in step t
+      later = t + (s.tau > 0)  # the batch that is attacked in step t
       _, attacked = _attack(
-        s, *history[max(ahead - s.tau, 0)], stats, batches[ahead], starts[ahead]
+        s, *history[max(later - s.tau, 0)], stats, batches[later], starts[later]
       )
       moved = _halfway(moved, attacked, s.adv_row)
     if s.ascent in ('gradient', 'lookahead'):

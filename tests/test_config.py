@@ -332,6 +332,10 @@ def test_values_at_the_edge_are_allowed(fields):
       ['loss.view_weights', 'must not all be 0'],
     ),
     (
+      {'method': 'fast_advprop', 'loss.view_weights': {'clean': 1, 'adv': 0}},
+      ["'fast_advprop' has a loss of ['adv'], which must not all be 0"],
+    ),
+    (
       {'attack.train_mode': False, 'attack.update_batch_stats': True},
       ['attack.update_batch_stats=True', 'attack.train_mode=True'],
     ),

@@ -254,8 +254,7 @@ class Config(Group):
     check(ok, 'sam.group_size', size, fix)
     if self.ascent == 'lookahead':
       fix = f'method {self.method!r} trains with the ascent gradient too: '
-      all_ = (('mask', 'all'), ('group_size', 0))
-      for name, only in all_:
+      for name, only in (('mask', 'all'), ('group_size', 0)):
         value = getattr(sam, name)
         check(value == only, f'sam.{name}', value, f'{fix}leave it at {only!r}')
     fix = f'method {self.method!r} needs a momentum: set optimizer.momentum'
@@ -264,12 +263,18 @@ class Config(Group):
     check(ok, 'optimizer.momentum', self.optimizer.momentum, fix)
 
   def _check_loss(self):
-    weights = self.loss.view_weights
-    missing = sorted({view for view, _ in self.views} - set(weights))
+    weights, views = self.loss.view_weights, [view for view, _ in self.views]
+    missing = sorted(set(views) - set(weights))
     check(not missing, 'loss.view_weights', missing, 'views without a weight')
-    total = sum(weights[view] for view, _ in self.views)
-    fix = f'the weights of the views of {self.method!r} must not all be 0'
-    check(total > 0, 'loss.view_weights', dict(weights), fix)
+    losses = [views]
+    if self.ascends:
+      losses.append([view for view in views if view != 'adv'])
+    if self.adv_every:
+      losses += [[view] for view in views]
+    for part in losses:
+      fix = f'{self.method!r} has a loss of {part}, which must not all be 0'
+      ok = any(weights[view] for view in part)
+      check(ok, 'loss.view_weights', dict(weights), fix)
 
   @property
   def views(self) -> tuple[tuple[str, str], ...]:

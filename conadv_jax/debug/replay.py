@@ -209,7 +209,7 @@ class _Replay:
       name: _extremes(x) for name, x in perturbations.items() if x is not None
     }
     content['nonfinite_state'] = {
-      name: checksum.checksums(state.replace(perturbation=None))[1]
+      name: checksum.checksums(_without_images(state))[1]
       for name, state in (('before', before), ('after', after))
     }
     content['nonfinite_statistics'] = _named(found['statistics'])
@@ -321,6 +321,12 @@ def _largest(names, norm_L, nonfinite_L) -> list[Row]:
     }
     for i in order
   ]
+
+
+def _without_images(state: TrainState) -> TrainState:
+  """`state` with no images, which `_extremes` looks at."""
+  pending = state.perturbation
+  return state.replace(perturbation=pending and pending.replace(images=None))
 
 
 def _named(counts: Any) -> dict[str, int]:

@@ -13,6 +13,7 @@ from conadv_jax.config import Config
 from conadv_jax.data.datasets import DatasetSpec
 from conadv_jax.experiment import Run
 from conadv_jax.method.state import Snapshot
+from conadv_jax.methods import METHODS
 from conadv_jax.models.weights import norms_of
 from conadv_jax.run import evaluations, provenance
 
@@ -260,6 +261,13 @@ def _recipe(card: Mapping[str, Any]) -> dict[str, str]:
     )
     if attack['steps']:
       rows['attack'] += f' of {attack["step_size"]:g} each'
+  ascent = METHODS[card['method']].ascent
+  if ascent != 'none':
+    sam = config['sam']
+    rows['perturbed weights'] = (
+      f'along {ascent}: rho {sam["rho"]:g}, normalize {sam["normalize"]}, mask '
+      f'{sam["mask"]}, groups of {sam["group_size"] or config["batch_size"]:,}'
+    )
   if ema:
     rows['average'] = f'decay {ema:g} per step'
   return rows

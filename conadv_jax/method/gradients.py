@@ -255,20 +255,21 @@ def _summed(config: Config, means: Means) -> Means:
   configuration says bfloat16: the partitioner of a global program would take
   the latter for every kernel that is cast to it. Everything else shares their
   vectors, if there are any: a compiler would join what it finds beside them,
-  and cannot put that behind other work. Ascent gradients have vectors of their
-  own, which the update does not wait for.
+  and cannot put that behind other work. What comes of an ascent has vectors of
+  its own, which the update of the weights does not wait for.
   """
   wide = wide_dtype(config)
   dtype = jnp.bfloat16 if config.grad_allreduce_dtype == 'bfloat16' else wide
   grads, ascent = jax.tree.map(
     lambda g: g.astype(dtype), (means.grads, means.ascent)
   )
-  ascent = sums.means_by_spec(
+  ascent = ascent, means.ascent_stats
+  ascent, ascent_stats = sums.means_by_spec(
     ascent, jax.tree.map(lambda _: REPLICATED, ascent), config.grad_buckets
   )
   grads = sharded_optimizer.pack(config, grads)
   specs = sharded_optimizer.packed_specs(config, grads)
-  others = means.replace(grads=(), ascent=())
+  others = means.replace(grads=(), ascent=(), ascent_stats=())
   if config.grad_buckets:
     specs = specs, jax.tree.map(lambda _: REPLICATED, others)
     grads, others = sums.means_by_spec(
@@ -278,4 +279,4 @@ def _summed(config: Config, means: Means) -> Means:
     grads = sums.means_by_spec(grads, specs)
     others = sums.mean_over_devices(others)
   grads, ascent = jax.tree.map(lambda g: g.astype(wide), (grads, ascent))
-  return others.replace(grads=grads, ascent=ascent)
+  return others.replace(grads=grads, ascent=ascent, ascent_stats=ascent_stats)

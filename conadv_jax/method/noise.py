@@ -24,6 +24,11 @@ def check_parts(config: Config, mesh: Mesh) -> None:
   )
   check(parts(config, mesh) > 1, 'noise_scale', True, fix)
   fix = (
+    f'method {config.method!r} mixes gradients of two batches, whose noise is '
+    'less; set it to False'
+  )
+  check(config.ascent != 'lookahead', 'noise_scale', True, fix)
+  fix = (
     f'batch-norm groups of {config.bn_group_size} span devices, so that their '
     'gradients are not those of parts; use a smaller bn_group_size'
   )

@@ -149,6 +149,21 @@ def test_a_healthy_step_reproduces_the_metrics_from_the_seed(
     assert largest == sorted(largest, reverse=True) and largest[0] > loss
 
 
+@pytest.mark.slow
+def test_an_ascent_that_is_not_finite_is_named(spoiled, tmp_path, capsys):
+  """Weights are moved along what the step before made of the example."""
+  train.train(settings(method='consam', staleness_steps=None), str(tmp_path))
+  step = f'--replay={BAD_STEP}'
+  found = replay.main(['prog', f'--workdir={tmp_path}', step])
+  assert found['reproduced'] and all(found['reproduced'].values())
+  state = found['nonfinite_state']
+  assert state['before'] and not state['after']
+  assert all(
+    name.startswith('.perturbation.weights') for name in state['before']
+  )
+  assert 'not finite, before: .perturbation.weights' in capsys.readouterr().out
+
+
 def test_what_differs_from_the_run_is_told():
   loss = np.float32(2.3)
   numbers = {

@@ -349,6 +349,14 @@ def test_the_card_says_what_the_network_is(directory, tmp_path):
   ):
     assert text in page
   assert 'not evaluated' not in page
+  assert 'perturbed weights' not in page
+  card['method'] = 'consam'
+  row = (
+    '| perturbed weights | along gradient: rho 0.05, normalize global, mask '
+  )
+  assert f'{row}all, groups of {card["config"]["batch_size"]} |' in (
+    model_card.markdown(card)
+  )
 
 
 def test_numbers_of_other_weights_are_left_out(directory, tmp_path):

@@ -122,6 +122,12 @@ def test_a_sharded_optimizer_and_buckets_log_the_same():
 
 
 @pytest.mark.usefixtures('tiny')
+def test_gradients_of_two_batches_are_refused():
+  with pytest.raises(ConfigError, match="^noise_scale=True: .*'sampa' mixes"):
+    build(4, method='sampa')
+
+
+@pytest.mark.usefixtures('tiny')
 @pytest.mark.parametrize(
   ('devices', 'group', 'fix'),
   [(1, 2, 'microbatches=2'), (4, 8, 'smaller bn_group_size')],

@@ -238,6 +238,21 @@ def test_rmsprop_equals_that_of_tensorflow(momentum, nesterov):
   assert_same(actual, run_numpy(new_leaf, 4))
 
 
+@pytest.mark.parametrize('name', OPTIMIZER_EPS)
+def test_a_step_without_a_gradient_goes_where_the_momentum_moves(name):
+  config = config_of(name=name, eps=OPTIMIZER_EPS[name], weight_decay=0.0)
+  tx, params = optim.make_optimizer(config, rate), nested(draw_params())
+  grads = nested(draw_grads(0))
+  _, state = tx.update(grads, tx.init(params), params)
+  moves = optim.momentum_moves(config, state)
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, grads), state, params)
+  for path, move in flattened(moves).items():
+    np.testing.assert_array_equal(
+      np.sign(flattened(updates)[path]), np.sign(move)
+    )
+    assert np.any(move) == ('still' not in path)
+
+
 # ---- Trust ratios ---------------------------------------------------------
 
 

@@ -81,6 +81,15 @@ def test_ascent_and_update_share_no_result(method, tau, attacker):
   }
 
 
+@pytest.mark.parametrize('method', ('consam', 'sampa'))
+def test_sums_in_vectors_do_not_join_what_an_ascent_yields(method):
+  """Not even its statistics, which would make the weights wait for it."""
+  this = Flow(method=method, grad_buckets=1)
+  needed = this.to('params', 'opt_state')[0]
+  assert ('next_batch' in needed) == (method == 'sampa')
+  assert 'batch' not in this.to('perturbation')[0]
+
+
 def test_the_lookahead_ascends_beside_the_update_too():
   this = Flow(method='sampa')
   assert this.to('perturbation')[0] == {'next_batch', 'snapshots[1]'}
@@ -325,6 +334,10 @@ def test_statistics_come_from_the_pass_of_the_ascent_alone():
     ({'method': 'sam', 'staleness_steps': 1}, "for more, use 'consam'"),
     ({'method': 'msam', 'staleness_steps': 1}, 'perturbs with no gradient'),
     ({'method': 'msam', 'optimizer.momentum': 0.0}, 'optimizer.momentum=0.0'),
+    (
+      {'method': 'conadv_consam', 'loss.view_weights': {'clean': 0, 'adv': 1}},
+      r"has a loss of \['clean'\], which must not all be 0",
+    ),
   ],
 )
 def test_bad_settings_are_refused(fields, message):
