@@ -29,9 +29,20 @@ class TrapNet(helpers.TinyNet):
 
   def __call__(self, x, routes, train, examples=None):
     logits = super().__call__(x, routes, train, examples)
+    return jnp.where(self.is_trapped(x)[..., None], jnp.inf, logits)
+
+  def is_trapped(self, x):
     distance = jnp.abs(x - jnp.asarray(self.image, x.dtype)).max((-3, -2, -1))
     first = jnp.arange(x.shape[1])[None, :, None] == 0
-    return jnp.where(((distance < 1e-3) & first)[..., None], jnp.inf, logits)
+    return (distance < 1e-3) & first
+
+
+class DeepTrapNet(TrapNet):
+  """Has no finite gradient either, for any weight."""
+
+  def __call__(self, x, routes, train, examples=None):
+    x *= jnp.where(self.is_trapped(x), jnp.nan, 1)[..., None, None, None]
+    return super().__call__(x, routes, train, examples)
 
 
 def settings(**fields):
@@ -59,6 +70,7 @@ def trap():
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(models.MODELS, 'tiny', models.Entry(helpers.TinyNet, 4))
     patch.setitem(models.MODELS, 'trap', models.Entry(TrapNet, 4))
+    patch.setitem(models.MODELS, 'deep_trap', models.Entry(DeepTrapNet, 4))
     yield patch
 
 
@@ -152,7 +164,9 @@ def test_a_healthy_step_reproduces_the_metrics_from_the_seed(
 @pytest.mark.slow
 def test_an_ascent_that_is_not_finite_is_named(spoiled, tmp_path, capsys):
   """Weights are moved along what the step before made of the example."""
-  train.train(settings(method='consam', staleness_steps=None), str(tmp_path))
+  del spoiled  # its trap is set
+  fields = {'model': 'deep_trap', 'method': 'consam', 'staleness_steps': None}
+  train.train(settings(**fields), str(tmp_path))
   step = f'--replay={BAD_STEP}'
   found = replay.main(['prog', f'--workdir={tmp_path}', step])
   assert found['reproduced'] and all(found['reproduced'].values())
