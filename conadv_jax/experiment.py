@@ -290,6 +290,8 @@ def build(
   config: Config,
   devices: Sequence[jax.Device] | None = None,
   spec: datasets.DatasetSpec | None = None,
+  *,
+  trains: bool = True,
 ) -> Run:
   """Builds the `Run` of `config` on `devices` (default: all).
 
@@ -297,6 +299,8 @@ def build(
     config: every setting of the run.
     devices: of the mesh.
     spec: of the data set; None looks at its files.
+    trains: whether the step is to run. If not, only weights are read, and parts
+      of a batch need not be those that the training had on its devices.
 
   Raises:
     ConfigError: for an unknown data set, model or slice, a setting that has no
@@ -318,10 +322,11 @@ def build(
   mesh = make_mesh(
     config.batch_size, config.bn_group_size, devices, config.microbatches
   )
-  _check_groups(config, mesh)
+  if trains:
+    _check_groups(config, mesh)
+    noise.check_parts(config, mesh)
+    sam.check_parts(config, mesh)
   sharded_optimizer.check_shards(config, mesh)
-  noise.check_parts(config, mesh)
-  sam.check_parts(config, mesh)
   _check_network(config)
   peak = config.optimizer.peak_learning_rate(config.batch_size)
   schedule = schedules.make_schedule(config.schedule, steps, peak)

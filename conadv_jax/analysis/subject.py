@@ -58,7 +58,7 @@ class Subject:
   @functools.cached_property
   def trained_on(self) -> Source:
     """The examples of its training."""
-    return open_trained(self.origin, self.run)
+    return open_trained(self.origin, self._wide)
 
   def begin(self, name: str, steps: int) -> None:
     """Begins the analysis `name`, of about so many steps."""
@@ -118,12 +118,13 @@ class Subject:
   def _wide(self) -> Run:
     """The run in float32, whatever it was trained in."""
     dtype = np.dtype(wide_dtype(self.config)).name
-    return self._build(dataclasses.replace(self.config, dtype=dtype))
+    config = dataclasses.replace(self.config, dtype=dtype)
+    return self._build(config, trains=False)
 
-  def _build(self, config: Config) -> Run:
+  def _build(self, config: Config, *, trains: bool = True) -> Run:
     trained = self.origin.get('data', {})
     spec = datasets.recorded(config.dataset, trained)
-    return experiment.build(config, spec=spec)
+    return experiment.build(config, spec=spec, trains=trains)
 
   @functools.cached_property
   def _restored(self) -> tuple[int, TrainState]:

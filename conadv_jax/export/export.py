@@ -54,6 +54,7 @@ def export(argv: Sequence[str]) -> epath.Path:
     config,
     jax.devices()[:1],
     datasets.recorded(config.dataset, origin.get('data', {})),
+    trains=False,
   )
   step, state = restore_newest(directory, run)
   weights = jax.device_get(weights_of(config, state))

@@ -99,7 +99,7 @@ class _Evaluation:
       self._quarantine = Quarantine(max_share=config.dataset.max_bad_share)
       self._file, self._head = _output(options.output, config)
     self._folder = path or self._file.with_suffix('')
-    self._run = experiment.build(config, spec=spec)
+    self._run = experiment.build(config, spec=spec, trains=False)
 
   def __call__(
     self, parts: Sequence[tuple[Dataset, list[Attack]]]

@@ -75,8 +75,11 @@ def _of_run(
   # Weights do not depend on the layout of batches, which must suit the devices.
   names = ('batch_size', 'bn_group_size', 'microbatches')
   here = {name: getattr(run.config, name) for name in names}
+  here['sam'] = dataclasses.replace(config.sam, group_size=0)
   other = experiment.build(
-    dataclasses.replace(config, **here), run.mesh.devices.flatten().tolist()
+    dataclasses.replace(config, **here),
+    run.mesh.devices.flatten().tolist(),
+    trains=False,
   )
   step, state = restore_newest(path, other)
   now = weights_of(config, state)

@@ -414,7 +414,8 @@ def test_the_forecast_is_a_line_through_two_programs(monkeypatch):
 
   def audit(config, where):
     each = config.batch_size // where.devices
-    asked.append((each, config.bn_group_size, config.microbatches))
+    group = config.sam.group_size
+    asked.append((each, config.bn_group_size, config.microbatches, group))
     return {
       'flops_per_device': 10.0 * each,
       'hbm_bytes_per_device': 7.0 * each + 100,
@@ -424,11 +425,17 @@ def test_the_forecast_is_a_line_through_two_programs(monkeypatch):
   fields = {'batch_size': 24, 'microbatches': 2, 'bn_group_size': 4}
   config = helpers.make_config({'model': 'tiny'} | fields)
   cost = forecast.step_cost(config, topology.parse('v3:2x2'), 32, audit)
-  assert asked == [(8, 8, 1), (32, 32, 1)]
+  assert asked == [(8, 8, 1, 0), (32, 32, 1, 0)]
   assert cost.flops_per_example == 10 and cost.fixed_flops == 0
   assert cost.bytes_per_example == pytest.approx(7)
   assert cost.fixed_bytes == pytest.approx(100)
   assert cost.gradient_bytes == 4 * (27 + 108 + 40 + 10 + 2 * 2 * 7)
+  # Groups with an ascent of their own are parts of a batch, whatever its size.
+  fields |= {'method': 'consam', 'sam.group_size': 12}
+  config = helpers.make_config({'model': 'tiny'} | fields)
+  cost = forecast.step_cost(config, topology.parse('v3:2x2'), 32, audit)
+  assert asked[2:] == [(8, 8, 1, 8), (32, 32, 1, 32)]
+  assert cost.gradient_bytes == 4 * (27 + 108 + 40 + 10 + 2 * 7)
 
 
 # ---- For TPUs --------------------------------------------------------------

@@ -370,6 +370,30 @@ def test_numbers_of_other_weights_are_left_out(directory, tmp_path):
     assert '| any |  |  | not evaluated |' in page
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures('directory')
+def test_a_run_is_exported_whatever_parts_its_batches_had(tmp_path):
+  values = digits.get_config('batch_size=64,method=consam')
+  values.update_from_flattened_dict(
+    {
+      'model': 'thin',
+      'bn_group_size': 8,
+      'max_steps': 1,
+      'sam.group_size': 8,
+      'noise_scale': True,
+      'eval.attack': 'none',
+      'plots': False,
+    }
+  )
+  train.train(from_config_dict(values), str(tmp_path / 'run'))
+  run_export(tmp_path / 'run', tmp_path / 'm.safetensors')
+  rows = evaluate.evaluate(
+    ['prog', f'--workdir={tmp_path / "run"}', '--config.eval.attack=fgsm']
+  )
+  assert len(rows) == 2
+  assert (tmp_path / 'm.safetensors').exists()
+
+
 def test_a_later_evaluation_is_in_the_card(directory, tmp_path):
   before = (directory / 'summary.json').read_text()
   try:

@@ -362,6 +362,23 @@ def test_a_group_is_a_part_of_the_batch():
   assert not sam.in_groups(whole)
 
 
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'method': 'consam', 'sam.group_size': 3},
+    {'method': 'baseline', 'noise_scale': True},
+    {'method': 'fast_advprop'},
+  ],
+  ids=lambda fields: fields['method'],
+)
+def test_weights_are_read_on_devices_that_training_could_not_have(fields):
+  config = helpers.make_config({'model': 'resnet8'} | fields)
+  where = jax.devices()[:1], helpers.SPEC
+  with pytest.raises(ConfigError, match='microbatches'):
+    experiment.build(config, *where)
+  experiment.build(config, *where, trains=False).abstract_state()
+
+
 def test_a_method_that_perturbs_weights_needs_what_they_are_made_with():
   clean = (('clean', 'clean'),)
   for fields in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -50,13 +51,14 @@ def step_cost(
   Batch-norm groups stay within a device in both. What larger groups exchange is
   computed, see `batch_norm_cost`.
   """
-  programs = []
+  programs, groups = [], dataclasses.asdict(config.sam)
   for each in sorted({examples, max(1, min(_FEW, examples // 2))}):
     trial = sweep.with_fields(
       config,
       batch_size=each * where.devices,
       bn_group_size=each,
       microbatches=1,
+      sam=groups | {'group_size': each * sam.in_groups(config)},
     )
     found = audit(trial, where)
     programs.append(
