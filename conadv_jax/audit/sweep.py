@@ -41,6 +41,8 @@ def variants(config: Config) -> Iterator[tuple[str, Config]]:
   yield 'conadv: clean + adv, tau 1', conadv
   yield 'conadv, tau 2', with_fields(conadv, staleness_steps=2)
   yield 'conadv_aa: clean + aa + adv, tau 1', with_method(config, 'conadv_aa')
+  if config.ascends:
+    yield f'{config.method}, tau {config.staleness_steps}', config
   name = adversarial.method
   groups = config.batch_size // config.bn_group_size
   if config.microbatches == 1 and groups % 2 == 0:

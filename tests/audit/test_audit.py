@@ -293,6 +293,9 @@ def test_a_comparison_is_with_the_baseline_and_has_every_option():
     'conadv, remat blocks': 2,
     'conadv, sharded optimizer': 2,
   }
+  perturbs = sweep.with_method(config, 'consam')
+  rows = sweep.compare(perturbs, where, audit_of())
+  assert {row['name'] for row in rows} == {*ratios, 'consam, tau 1'}
 
 
 # ---- Files -----------------------------------------------------------------
