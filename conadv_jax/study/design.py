@@ -154,6 +154,11 @@ class Study:
     pairs = [arm for *pair, _ in self.equivalent for arm in pair]
     return {self.small, self.large, *self.recover, *pairs} - {''}
 
+  @property
+  def untuned(self) -> dict[str, Fields]:
+    """Choices of searches that choose nothing."""
+    return dict.fromkeys(self.searches, {})
+
   def final_cells(self, choices: Mapping[str, Fields]) -> Iterator[Cell]:
     """The runs of all arms, with what the searches chose.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,8 +37,8 @@ def left(study: Study, record: Record) -> Left:
   rows, choices = record.rows(), record.choices()
   ended = {row['cell'] for row in rows if row['status'] != FAILED}
   searches = [] if choices is not None else _searches(study, ended)
-  chosen: Mapping[str, Any] = choices or dict.fromkeys(study.searches, {})
-  arms = [c for c in study.final_cells(chosen) if c.name not in ended]
+  cells = study.final_cells(choices or study.untuned)
+  arms = [cell for cell in cells if cell.name not in ended]
   pace = _pace(rows)
   # Arms of the same settings share a run.
   runs = {cell.digest: cell for cell in (*searches, *arms)}.values()

@@ -226,9 +226,21 @@ def _accuracies(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
     'Of a run: seconds of training on its share of the cores, without start-up '
     'and evaluation, which other programs may have slowed. Train accuracy and '
     'loss (nats, no smoothing) are of whole images in evaluation mode.'
+    + _attacks(study, present)
   )
   yield from _unfit(study, arms)
   yield table((*_BUDGET, *(head for head, _ in present)), rows)
+
+
+def _attacks(study: Study, present: Sequence[tuple[str, str]]) -> str:
+  """How an evaluation attacks, if any does."""
+  if not any(key.startswith('top1_') for _, key in present):
+    return ''
+  settings = next(study.final_cells(study.untuned)).config.eval
+  return (
+    f' Attacks of an evaluation have a radius of {settings.epsilon:g} grey '
+    f'levels of 255, PGD in {settings.attack_steps} steps.'
+  )
 
 
 def _along_batches(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:

@@ -34,6 +34,7 @@ def test_the_report_answers_what_was_asked(study):
     in text
   )
   assert 'Not complete' not in text and 'nan' not in text
+  assert 'radius of 16 grey levels of 255, PGD in 10 steps.' in text
   assert (path / 'batch_size.png').stat().st_size > 10_000
   page = (path / 'report.html').read_text()
   assert '<td>conadv_640</td>' in page and 'batch_size.png' in page
@@ -133,18 +134,25 @@ def test_one_pair_is_no_gap_and_no_equivalence(record):
   [((80.0, 82.0), 'It may be 0'), ((70.0, 71.0), 'The large batch loses')],
 )
 def test_a_gap_that_may_be_none_makes_the_test_void(record, small, verdict):
-  for arm, values in (('a', small), ('b', (81.0, 81.9)), ('c', (85.0, 85.9))):
+  for arm, values in {
+    'a': small, 'b': (81.0, 81.9), 'c': (85.0, 85.9), 'd': (86.0, 86.9)
+  }.items():  # fmt: skip
     for seed, top1 in enumerate(values):
       add(record, arm, seed, top1=top1)
   large = {'method': 'baseline', 'batch_size': 640}
   arms = {
     'a': Arm({'method': 'baseline'}, 2), 'b': Arm(large, 2),
     'c': Arm(large | {'method': 'conadv'}, 2),
+    'd': Arm({'method': 'conadv', 'batch_size': 320}, 2),
   }  # fmt: skip
   study = make(small='a', large='b', recover=('c',), arms=arms)
   text = report.write(study, record)
   assert verdict in text and 'so the test of recovery is void.**' in text
   assert '| 2 | 4.00 ± 0.00 | void | yes |' in text
+  # What an arm at another batch size has over the large one, it did not give
+  # back.
+  of_gap, _, others = text.partition('## Arms')
+  assert '| d |' not in of_gap and '| d |' in others
 
 
 def test_what_is_left_and_how_long_it_takes(record):
