@@ -68,7 +68,7 @@ def _figure(
     axis.set_title(_PANELS[panel], fontsize=10)
     axis.grid(alpha=0.3)
     if panel == 'seconds':
-      axis.set_ylim(bottom=0)
+      axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
   for axis in axes[len(panels) :]:
     axis.set_axis_off()
   if figure.axis:

@@ -85,7 +85,8 @@ def shown(found: Interval, digits: int = 2) -> str:
   """'88.19 ± 0.12' where the interval is even, '1.73 (0.9 to 3.1)' else."""
   if math.isnan(found.value):
     return ''
-  value = f'{found.value:.{digits}f}'
+  # Without the sign of what rounds to 0.
+  value = f'{round(found.value, digits) + 0.0:.{digits}f}'
   if math.isnan(found.low):
     return value
   below, above = found.value - found.low, found.high - found.value
@@ -181,7 +182,8 @@ def _equivalence(study: Study, top1: Mapping[str, Values]) -> Iterator[str]:
   for a, b, margin in study.equivalent:
     found = statistics.equivalence(top1[a], top1[b], margin)
     points, pairs = shown(found.difference), str(found.difference.count)
-    p = '' if math.isnan(found.p) else f'{found.p:.3f}'
+    p = f'{found.p:.3f}' if found.p >= 0.001 else '< 0.001'
+    p = '' if math.isnan(found.p) else p
     verdict = 'equivalent' if found.holds else 'not shown'
     rows.append(
       [f'{a} - {b}', pairs, points, f'{margin:g}', p, verdict if p else '-']

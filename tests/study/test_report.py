@@ -9,6 +9,7 @@ from studies import make
 from conadv_jax.study import plots, progress, report, results
 from conadv_jax.study.design import Arm, Figure, Search
 from conadv_jax.study.record import Record
+from conadv_jax.study.statistics import Interval
 
 
 def test_the_report_answers_what_was_asked(study):
@@ -67,6 +68,17 @@ def test_a_row_has_what_evaluations_and_analyses_found(tmp_path):
   row = results.row_of(cell, path, 'done')
   assert row['sharpness_0.1'] == 2.5 and row['top1'] == 80.0
   assert (row['loss'], row['top5'], row['ece']) == (0.5, 5.0, 10.0)
+
+
+def test_intervals_as_text():
+  nan = math.nan
+  for found, text in (
+    (Interval(1.234, 1.134, 1.334, 3), '1.23 ± 0.10'),
+    (Interval(1.5, 0.9, 3.1, 3), '1.50 (0.90 to 3.10)'),
+    (Interval(-0.001, nan, nan, 1), '0.00'),
+    (Interval(nan, nan, nan, 0), ''),
+  ):
+    assert report.shown(found) == text
 
 
 @pytest.fixture
@@ -145,10 +157,16 @@ def test_a_gap_that_may_be_none_makes_the_test_void(record, small, verdict):
     'c': Arm(large | {'method': 'conadv'}, 2),
     'd': Arm({'method': 'conadv', 'batch_size': 320}, 2),
   }  # fmt: skip
-  study = make(small='a', large='b', recover=('c',), arms=arms)
+  study = make(
+    small='a', large='b', recover=('c',), arms=arms,
+    equivalent=(('c', 'b', 9.0), ('c', 'd', 0.5)),
+  )  # fmt: skip
   text = report.write(study, record)
   assert verdict in text and 'so the test of recovery is void.**' in text
   assert '| 2 | 4.00 ± 0.00 | void | yes |' in text
+  # A difference without spread: below the margin of 9, above that of 0.5.
+  assert '| c - b | 2 | 4.00 ± 0.00 | 9 | < 0.001 | equivalent |' in text
+  assert '| c - d | 2 | -1.00 ± 0.00 | 0.5 | 1.000 | not shown |' in text
   # What an arm at another batch size has over the large one, it did not give
   # back.
   of_gap, _, others = text.partition('## Arms')
