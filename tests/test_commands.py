@@ -37,7 +37,7 @@ PLACEHOLDERS = (
 )
 # Commands that run here, and what makes them small.
 SMALL = {
-  r'-m conadv_jax\.train .*replay': '',
+  r'-m conadv_jax\.train .*(replay|list)': '',
   r'-m conadv_jax\.train ': '--config.max_steps=2',
   r'-m conadv_jax\.evaluate .*my_run': '--config.dataset.eval_split=test[:40]',
   r'-m conadv_jax\.analysis ': '--examples=64 --eigenvalues=2 --probes=2'
@@ -51,11 +51,12 @@ SMALL = {
   r'scripts/bench_input': '--quick --memory_batches=2',
   r'scripts/bench_': '--quick',
 }
-# Those that another test runs, or that a workflow does: where, and its name.
+# Those that another test or a workflow runs: where, and words that say so. Of
+# what only installs or formats: where it is defined.
 TESTED = {
   'make (setup|train|test)': ('.github/workflows/tests.yml', r'make \1'),
   'make lint': ('.github/workflows/lint.yml', 'make lint'),
-  'make format': ('tests/test_tooling.py', 'make'),
+  'make format': ('Makefile', '\nformat: $(STAMP)'),
   "mkdocs|pip install -e '.\\[docs]'": ('.github/workflows/docs.yml', 'mkdocs'),
   r"pip install -e '\.\[(?:\w+,)?(\w+)\]'": ('setup.py', r"'\1': ["),
   'pip install [.]': ('tests/test_tooling.py', 'a_wheel_trains'),
