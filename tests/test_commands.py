@@ -19,6 +19,7 @@ from conadv_jax import train
 from conadv_jax.audit import command as audit
 from conadv_jax.audit import libtpu
 from conadv_jax.base.errors import ConfigError
+from conadv_jax.cloud import command as cloud
 from conadv_jax.run import evaluating, training
 
 PROGRAMS = (
@@ -63,7 +64,7 @@ TESTED = {
   'pip install [.]': ('tests/test_tooling.py', 'a_wheel_trains'),
   'pip install pre-commit': ('tests/test_site.py', 'pre-commit-config'),
   'UPDATE_GOLDEN': ('tests/test_golden.py', 'UPDATE_GOLDEN'),
-  'conadv-cloud': ('tests/cloud/test_cloud.py', 'the_commands_of_the_page'),
+  r'conadv-cloud \w+$': ('tests/cloud/test_cloud.py', 'from_creation_to_del'),
   r'python -m conadv_jax\.audit': ('tests/audit/test_audit.py', 'the_command_'),
   r'python -m conadv_jax\.(?!models)\w+$': (
     'tests/test_architecture.py',
@@ -78,13 +79,14 @@ TESTED = {
   '.*scripts/prepare_tfds': ('tests/data/test_prepare_tfds.py', 'main()'),
   '.*scripts/update_tables': ('tests/test_docs.py', 'update_tables.updated'),
 }
-# Read by a shell only: what they need is their name.
-FOREIGN = r'export |\. \.venv|docker |xpk |sbatch |apt |gcloud '
+# Of a shell itself; and of others: in a text, their name says what they need.
+SHELL = r'export |\. \.venv'
+FOREIGN = 'sbatch |apt |gcloud '
 BLOCK = re.compile(r'^( *)```(\w*)\n(.*?)^ *```$', re.MULTILINE | re.DOTALL)
 
 
 def commands(content):
-  """[(a command of a page, whether it may be one that needs something)]."""
+  """Yields (a command of a page, whether it says that it needs something)."""
   for _, kind, block in BLOCK.findall(content):
     assert kind in ('sh', 'text', 'diff'), f'a block of {kind!r}: {block}'
     if kind == 'sh':
@@ -93,7 +95,8 @@ def commands(content):
       parts = [part for line in lines for part in line.split(' && ')]
       yield from ((part, needs) for part in parts if part.strip())
   spans = re.findall('`([^`]+)`', BLOCK.sub('', content))
-  yield from ((s, False) for s in spans if re.match(rf'({PROGRAMS})\s', s))
+  spans = (span for span in spans if re.match(rf'({PROGRAMS})\s', span))
+  yield from ((span, bool(re.match(FOREIGN, span))) for span in spans)
 
 
 def filled(command):
@@ -123,7 +126,7 @@ def unexplained(content):
   """Commands of a page that no test runs and that do not say what they need."""
   for command, needs in commands(content):
     command = filled(command)
-    known = runs_elsewhere(command) or re.match(FOREIGN, command)
+    known = runs_elsewhere(command) or re.match(SHELL, command)
     if not needs and not known and runs_here(command) is None:
       yield command
 
@@ -148,6 +151,9 @@ def read(command):
     argv = shlex.split(command.partition(name[0])[2])
     with pytest.raises(Begins):
       ours[name[1]]([name[1], *argv])
+  if command.startswith('conadv-cloud '):
+    verb, *flags = shlex.split(command)[1:]
+    assert cloud.main([verb, '--dry_run', *flags]) == 0
   assert not list(wrong_commands(command))
   subprocess.run(['sh', '-n'], input=command, text=True, check=True)
 
@@ -173,7 +179,8 @@ def test_a_command_runs_in_a_test_or_says_what_it_needs(page):
   [
     '`python scripts/new.py --x=1`',
     '```sh\npython -m conadv_jax.evaluate --weights=x\n```',
-    '```sh\nmake train && curl x\n```',
+    '```sh\nmake train && docker x\n```',
+    '```sh\nconadv-cloud run --hosts=a -- true\n```',
   ],
 )
 def test_a_command_that_nothing_runs_is_found(content):
@@ -188,6 +195,7 @@ def test_a_command_that_nothing_runs_is_found(content):
     ('conadv-cloud run -- python -m conadv_jax.train --x=1', ConfigError),
     ('python -m conadv_jax.audit --config=digits --topology=v9', ConfigError),
     ('python scripts/prepare_imagenet.py --gone=1', AssertionError),
+    ('conadv-cloud run --hosts=a', AssertionError),
     ("gcloud 'x", subprocess.CalledProcessError),
   ],
 )
