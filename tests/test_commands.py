@@ -50,8 +50,8 @@ SMALL = {
   r'scripts/study_digits': '--methods=baseline --batch_sizes=640 --seeds=0',
   r'scripts/make_fake_imagenet': '--num_train=32 --num_eval=16',
   r'scripts/bench_reliability': '--model=resnet8 --repeats=1',
-  r'scripts/bench_input': '--quick --memory_batches=2',
-  r'scripts/bench_': '--quick',
+  r'scripts/bench_input': '--quick',
+  r'scripts/bench_conv': '--quick',
 }
 # Those that another test or a workflow runs: where, and words that say so. Of
 # what only installs or formats: where it is defined.
@@ -77,6 +77,10 @@ TESTED = {
   ),
   '.*scripts/prepare_fashion': ('tests/data/test_data.py', 'prepare_fashion'),
   '.*scripts/prepare_tfds': ('tests/data/test_prepare_tfds.py', 'main()'),
+  r'.*scripts/(bench_step|bench_scaling)\.py': (
+    r'tests/test_\1.py',
+    'it_runs_',
+  ),
   '.*scripts/update_tables': ('tests/test_docs.py', 'update_tables.updated'),
 }
 # Of a shell itself; and of others: in a text, their name says what they need.
