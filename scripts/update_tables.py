@@ -173,9 +173,9 @@ def small_tpu() -> str:
         found['remat'],
         _of_limit(found),
         f'{steps:,}',
-        f'{1e3 * found["roofline_seconds"]:,.0f}',
+        f'{1e3 * found["roofline_seconds"]:,.1f}',
         f'{found["images_per_sec_bound"]:,.0f}',
-        _hours(steps * found['roofline_seconds']),
+        _duration(steps * found['roofline_seconds']),
       )
     )
   columns = (
@@ -196,7 +196,7 @@ def small_gpu() -> str:
       f'{row["value"]:.1f}',
       f'{row["images_per_sec"]:,.0f}',
       f'{row["peak_bytes"] / GIB:.1f}',
-      *(_hours(n * examples / row['images_per_sec']) for n in (91, 99.83)),
+      *(_duration(n * examples / row['images_per_sec']) for n in (91, 99.83)),
     )
     for row in report['rows']
     if row['batch_size'] == 128 and row['variant'] in METHODS
@@ -208,10 +208,10 @@ def small_gpu() -> str:
   return _table(columns, rows)
 
 
-def _hours(seconds: float) -> str:
-  return (
-    f'{seconds / 3600:.1f} h' if seconds > 3600 else f'{seconds / 60:.0f} min'
-  )
+def _duration(seconds: float) -> str:
+  if seconds < 100:
+    return f'{seconds:.0f} s'
+  return f'{seconds / 3600:.1f} h'
 
 
 # ---- Benchmarks -------------------------------------------------------------
