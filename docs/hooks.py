@@ -16,7 +16,7 @@ import re
 ROOT = pathlib.Path(__file__).parents[1]
 _PAGES = ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'SECURITY.md')
 LINK = re.compile(r'(!?)\[([^\]]*)\]\(([^)\s:#]+)(#[^)\s]*)?\)')
-_FLAG = re.compile(r'(?<=[>\s])(--\w[^\s<]*)')
+_FLAG = re.compile(r'(?<=[>\s])(--\w[^\s<]*|-m(?=\s))')
 _ROOM = re.compile(r'^\| `(\w+)(/|\.py)` \| (.+) \|$', re.MULTILINE)
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from conadv_jax import cli, train
 from conadv_jax.base.usage import answered
 from conadv_jax.config import from_config_dict
-from conadv_jax.run.workdir import finished
+from conadv_jax.run import evaluations
 from configs import digits
 
 COLUMNS = (
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
   start, done = time.monotonic(), 0
   for index, (method, batch_size, seed) in enumerate(jobs):
     workdir = runs / f'{method}_batch{batch_size}_seed{seed}'
-    if finished(epath.Path(workdir)):
+    if summary_of(workdir):
       continue
     left = ''
     if done:
@@ -82,13 +82,16 @@ def main(argv: list[str]) -> None:
   print(f'\n{table}\nwritten: {output}.csv, {output}.md, {output}.png')
 
 
+def summary_of(workdir: pathlib.Path) -> dict:
+  """That of a finished run; {} of any other."""
+  return evaluations.read(epath.Path(workdir) / 'summary.json')
+
+
 def read_rows(runs: pathlib.Path) -> list[dict]:
   """One row per finished run, sorted by method, batch size and seed."""
   rows = []
   for path in runs.glob('*/summary.json'):
-    s = finished(epath.Path(path.parent))
-    if s is None:
-      continue
+    s = summary_of(path.parent)
     robust = s['robust_top1_by_attack']
     rows.append(
       {

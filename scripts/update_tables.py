@@ -1,4 +1,4 @@
-"""Writes the tables of docs/tpu.md and docs/performance.md from results/.
+"""Writes the tables of pages of docs/ from results/.
 
   python scripts/update_tables.py [--check]
 
@@ -15,10 +15,15 @@ from collections.abc import Iterator
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from conadv_jax.data import datasets
+from conadv_jax.methods import METHODS
 from scripts.bench import files, scaling_report, step_report
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = [ROOT / 'docs' / name for name in ('tpu.md', 'performance.md')]
+PAGES = [
+  ROOT / 'docs' / name
+  for name in ('tpu.md', 'performance.md', 'small_machines.md')
+]
 RESULTS = ROOT / 'results'
 AUDITS = RESULTS / 'audit'
 GIB = 2**30
@@ -147,6 +152,68 @@ def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
   return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
 
 
+# ---- Small machines ---------------------------------------------------------
+
+
+def small_tpu() -> str:
+  """Whole runs on one small slice, by the roofline of their audits."""
+  rows = []
+  for path in sorted((AUDITS / 'small').glob('*.json')):
+    found = json.loads(path.read_text())
+    asked = found['asked']['config']
+    examples = datasets.get_spec(asked['dataset.name']).num_train
+    steps = round(asked['epochs'] * examples / found['batch_size'])
+    report = f'../results/audit/small/{path.name}'
+    rows.append(
+      (
+        f'[{found["model"]}, {found["method"]}]({report})',
+        f'{found["batch_size"]:,}',
+        found['alias'],
+        str(found['microbatches']),
+        found['remat'],
+        _of_limit(found),
+        f'{steps:,}',
+        f'{1e3 * found["roofline_seconds"]:,.1f}',
+        f'{found["images_per_sec_bound"]:,.0f}',
+        _duration(steps * found['roofline_seconds']),
+      )
+    )
+  columns = (
+    'network, method', 'batch', 'slice', 'microbatches', 'remat',
+    'HBM peak, GiB', 'steps', 'step ≥, ms', 'images/s ≤', 'run ≥',
+  )  # fmt: skip
+  return _table(columns, rows)
+
+
+def small_gpu() -> str:
+  """Whole runs on one GPU, if every part takes as long as the measured step."""
+  report = json.loads((RESULTS / 'bench_step_h200.json').read_text())
+  examples = datasets.get_spec('imagenet2012').num_train
+  rows = [
+    (
+      f'{report["settings"]["model"]}, {row["variant"]}',
+      f'{row["batch_size"]}',
+      f'{row["value"]:.1f}',
+      f'{row["images_per_sec"]:,.0f}',
+      f'{row["peak_bytes"] / GIB:.1f}',
+      *(_duration(n * examples / row['images_per_sec']) for n in (91, 99.83)),
+    )
+    for row in report['rows']
+    if row['batch_size'] == 128 and row['variant'] in METHODS
+  ]
+  columns = (
+    'network, method', 'images per part', 'part, ms', 'images/s',
+    'peak, GiB', '91 epochs', '99.83 epochs',
+  )  # fmt: skip
+  return _table(columns, rows)
+
+
+def _duration(seconds: float) -> str:
+  if seconds < 100:
+    return f'{seconds:.0f} s'
+  return f'{seconds / 3600:.1f} h'
+
+
 # ---- Benchmarks -------------------------------------------------------------
 
 
@@ -191,6 +258,8 @@ def _reports(name: str) -> Iterator[tuple[str, dict]]:
 TABLES = {
   'slices': slices,
   'steps': steps,
+  'small_tpu': small_tpu,
+  'small_gpu': small_gpu,
   'step_times': step_times,
   'scaling': scaling,
 }

@@ -791,6 +791,7 @@ def test_an_override_may_be_spelled(flags, name, value):
     ('--config.attack=pgd', 'attack: is a group'),
     ('--config.loss.view_weights=1', 'loss.view_weights: is a group'),
     ('--config.seed.x=1', "unknown config field 'seed.x'"),
+    ('--config.atack.steps=1', "field 'atack'; did you mean 'attack'"),
     ('--config.epochs', 'needs a value'),
     ('--config.epoch', "unknown config field 'epoch'; did you mean 'ep"),
     ('--wrkdir=w', "unknown flag '--wrkdir'; did you mean '--workdir'"),

@@ -34,11 +34,17 @@ BATCHES = {
   'fashion_mnist': (256, 2048),
   'fashion_mnist_14px': (128, 512, 1280),
   'cifar10': (256, 2048),
+  'fine_tune': (),
   'imagenet_resnet50': (256, 4096, 8192, 16384, 32768, 65536, 98304),
   'imagenet_efficientnet': (256, 4096, 8192, 16384, 32768, 65536, 98304),
 }
 # Arguments of more cases, of method conadv.
 MORE = {
+  'fine_tune': (
+    'dataset.name=imagenet2012,model=resnet50,batch_size=256',
+    'dataset.name=cifar10,model=resnet18_cifar,epochs=10',
+    'dataset.name=digits,model=resnet8,method=baseline,batch_size=64',
+  ),
   'imagenet_resnet50': (
     'recipe=mlperf,batch_size=4k',
     'recipe=mlperf,batch_size=32k',

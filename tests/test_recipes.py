@@ -67,15 +67,27 @@ def test_every_model_loads_with_every_method_and_batch(method, batch):
 
 
 @pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('family', RECIPES)
-def test_small_batches_have_the_smallest_published_rate_per_example(
-  family, method
-):
+@pytest.mark.parametrize(
+  'family, power', [('resnet', 0.5), ('efficientnet', 1)]
+)
+def test_the_rates_of_small_batches_follow_the_batch(family, power, method):
   base = load(RECIPES[family], method=method, batch_size=4096)
-  for batch in (8, 128, 2048):
+  for batch in (8, 128, 256, 2048):
     cfg = load(RECIPES[family], method=method, batch_size=batch)
     peaks = [c.optimizer.peak_learning_rate(c.batch_size) for c in (cfg, base)]
-    np.testing.assert_allclose(peaks[0] / batch, peaks[1] / 4096, rtol=1e-12)
+    expected = peaks[1] * (batch / 4096) ** power
+    np.testing.assert_allclose(peaks[0], expected, rtol=1e-12)
+
+
+# LARS-ImageNet-PyTorch of NUS-HPC-AI-Lab; mlcommons/logging, rcps_resnet.json.
+@pytest.mark.parametrize(
+  'batch, published',
+  [(512, 4.0), (1024, 2**2.5), (1632, 7.4), (2048, 8.5), (4096, 2**3.5)],
+)
+def test_rates_below_4k_are_near_published_ones(batch, published):
+  cfg = load(imagenet_resnet50, batch_size=batch - batch % 128)
+  peak = cfg.optimizer.peak_learning_rate(cfg.batch_size)
+  assert 0.8 < peak / published <= 1
 
 
 @pytest.mark.parametrize('family', RECIPES)

@@ -21,7 +21,6 @@ from conadv_jax.analysis.options import parse
 from conadv_jax.analysis.results import Found
 from conadv_jax.analysis.subject import Lacks, Subject
 from conadv_jax.base import storage
-from conadv_jax.base.fields import check_choice
 from conadv_jax.run import equal_hosts
 from conadv_jax.run.guard import Guard
 from conadv_jax.run.reopen import parse_args
@@ -76,15 +75,12 @@ def analyse(argv: Sequence[str]) -> dict[str, Found]:
 
 def _asked(subject: Subject) -> dict[str, dict]:
   """What is to be measured, by analysis."""
-  what = subject.options.what
-  names = list(ANALYSES) if what == 'all' else what.split(',')
   asked = {}
-  for name in names:
-    check_choice('what', name, ANALYSES)
+  for name in subject.options.names:
     try:
       asked[name] = ANALYSES[name].asked(subject)
     except Lacks as error:
-      if what != 'all':
+      if subject.options.what != 'all':
         raise
       hosts.say(f'left out: {error}')
   return asked

@@ -11,6 +11,8 @@ from conadv_jax.base import fields
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.base.fields import Group, choice, number, setting
 
+NAMES = ('curvature', 'sharpness', 'landscape', 'staleness', 'noise')
+
 
 @dataclasses.dataclass(frozen=True)
 class Options(Group):
@@ -37,10 +39,17 @@ class Options(Group):
 
   def __post_init__(self):
     super().__post_init__()
+    for name in self.names:
+      fields.check_choice('what', name, NAMES)
     for name in ('rho', 'rho_adaptive'):
       ok = self.radii(name) and min(self.radii(name)) > 0
       fix = 'must be positive numbers with commas between'
       fields.check(bool(ok), name, getattr(self, name), fix)
+
+  @property
+  def names(self) -> list[str]:
+    """Those of `what`."""
+    return list(NAMES) if self.what == 'all' else self.what.split(',')
 
   def radii(self, name: str) -> list[float]:
     """The numbers of `rho` or `rho_adaptive`."""

@@ -207,7 +207,7 @@ def kind_of(cls: type, name: str) -> Any:
     else:
       kind = float if _is_mapping(kind) else None
     if kind is None:
-      raise unknown('config field', name, known)
+      raise unknown('config field', prefix + part, known)
     prefix += f'{part}.'
   if dataclasses.is_dataclass(kind) or _is_mapping(kind):
     raise ConfigError(f'{name}: is a group; set its fields, {name}.NAME=...')

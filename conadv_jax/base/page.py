@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; color: #222;
+body { font: 15px/1.5 system-ui, sans-serif; color: #222;
   margin: 2rem auto; padding: 0 1rem; background: #fff }
 h2 { margin: 2rem 0 .5rem; font-size: 1.15rem }
 img { max-width: 100% }
@@ -21,11 +21,11 @@ pre { background: #f5f5f5; padding: .7rem; overflow-x: auto; font-size: 12px }
 """
 
 
-def page(title: str, body: str) -> str:
+def page(title: str, body: str, width_rem: int = 60) -> str:
   """Returns the page with `body`, which is HTML; `title` is text."""
   return (
     '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     f'<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n'
-    f'<body>\n{body}\n</body>\n</html>\n'
+    f'<body style="max-width: {width_rem}rem">\n{body}\n</body>\n</html>\n'
   )

@@ -103,6 +103,9 @@ def _efficientnet(
 MODELS: dict[str, Entry] = {
   'resnet8': Entry(resnet.resnet8, 32),
   'resnet20': Entry(resnet.resnet20, 32),
+  'resnet18_cifar': Entry(
+    resnet.resnet18_cifar, 32, options=('remat', 'network.drop_path_rate')
+  ),
   'vit_tiny': Entry(vit.vit_tiny, 32),
   'resnet18': _resnet(resnet.resnet18, 11_689_512, 1.814e9, _TORCHVISION),
   'resnet34': _resnet(resnet.resnet34, 21_797_672, 3.664e9, _TORCHVISION),

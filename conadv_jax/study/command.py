@@ -63,7 +63,7 @@ def _run(study, record, processes: int, flags: Sequence[str]) -> str:
   """Runs what is left of the study; returns its report."""
   with (
     RunLock(record.path),
-    Runner(record, processes, flags, study.analyse) as runner,
+    Runner(record, processes, flags) as runner,
   ):
     try:
       choices = search.choose(study, record, runner)

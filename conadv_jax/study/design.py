@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from conadv_jax.analysis import options
 from conadv_jax.base.errors import ConfigError, unknown
 from conadv_jax.base.fields import differences
 from conadv_jax.config import (
@@ -71,10 +73,12 @@ class Figure:
   Attributes:
     arms: their names.
     axis: the field; '' sets the arms side by side.
+    line: the one curve that all are points of; '' = those of the arms.
   """
 
   arms: tuple[str, ...]
   axis: str = 'batch_size'
+  line: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +98,9 @@ class Study:
     equivalent: (arm, arm, margin in points) that are asked to be equal.
     min_train_top1: percentage of the training examples that an arm is to fit.
     figures: by name.
-    analyse: what `conadv_jax.analysis` measures of each arm's run.
+    analyse: flags of `conadv_jax.analysis`, which measures the weights of
+      each run of `analysed`; () = none.
+    analysed: arms; () = all.
   """
 
   config: str
@@ -110,18 +116,27 @@ class Study:
   min_train_top1: float = 0.0
   figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
   analyse: tuple[str, ...] = ()
+  analysed: tuple[str, ...] = ()
 
   def __post_init__(self):
+    if self.searches and self.validation == self.test:
+      raise ConfigError(
+        f'validation={self.validation!r}: is the test split, which choices '
+        'must not see; name another one'
+      )
+    if rest := options.parse(self.analyse)[1]:
+      raise ConfigError(
+        f'analyse={self.analyse}: {rest} are no flags of conadv_jax.analysis; '
+        "an example is '--what=curvature'"
+      )
     for arm in self.arms.values():
       if arm.search and arm.search not in self.searches:
         raise unknown('search', arm.search, self.searches)
-    pairs = [arm for *pair, _ in self.equivalent for arm in pair]
     shown = [arm for figure in self.figures.values() for arm in figure.arms]
-    ends = [arm for arm in (self.small, self.large) if arm]
-    for name in (*ends, *self.recover, *pairs, *shown):
+    for name in (*self.asked, *shown, *self.analysed):
       if name not in self.arms:
         raise unknown('arm', name, self.arms)
-    if self.recover and len(ends) < 2:
+    if self.recover and not (self.small and self.large):
       raise ConfigError('recover: a recovery needs arms `small` and `large`')
     budgets = {
       name: 1 + sum(len(values) - 1 for values in search.grid.values())
@@ -133,15 +148,36 @@ class Study:
         'tuned longer wins for that alone'
       )
 
+  @property
+  def asked(self) -> set[str]:
+    """The arms of the gap, of what may recover it, and of equivalences."""
+    pairs = [arm for *pair, _ in self.equivalent for arm in pair]
+    return {self.small, self.large, *self.recover, *pairs} - {''}
+
+  @property
+  def untuned(self) -> dict[str, Fields]:
+    """Choices of searches that choose nothing."""
+    return dict.fromkeys(self.searches, {})
+
   def final_cells(self, choices: Mapping[str, Fields]) -> Iterator[Cell]:
-    """The runs of all arms, with what the searches chose, seed by seed."""
+    """The runs of all arms, with what the searches chose.
+
+    Those that answer what is asked come first, so that a study which is stopped
+    has an answer; and of these and of the others, seed by seed.
+    """
     most = max((arm.seeds for arm in self.arms.values()), default=0)
-    for seed in range(most):
-      for name, arm in self.arms.items():
+    order = sorted(self.arms, key=lambda name: name not in self.asked)
+    cut = len(self.asked)
+    for names in (order[:cut], order[cut:]):
+      for seed, name in itertools.product(range(most), names):
+        arm = self.arms[name]
         if seed < arm.seeds:
           chosen = choices[arm.search] if arm.search else {}
           fields = {**chosen, **arm.fields, 'seed': seed}
-          yield self._cell(FINAL, name, f'seed={seed}', fields, self.test)
+          cell = self._cell(FINAL, name, f'seed={seed}', fields, self.test)
+          if name in (self.analysed or self.arms):
+            cell = dataclasses.replace(cell, analyse=self.analyse)
+          yield cell
 
   def trial(self, search: str, chosen: Fields, field: str, value: Any) -> Cell:
     """A run of a search: `field` is tried beside what is chosen already."""
@@ -169,6 +205,7 @@ class Cell:
     run: the seed of an arm, or the value that a search tries.
     fields: over the recipe.
     axes: fields that it is drawn along.
+    analyse: flags of the analysis of its weights; () = none.
   """
 
   recipe: str
@@ -177,6 +214,7 @@ class Cell:
   run: str
   fields: Fields
   axes: tuple[str, ...] = ()
+  analyse: tuple[str, ...] = ()
 
   @property
   def name(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from etils import epath
 
@@ -11,16 +11,24 @@ from conadv_jax.run.plots import save, subplots
 from conadv_jax.study import statistics
 from conadv_jax.study.design import Figure, Study
 from conadv_jax.study.record import DONE, Row
+from conadv_jax.study.statistics import Values
 
 _PANELS = {
   'top1': 'test top-1, %',
   'train_top1': 'train top-1, %',
-  'gap': 'train - test, points',
+  'train_loss': 'train loss, nats',
+  'gap': 'train - test top-1, points',
   'top1_fgsm': 'top-1 under FGSM, %',
   'top1_pgd': 'top-1 under PGD, %',
   'seconds': 'training time, s',
 }
+_AXES = {
+  'batch_size': 'batch size, examples',
+  'staleness_steps': 'staleness, steps',
+  'attack.epsilon': 'epsilon of the attack in training, grey levels of 255',
+}
 _WIDTH, _HEIGHT = 4.2, 3.4  # of a panel, in inches
+_APART = 1.04  # factor between lines on a logarithmic axis
 
 
 def draw(
@@ -49,17 +57,19 @@ def _figure(
   panels: Sequence[str],
   path: epath.Path,
 ) -> None:
-  """One panel for each measure, two or three in a row."""
-  columns = min(3, len(panels))
+  """One panel for each measure, up to four in a row."""
+  columns = min(4, len(panels))
   lines = -(-len(panels) // columns)
   size = (_WIDTH * columns, _HEIGHT * lines)
   canvas, axes = subplots(lines, columns, size)
-  axes = axes.flat
+  axes = list(axes.flat)
   for panel, axis in zip(panels, axes, strict=False):
     _panel(study, figure, rows, panel, axis)
     axis.set_title(_PANELS[panel], fontsize=10)
     axis.grid(alpha=0.3)
-  for axis in list(axes)[len(panels) :]:
+    if panel == 'seconds':
+      axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
+  for axis in axes[len(panels) :]:
     axis.set_axis_off()
   if figure.axis:
     handles, labels = canvas.axes[0].get_legend_handles_labels()
@@ -80,18 +90,21 @@ def _panel(study, figure: Figure, rows, measure: str, axis) -> None:
   lines = collections.defaultdict(list)
   for arm in figure.arms:
     if arm in values:
-      lines[study.arms[arm].line or arm].append(arm)
+      own = study.arms[arm].line or arm if figure.axis else arm
+      lines[figure.line or own].append(arm)
+  ticks = sorted(set(places.values()))
+  is_log = bool(figure.axis) and min(ticks) > 0
+  if is_log:
+    axis.set_xscale('log')
   for number, (line, arms) in enumerate(lines.items()):
-    color = f'C{number % 10}'
+    apart = _APART ** (number - (len(lines) - 1) / 2) if is_log else 1
     arms = sorted(arms, key=places.get)
-    _line(line, arms, values, places, color, axis)
+    x = [places[arm] * apart for arm in arms]
+    _line(line, x, [values[arm] for arm in arms], f'C{number % 10}', axis)
   if figure.axis:
-    ticks = sorted(set(places.values()))
-    if min(ticks) > 0:
-      axis.set_xscale('log')
     axis.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
     axis.minorticks_off()
-    axis.set_xlabel(figure.axis.replace('_', ' '))
+    axis.set_xlabel(_AXES.get(figure.axis, figure.axis))
   else:
     shown = [arm for arm in figure.arms if arm in values]
     axis.set_xticks(
@@ -100,24 +113,19 @@ def _panel(study, figure: Figure, rows, measure: str, axis) -> None:
 
 
 def _line(
-  line: str,
-  arms: Sequence[str],
-  values: Mapping[str, Mapping[int, float]],
-  places: Mapping[str, float],
-  color: str,
-  axis,
+  line: str, x: Sequence[float], values: Sequence[Values], color: str, axis
 ) -> None:
-  means = [statistics.mean(values[arm]) for arm in arms]
-  x = [places[arm] for arm in arms]
+  means = [statistics.mean(of_arm) for of_arm in values]
   y = [found.value for found in means]
   half = [found.high - found.value for found in means]  # nan of one seed
   axis.errorbar(
-    x, y, half, color=color, marker='o', capsize=3, lw=1.2, label=line
-  )
-  for arm in arms:
-    points = list(values[arm].values())
+    x, y, half, color=color, marker='o', ms=6, mfc='white', capsize=3, lw=1.2,
+    label=line,
+  )  # fmt: skip
+  for place, of_arm in zip(x, values, strict=True):
+    points = list(of_arm.values())
     axis.plot(
-      [places[arm]] * len(points), points, '.', color=color, alpha=0.35, ms=5
+      [place] * len(points), points, 'o', color=color, alpha=0.6, ms=4, mew=0
     )
 
 

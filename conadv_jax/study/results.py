@@ -17,6 +17,7 @@ _SUMMARY = (
   'steps', 'epochs', 'top1', 'train_top1', 'train_loss', 'flops',
   'images_per_sec', 'seconds', 'nonfinite_steps', 'spike_steps',
 )  # fmt: skip
+_SCORES = ('loss', 'top5', 'ece')  # of the clean images of the eval split
 
 
 def row_of(cell: Cell, path: epath.Path, status: str) -> dict[str, Any]:
@@ -24,8 +25,8 @@ def row_of(cell: Cell, path: epath.Path, status: str) -> dict[str, Any]:
 
   Returns:
     What it was, its settings in `cell.fields` and `cell.axes`, and what was
-    measured: numbers of summary.json, the gap train_top1 - top1 in points, the
-    top-1 under each attack, and what its analyses found.
+    measured: numbers of summary.json, the gap train_top1 - top1 in points,
+    `_SCORES`, the top-1 under each attack, and what its analyses found.
   """
   row = {
     'cell': cell.name, 'phase': cell.phase, 'arm': cell.arm,
@@ -43,6 +44,10 @@ def row_of(cell: Cell, path: epath.Path, status: str) -> dict[str, Any]:
   row |= {k: summary[k] for k in _SUMMARY if summary.get(k) is not None}
   if 'train_top1' in row:
     row['gap'] = row['train_top1'] - row['top1']
+  for found in summary.get('evaluations', ()):
+    split = found['data']['split']
+    if (found['attack'], split) == ('none', cell.config.dataset.eval_split):
+      row |= {name: found[name] for name in _SCORES}
   for attack, top1 in summary['robust_top1_by_attack'].items():
     row[f'top1_{attack}'] = top1
   for file in sorted(path.glob('analysis/*.json')):

@@ -20,7 +20,7 @@ from conadv_jax.base.errors import ConfigError, Preempted
 from conadv_jax.run.lock import RunLock
 from conadv_jax.run.metrics import clock
 from conadv_jax.study import results
-from conadv_jax.study.design import FINAL, Cell
+from conadv_jax.study.design import Cell
 from conadv_jax.study.record import DONE, FAILED, NON_FINITE, Record, Row
 
 # Which starts a run again that hung, or that a signal has ended.
@@ -41,7 +41,6 @@ class Runner:
     record: Record,
     processes: int,
     flags: Sequence[str],
-    analyse: Sequence[str],
   ):
     """Makes the runner.
 
@@ -49,7 +48,6 @@ class Runner:
       record: of the study.
       processes: at a time. The cores are divided evenly between them.
       flags: of `conadv_jax.train` that every cell gets besides its own.
-      analyse: what is measured of the weights of arms.
 
     Raises:
       ConfigError: there are more processes than cores.
@@ -62,7 +60,7 @@ class Runner:
       )
     self._record = record
     self._cores = [cores[i::processes] for i in range(processes)]
-    self._flags, self._analyse = list(flags), list(analyse)
+    self._flags = list(flags)
     self._stopped = threading.Event()
     self._running: dict[str, subprocess.Popen] = {}
     self._seconds: dict[str, list[float]] = collections.defaultdict(list)
@@ -174,9 +172,8 @@ class Runner:
     directory = self._record.path / 'cells' / cell.name
     command = [*_TRAIN, *cell.flags, '--config.plots=False', *self._flags]
     code = self._call(cell, command, directory)
-    if code == 0 and cell.phase == FINAL and self._analyse:
-      what = f'--what={",".join(self._analyse)}'
-      code = self._call(cell, [*_ANALYSE, what], directory)
+    if code == 0 and cell.analyse:
+      code = self._call(cell, [*_ANALYSE, *cell.analyse], directory)
     if self._stopped.is_set() and code != 0:
       return None
     if code == errors.USAGE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from conadv_jax.study.record import DONE, Record, Row
 from conadv_jax.study.runner import Runner
 
 _MOST_ADDED = 3  # values beyond each end of a grid
+
+_Score = tuple[float, float]  # accuracy, and loss times -1
+_BAD = (-1.0, 0.0)  # of a run that did not end well: worse than all others
 
 # Yields runs that it wants, and is sent their rows; returns what it chose.
 _Steps = Generator[list[Cell], list[Row], dict[str, Any]]
@@ -50,29 +54,35 @@ def _search(study: Study, name: str) -> _Steps:
   """Tries the values of one field after the other."""
   chosen: dict[str, Any] = {}
   for field, values in study.searches[name].grid.items():
-    found: dict[float, float] = {}
+    found: dict[float, _Score] = {}
     new = list(values)
     while new:
       cells = [study.trial(name, chosen, field, value) for value in new]
       rows = yield cells
       for value, row in zip(new, rows, strict=True):
-        # A run that ended badly is worse than all others.
-        found[value] = row['top1'] if row['status'] == DONE else -1.0
+        found[value] = _score(row)
       new = _beyond(found, values)
     best = _best(found)
-    if found[best] < 0:
+    if found[best] == _BAD:
       raise ConfigError(f'search {name!r}: every run over {field} failed')
     chosen[field] = best
   return chosen
 
 
-def _best(found: Mapping[float, float]) -> float:
-  """The value of the highest accuracy; of several, what was tried first."""
+def _score(row: Row) -> _Score:
+  """Accuracy first; on few examples, the loss tells equal ones apart."""
+  if row['status'] != DONE:
+    return _BAD
+  return row['top1'], -row.get('loss', math.inf)
+
+
+def _best(found: Mapping[float, _Score]) -> float:
+  """The value of the best score; of several, what was tried first."""
   return max(found, key=found.get)
 
 
 def _beyond(
-  found: Mapping[float, float], values: Sequence[float]
+  found: Mapping[float, _Score], values: Sequence[float]
 ) -> list[float]:
   """The next value where the best is at an end of what was tried."""
   tried = sorted(found)

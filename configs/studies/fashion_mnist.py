@@ -56,8 +56,8 @@ LAMB = {'optimizer__name': 'lamb'}
 NOISE = {'attack__preset': 'random_signs'}
 RATES = (4.0, 8.0, 16.0)
 
-ARMS = {
-  # (a) the gap, and what gives it back
+# The gap, and what gives it back.
+CLAIM = {
   'baseline_128': Arm(
     fields('baseline', 128, **SMALL), 8, 'baseline_128', 'baseline'
   ),
@@ -74,15 +74,18 @@ ARMS = {
   'conadv_aa_1280': Arm(fields('conadv_aa'), 5, 'conadv_aa'),
   'nesterov_1280': Arm(fields('baseline', **NESTEROV), 5, 'nesterov'),
   'lamb_1280': Arm(fields('baseline', **LAMB), 5, 'lamb'),
-  # (b) staleness; tau = 0 and 1 are disadv_1280 and conadv_1280
+}
+ARMS = {
+  **CLAIM,
+  # Staleness; tau = 0 and 1 are disadv_1280 and conadv_1280
   **{
-    f'tau_{tau}': Arm(fields('conadv', staleness_steps=tau), 3, 'conadv', 'tau')
+    f'tau_{tau}': Arm(fields('conadv', staleness_steps=tau), 3, 'conadv')
     for tau in (2, 4, 8, 16)
   },
-  # (c) the attack
+  # The attack.
   **{
     f'epsilon_{epsilon:g}': Arm(
-      fields('conadv', attack__epsilon=epsilon), 3, 'conadv', 'epsilon'
+      fields('conadv', attack__epsilon=epsilon), 3, 'conadv'
     )
     for epsilon in (1.0, 2.0, 4.0, 8.0, 16.0)
   },
@@ -143,7 +146,8 @@ STUDY = Study(
     ('consam_1280', 'sam_1280', 0.3),
   ),
   min_train_top1=99.0,
-  analyse=('curvature', 'sharpness'),
+  analyse=('--what=curvature,sharpness', '--probes=20'),
+  analysed=tuple(CLAIM),
   figures={
     'batch_size': Figure(
       tuple(a for a in ARMS if a.startswith(('baseline_', 'conadv_')))[:7]
@@ -167,10 +171,12 @@ STUDY = Study(
     'staleness': Figure(
       ('disadv_1280', 'conadv_1280', 'tau_2', 'tau_4', 'tau_8', 'tau_16'),
       axis='staleness_steps',
+      line='conadv',
     ),
     'epsilon': Figure(
       tuple(a for a in ARMS if a.startswith('epsilon_')),
       axis='attack.epsilon',
+      line='conadv',
     ),
     'attack': Figure(
       (

@@ -16,10 +16,12 @@ from conadv_jax.models import __main__, summary
 # Nobody published these: our deviations from the CIFAR networks change them.
 # Counted by hand for 10 classes in test_models.py; 64 channels and a bias for
 # each class more.
+# resnet18_cifar: ResNet-18 with a 3x3 stem in place of the 7x7 one.
 # vit_tiny: counted in test_vit.py.
 UNPUBLISHED = {
   'resnet8': 78_042 + 990 * 65,
   'resnet20': 272_474 + 990 * 65,
+  'resnet18_cifar': 11_689_512 - (7**2 - 3**2) * 3 * 64,
   'vit_tiny': 207_946 + 990 * 65,
 }
 
@@ -63,6 +65,15 @@ def test_multiply_adds_of_resnet50_by_hand():
   total += 2048 * 1000
   assert summary.size(build('resnet50'), 224).multiply_adds == total
   assert total == 4_089_184_256
+
+
+def test_resnet18_cifar_works_at_the_whole_side():
+  total = 32**2 * 64 * 3**2 * 3 + 512 * 1000
+  total += 4 * 32**2 * 9 * 64**2
+  for side, width in [(16, 128), (8, 256), (4, 512)]:
+    before = width // 2
+    total += side**2 * width * (9 * before + 3 * 9 * width + before)
+  assert summary.size(build('resnet18_cifar'), 32).multiply_adds == total
 
 
 @pytest.mark.slow
