@@ -104,9 +104,11 @@ def steps() -> str:
     found = json.loads(path.read_text())
     if 'peak_hbm_bytes' not in found:
       continue
+    mask = found['config'].get('sam.mask', 'all')
+    names = found['model'], found['method'], *([mask] if mask != 'all' else [])
     rows.append(
       (
-        f'[{found["model"]}, {found["method"]}]({path.stem}.json)',
+        f'[{", ".join(names)}]({path.stem}.json)',
         f'{found["batch_size"]:,}',
         found['alias'],
         found['xla_flags'],
@@ -124,7 +126,7 @@ def steps() -> str:
     )
   columns = (
     'step', 'batch', 'slice', 'flags', 'microbatches', 'HBM peak, GiB',
-    'FLOPs / analytic', 'GB accessed', 'step ≥, ms', 'attack, %',
+    'FLOPs / analytic', 'GB accessed', 'step ≥, ms', 'perturbation, %',
     'collectives', 'compile, s',
   )  # fmt: skip
   text = _table(columns, rows)
