@@ -56,7 +56,7 @@ def test_the_image_has_a_stage_for_each_target_of_the_page(program, tmp_path):
   """The commands of the page are run as they are, with fakes."""
   for name in ('docker', 'xpk'):
     program(name)
-  (block,) = re.findall(r'```\n(docker build.*?)```', PAGE, re.DOTALL)
+  (block,) = re.findall(r'```sh\n([^`]*docker build.*?)```', PAGE, re.DOTALL)
   subprocess.run(['sh', '-ec', block], cwd=ROOT, check=True)
   build, push, workload = map(shlex.split, calls(tmp_path))
   source = (ROOT / build[build.index('-f') + 1]).read_text(encoding='utf-8')
