@@ -3,11 +3,17 @@
 import gc
 import os
 import pathlib
+import signal
 import sys
 
 # Nothing that an import makes is garbage, and a collection that looks through
 # all of it takes long.
 gc.disable()
+
+# What a shell starts in the background ignores Ctrl-C, and hands that on: tests
+# that send it would wait forever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Compiling would take most of the time of the tests, for programs that run once
 # on tiny arrays. Set the first flag yourself to test what users run.
