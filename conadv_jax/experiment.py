@@ -31,12 +31,11 @@ from conadv_jax.devices.mesh import (
   replicated,
   state_shardings,
 )
-from conadv_jax.method import noise, optim, sam, schedules
+from conadv_jax.method import noise, optim, sam, schedules, staleness
 from conadv_jax.method.setup import Setup
 from conadv_jax.method.spikes import no_spikes
 from conadv_jax.method.staleness import StepFn
 from conadv_jax.method.state import (
-  Perturbation,
   Snapshot,
   Stream,
   TrainState,
@@ -184,9 +183,8 @@ class Run:
     gradient = (3 if config.adv_every else 2) * forward + once_more
     attack = config.shares.get('adv', 0) * config.attack.steps
     per_example = sum(config.shares.values()) * view + attack * gradient
-    if config.ascends:
-      ascent = view - (forward if config.sam.mask == 'norm_only' else 0)
-      per_example += (len(config.views) - config.is_adversarial) * ascent
+    ascent = view - (forward if config.sam.mask == 'norm_only' else 0)
+    per_example += len(config.ascent_views) * ascent
     return config.batch_size / self.mesh.size * per_example
 
   def local_positions(self) -> np.ndarray:
@@ -216,14 +214,7 @@ class Run:
       variables = self.model.init(key, jnp.zeros(image), routes, True)
       now = Snapshot(variables['params'], variables.get('batch_stats', {}))
     zero = jnp.zeros((), jnp.int32)
-    images = weights = perturbation = None
-    if config.staleness_steps:
-      if config.is_adversarial:
-        shape = (self.groups, config.bn_group_size, *self.spec.image_shape)
-        images = jnp.zeros(shape, config.dtype)
-      if config.ascends:
-        weights = sam.blank(config, self.mesh.shape['bn'], now.params)
-      perturbation = Perturbation(images, weights)
+    devices, image_shape = self.mesh.shape['bn'], self.spec.image_shape
     return TrainState(
       step=zero,
       params=now.params,
@@ -231,7 +222,7 @@ class Run:
       opt_state=self.optimizer.init(sharded_optimizer.pack(config, now.params)),
       snapshots=(now,) * config.num_snapshots,
       ema=now if config.ema.decay else None,
-      perturbation=perturbation,
+      perturbation=staleness.blank(config, devices, now.params, image_shape),
       nonfinite_steps=zero,
       nonfinite_streak=zero,
       spikes=no_spikes(config),

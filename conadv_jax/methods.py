@@ -61,7 +61,7 @@ class Method:
     if not names or len(set(names)) < len(names):
       raise ConfigError(f'a method needs views, each of them once: {names}')
     check_choice('ascent', self.ascent, ASCENTS)
-    ages = 'adv' in names or self.ascent in ('gradient', 'lookahead')
+    ages = 'adv' in names or bool(self.ascent_views)
     if ages != (self.staleness_steps is not None):
       raise ConfigError(
         f'a method of views {names} with staleness_steps='
@@ -94,6 +94,13 @@ class Method:
     if self.adv_every:
       shares = {'clean': 1 - 1 / self.adv_every, 'adv': 1 / self.adv_every}
     return shares
+
+  @property
+  def ascent_views(self) -> tuple[str, ...]:
+    """The views of the gradient that perturbs the weights; () without one."""
+    if self.ascent not in ('gradient', 'lookahead'):
+      return ()
+    return tuple(view for view, _ in self.views if view != 'adv')
 
   @property
   def routes(self) -> tuple[str, ...]:

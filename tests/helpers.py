@@ -22,12 +22,11 @@ from conadv_jax import models
 from conadv_jax.config import Config, default_config, from_config_dict
 from conadv_jax.data import datasets
 from conadv_jax.devices import mesh
-from conadv_jax.method import sam
+from conadv_jax.method import staleness
 from conadv_jax.method.setup import Setup
 from conadv_jax.method.spikes import no_spikes
 from conadv_jax.method.staleness import StepFn
 from conadv_jax.method.state import (
-  Perturbation,
   Snapshot,
   TrainState,
   copied,
@@ -159,15 +158,6 @@ def random_weights(
 def start_state(config: Config, weights: Snapshot, tx: Any) -> TrainState:
   """The state before step 0 from `weights`; no buffer is in it twice."""
   zero = jnp.zeros((), jnp.int32)
-  images = d = perturbation = None
-  if config.staleness_steps:
-    if config.is_adversarial:
-      groups = config.batch_size // config.bn_group_size
-      shape = (groups, config.bn_group_size, *SPEC.image_shape)
-      images = jnp.zeros(shape, config.dtype)
-    if config.ascends:
-      d = sam.blank(config, 1, weights.params)
-    perturbation = Perturbation(images, d)
   return copied(
     TrainState(
       step=zero,
@@ -176,7 +166,7 @@ def start_state(config: Config, weights: Snapshot, tx: Any) -> TrainState:
       opt_state=tx.init(weights.params),
       snapshots=(weights,) * config.num_snapshots,
       ema=weights if config.ema.decay else None,
-      perturbation=perturbation,
+      perturbation=staleness.blank(config, 1, weights.params, SPEC.image_shape),
       nonfinite_steps=zero,
       nonfinite_streak=zero,
       spikes=no_spikes(config),

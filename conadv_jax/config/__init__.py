@@ -219,8 +219,7 @@ class Config(Group):
       check(end <= peak, 'schedule.end_learning_rate', end, fix)
 
   def _check_staleness(self):
-    tau = self.staleness_steps
-    own = METHODS[self.method].staleness_steps
+    tau, own = self.staleness_steps, METHODS[self.method].staleness_steps
     fix = f'method {self.method!r} perturbs with no gradient; leave it unset'
     check(own is not None or tau == 0, 'staleness_steps', tau, fix)
     other = 'conadv' if self.is_adversarial else 'consam'
@@ -245,36 +244,32 @@ class Config(Group):
         check(value == getattr(Attack, name), f'attack.{name}', value, fix)
 
   def _check_sam(self):
-    size, sam = self.sam.group_size, self.sam
+    sam, size = self.sam, self.sam.group_size
     fix = (
       f'must divide batch_size={self.batch_size} and be a multiple of '
       f'bn_group_size={self.bn_group_size}'
     )
     ok = not size or not (self.batch_size % size or size % self.bn_group_size)
     check(ok, 'sam.group_size', size, fix)
-    if self.ascent == 'lookahead':
-      fix = f'method {self.method!r} trains with the ascent gradient too: '
-      for name, only in (('mask', 'all'), ('group_size', 0)):
-        value = getattr(sam, name)
-        check(value == only, f'sam.{name}', value, f'{fix}leave it at {only!r}')
+    looks = self.ascent == 'lookahead'
+    fix = f'method {self.method!r} trains with the ascent too: leave it at '
+    check(not looks or sam.mask == 'all', 'sam.mask', sam.mask, f"{fix}'all'")
+    check(not looks or not size, 'sam.group_size', size, f'{fix}0')
     fix = f'method {self.method!r} needs a momentum: set optimizer.momentum'
-    has_momentum = self.optimizer.name == 'lamb' or self.optimizer.momentum
-    ok = self.ascent != 'momentum' or has_momentum
-    check(ok, 'optimizer.momentum', self.optimizer.momentum, fix)
+    free = self.ascent != 'momentum' or self.optimizer.name == 'lamb'
+    check(free or self.optimizer.momentum > 0, 'optimizer.momentum', 0.0, fix)
 
   def _check_loss(self):
-    weights, views = self.loss.view_weights, [view for view, _ in self.views]
+    name, weights = 'loss.view_weights', self.loss.view_weights
+    views = [view for view, _ in self.views]
     missing = sorted(set(views) - set(weights))
-    check(not missing, 'loss.view_weights', missing, 'views without a weight')
-    losses = [views]
-    if self.ascends:
-      losses.append([view for view in views if view != 'adv'])
+    check(not missing, name, missing, 'views without a weight')
+    losses = [views] + [self.ascent_views] * self.ascends
     if self.adv_every:
       losses += [[view] for view in views]
     for part in losses:
-      fix = f'{self.method!r} has a loss of {part}, which must not all be 0'
-      ok = any(weights[view] for view in part)
-      check(ok, 'loss.view_weights', dict(weights), fix)
+      fix = f'{self.method!r} has a loss of {[*part]}, which must not all be 0'
+      check(any(map(weights.get, part)), name, dict(weights), fix)
 
   @property
   def views(self) -> tuple[tuple[str, str], ...]:
@@ -297,9 +292,14 @@ class Config(Group):
     return METHODS[self.method].ascent
 
   @property
+  def ascent_views(self) -> tuple[str, ...]:
+    """The views of the gradient that perturbs the weights; () without one."""
+    return METHODS[self.method].ascent_views
+
+  @property
   def ascends(self) -> bool:
     """Whether a gradient perturbs the weights."""
-    return self.ascent in ('gradient', 'lookahead')
+    return bool(self.ascent_views)
 
   @property
   def num_snapshots(self) -> int:

@@ -14,7 +14,7 @@ from conadv_jax.data.datasets import DatasetSpec
 from conadv_jax.experiment import Run
 from conadv_jax.method.state import Snapshot
 from conadv_jax.methods import METHODS
-from conadv_jax.models.weights import norms_of
+from conadv_jax.models.norm import norms_of
 from conadv_jax.run import evaluations, provenance
 
 Card = dict[str, Any]

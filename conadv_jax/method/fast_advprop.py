@@ -25,7 +25,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from conadv_jax.config import Config
 from conadv_jax.devices.mesh import Places
@@ -34,6 +33,7 @@ from conadv_jax.method.gradients import Means, loss_gradient, training_loss
 from conadv_jax.method.pixels import Batch, perturbed, wide_dtype
 from conadv_jax.method.setup import Setup
 from conadv_jax.method.state import Snapshot, Stream, stream_key
+from conadv_jax.models.norm import norms_of
 
 
 def sub_steps(
@@ -125,7 +125,7 @@ def averaged(config: Config, batch_stats: Any, clean: Any, adv: Any) -> Any:
     adv: likewise.
   """
   a, b = config.loss.weights_of(config.shares)
-  layers = {path[:-1] for path in traverse_util.flatten_dict(batch_stats)}
+  layers = norms_of(batch_stats)
 
   def mean(path, x, y):
     layer = tuple(key.key for key in path[:-1])

@@ -41,6 +41,7 @@ from conadv_jax.method.gradients import Means, training_loss
 from conadv_jax.method.pixels import Batch, wide_dtype
 from conadv_jax.method.setup import Setup
 from conadv_jax.method.state import Snapshot, Stream, TrainState, stream_key
+from conadv_jax.models.norm import norms_of
 
 Params = Any
 
@@ -117,7 +118,7 @@ def ascent(
   """
   config = setup.config
   wide = wide_dtype(config)
-  images = {v: batch[v].astype(wide) for v, _ in config.views if v != 'adv'}
+  images = {view: batch[view].astype(wide) for view in config.ascent_views}
 
   def loss(part):
     params = with_chosen(weights.params, part)
@@ -132,7 +133,7 @@ def ascent(
   return Means(ascent=d, ascent_stats=stats)
 
 
-def moved(config: Config, params: Params, d: Params) -> Params:
+def moved(config: Config, now: Snapshot, d: Params) -> Snapshot:
   """Computes theta + rho N(d), with T = diag(|theta|):
 
     global     N(d) = d / |d|
@@ -142,9 +143,9 @@ def moved(config: Config, params: Params, d: Params) -> Params:
 
   0 where the length below is 0.
   """
-  part = chosen(config, params)
+  part = chosen(config, now.params)
   if config.sam.normalize == 'layerwise':
-    directions = jax.tree_util.tree_map_with_path(_layerwise, part, d)
+    directions = _layerwise(part, d, norms_of(now.batch_stats))
   else:
     if config.sam.normalize == 'adaptive':
       d = jax.tree.map(lambda x, w: x * jnp.abs(w), d, part)
@@ -153,17 +154,22 @@ def moved(config: Config, params: Params, d: Params) -> Params:
     if config.sam.normalize == 'adaptive':
       directions = jax.tree.map(lambda x, w: x * jnp.abs(w), directions, part)
   new = optax.tree.add_scale(part, config.sam.rho, directions)
-  return with_chosen(params, new)
+  return now.replace(params=with_chosen(now.params, new))
 
 
-def _layerwise(path, w: jax.Array, d: jax.Array) -> jax.Array:
-  is_routed = path[-1].key in ('scale', 'bias') and w.ndim > 1
-  axes = tuple(range(1, w.ndim)) if is_routed else None
+def _layerwise(part: Params, d: Params, norms: set[tuple[str, ...]]) -> Params:
+  """N(d) of each array; of the modules `norms`, of each row."""
 
-  def length(x):
-    return jnp.sqrt(jnp.square(x).sum(axes, keepdims=True))
+  def scaled(path, w, x):
+    is_routed = tuple(key.key for key in path[:-1]) in norms
+    axes = tuple(range(1, w.ndim)) if is_routed else None
 
-  return _divided(length(w) * d, length(d))
+    def length(x):
+      return jnp.sqrt(jnp.square(x).sum(axes, keepdims=True))
+
+    return _divided(length(w) * x, length(x))
+
+  return jax.tree_util.tree_map_with_path(scaled, part, d)
 
 
 def _divided(x: jax.Array, length: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,19 @@ def pending_perturbation(
   # The step donates: no buffer may be in its arguments twice.
   past = copied(past)
   return state.replace(perturbation=step_fn(past, batch, batch)[0].perturbation)
+
+
+def blank(
+  config: Config, devices: int, params: Any, image_shape: tuple[int, ...]
+) -> Perturbation | None:
+  """Makes a pending perturbation of zeros, where `devices` share a group."""
+  if not config.staleness_steps:
+    return None
+  groups = config.batch_size // config.bn_group_size
+  shape = (groups, config.bn_group_size, *image_shape)
+  images = jnp.zeros(shape, config.dtype) if config.is_adversarial else None
+  weights = sam.blank(config, devices, params) if config.ascends else None
+  return Perturbation(images, weights)
 
 
 def _of_right_shape(

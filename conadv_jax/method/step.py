@@ -89,7 +89,7 @@ def train_step(
       newest = sam.lookahead(setup, new, means.ascent)
   return new.replace(
     step=state.step + 1,
-    snapshots=(*state.snapshots, newest)[1:] if state.snapshots else (),
+    snapshots=(*state.snapshots, newest)[1:],
     perturbation=pending,
   ), metrics
 
@@ -119,7 +119,7 @@ def trained_weights(
         state.step, now, now, batch, {}, None
       )
     d = first.ascent
-  return now.replace(params=sam.moved(config, now.params, d)), first
+  return sam.moved(config, now, d), first
 
 
 def of_parts(
@@ -219,7 +219,7 @@ def apply_perturbation(
   delta = delta or Perturbation()
   if delta.weights is not None:
     d = jax.tree.map(lambda x: x[0, 0], delta.weights)
-    now = now.replace(params=sam.moved(config, now.params, d))
+    now = sam.moved(config, now, d)
   return now, trained_views(config, batch, delta.images)
 
 
@@ -311,7 +311,7 @@ def _moved_stats(config: Config, means: Means) -> Any:
     rows = {config.route_of('adv')}
     stats = _blended(stats, means.attack_stats, rows, 0.5)
   if means.ascent_stats is not None and config.sam.rho:
-    rows = {config.route_of(v) for v, _ in config.views if v != 'adv'}
+    rows = {config.route_of(view) for view in config.ascent_views}
     stats = _blended(stats, means.ascent_stats, rows, 1.0)
   return stats
 

@@ -8,6 +8,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 
 @flax.struct.dataclass
@@ -114,3 +115,8 @@ class RoutedBatchNorm(nn.Module):
       moved_C = self.momentum * old_RC[route] + (1 - self.momentum) * target_C
       new_RC = new_RC.at[route].set(moved_C)
     return new_RC
+
+
+def norms_of(batch_stats: Any) -> set[tuple[str, ...]]:
+  """Returns the paths of the batch norms, whose leaves have a row per route."""
+  return {path[:-1] for path in traverse_util.flatten_dict(batch_stats)}

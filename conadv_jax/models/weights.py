@@ -20,6 +20,7 @@ from flax import traverse_util
 from conadv_jax import models
 from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError
+from conadv_jax.models.norm import norms_of
 
 StateDict = dict[str, np.ndarray]
 
@@ -121,11 +122,6 @@ def from_state_dict(
       rows[list(routes)] = value
     flat[leaf.path] = rows.astype(leaf.value.dtype)
   return traverse_util.unflatten_dict(flat)
-
-
-def norms_of(batch_stats: Any) -> set[tuple[str, ...]]:
-  """Returns the paths of the batch norms, whose leaves have a row per route."""
-  return {path[:-1] for path in traverse_util.flatten_dict(batch_stats)}
 
 
 def to_arrays(params: Any, batch_stats: Any, route: int) -> StateDict:

@@ -64,8 +64,8 @@ def floor(config: Config) -> float:
   shares, cost = config.shares, 3 if config.adv_every else 2
   attacks = shares.get('adv', 0) * config.attack.steps
   each = 2 if config.sam.mask == 'norm_only' else 3
-  ascents = config.ascends * (len(config.views) - config.is_adversarial)
-  return (3 * sum(shares.values()) + cost * attacks + each * ascents) / 3
+  ascents = each * len(config.ascent_views)
+  return (3 * sum(shares.values()) + cost * attacks + ascents) / 3
 
 
 def random_batch(run: experiment.Run) -> dict[str, np.ndarray]:

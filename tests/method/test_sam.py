@@ -19,6 +19,7 @@ from conadv_jax.method.gradients import training_loss
 from conadv_jax.method.pixels import wide_dtype
 from conadv_jax.method.setup import Setup
 from conadv_jax.method.staleness import pending_perturbation
+from conadv_jax.method.state import Snapshot
 from conadv_jax.methods import Method
 
 STEPS = 4
@@ -154,6 +155,7 @@ PARAMS = {
   'conv': {'kernel': np.array([[3.0, 4.0]])},
   'norm': {'scale': np.array([[1.0], [2.0]]), 'bias': np.array([[0.0], [4.0]])},
 }
+NOW = Snapshot(PARAMS, {'norm': {'mean': np.zeros((2, 1))}})
 D = {
   'conv': {'kernel': np.array([[2.0, 0.0]])},
   'norm': {
@@ -182,7 +184,7 @@ def test_directions_by_hand(normalize, expected, x64):
     {'method': 'consam', 'sam.rho': 0.3, 'sam.normalize': normalize}
   )
   factor = 0.3 / np.sqrt(104) if normalize == 'adaptive' else 1
-  moved = sam.moved(config, PARAMS, D)
+  moved = sam.moved(config, NOW, D).params
   offsets = jax.tree.map(np.subtract, moved, PARAMS)
   kernel, scale, bias = (factor * np.array(x) for x in expected)
   expected = {
@@ -196,9 +198,9 @@ def test_directions_by_hand(normalize, expected, x64):
 def test_a_direction_of_zeros_moves_nothing_and_one_of_nan_all(normalize, x64):
   config = helpers.make_config({'method': 'consam', 'sam.normalize': normalize})
   nothing = jax.tree.map(np.zeros_like, D)
-  helpers.assert_close(sam.moved(config, PARAMS, nothing), PARAMS, 0)
+  helpers.assert_close(sam.moved(config, NOW, nothing).params, PARAMS, 0)
   bad = jax.tree.map(lambda x: x * np.nan, D)
-  leaves = jax.tree.leaves(sam.moved(config, PARAMS, bad))
+  leaves = jax.tree.leaves(sam.moved(config, NOW, bad).params)
   assert all(np.isnan(x).all() for x in leaves)
 
 
@@ -211,7 +213,7 @@ def test_random_directions_are_of_the_step_and_as_long_as_rho():
 
   def offset(state):
     d = sam.free_direction(setup, state)
-    params = sam.moved(config, weights.params, d)
+    params = sam.moved(config, weights, d).params
     return jax.tree.map(np.subtract, params, weights.params)
 
   a, b = offset(first), offset(first.replace(step=first.step + 1))

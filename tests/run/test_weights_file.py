@@ -13,6 +13,7 @@ from conadv_jax.export import export, model_card
 from conadv_jax.method.pixels import normalize
 from conadv_jax.method.state import Snapshot
 from conadv_jax.models import weights
+from conadv_jax.models.norm import norms_of
 from conadv_jax.run import weights_file
 from configs import imagenet_resnet50
 
@@ -47,7 +48,7 @@ def test_a_file_of_export_has_the_weights_of_its_route(
   weights.save(path, export.to_timm(run, chosen))
   found, identity = weights_file.read(path, run)
   assert identity['file'] == path and len(identity['sha256']) == 64
-  norms = weights.norms_of(chosen.batch_stats)
+  norms = norms_of(chosen.batch_stats)
   flat = jax.tree_util.tree_leaves_with_path(chosen)
   for (place, old), new in zip(flat, jax.tree.leaves(found), strict=True):
     names = tuple(key.key for key in place[1:])

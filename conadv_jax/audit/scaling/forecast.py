@@ -90,8 +90,7 @@ def batch_norm_cost(config: Config, batch_stats: Any) -> BatchNormCost:
     if path[-1] == 'mean'
   ]
   attacks = config.attack.steps if config.is_adversarial else 0
-  ascents = config.ascends * (len(config.views) - config.is_adversarial)
-  views = len(config.views) + attacks + ascents
+  views = len(config.views) + attacks + len(config.ascent_views)
   return BatchNormCost(
     group_size=config.bn_group_size,
     all_reduces=2 * len(channels) * (1 + attacks + config.ascends),
