@@ -1,15 +1,19 @@
-"""This host's share of each global batch: NumPy in, NumPy out, by tf.data."""
+"""This host's share of each global batch: NumPy in, NumPy out.
+
+By tf.data; but images in memory that nothing is done to need no TensorFlow,
+whose import takes longer than a short run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import tensorflow as tf
 
 from conadv_jax.config import Dataset
-from conadv_jax.data.images import preprocess, views
+from conadv_jax.data import sampler
 from conadv_jax.data.quarantine import Quarantine
+from conadv_jax.data.sources.in_memory import InMemory
 from conadv_jax.data.sources.source import (
   BadExamples,
   Batch,
@@ -52,6 +56,10 @@ def train_batches(
     ConfigError: the seed, batch size or first step is out of range.
     DataError: while iterating, for too many bad examples.
   """
+  if not uses_tensorflow(source, config, image_views):
+    return _gathered(source, share)
+  from conadv_jax.data.images import preprocess, views
+
   hide_gpus()
   make_views = views.make_train_views(config, image_views)
 
@@ -97,14 +105,21 @@ def eval_batches(
     ValueError: a position is repeated or out of range.
     DataError: while iterating, for too many bad examples.
   """
-  hide_gpus()
   positions = check_positions(positions, batch_size)
   if example_ids is None:
     example_ids = np.arange(source.num_examples)
   padded = np.pad(
     example_ids, (0, -len(example_ids) % batch_size), constant_values=-1
   )
-  ids = padded.reshape(-1, batch_size)[:, positions].ravel()
+  batches = padded.reshape(-1, batch_size)[:, positions]
+  if isinstance(source, InMemory):
+    return map(_masked, map(source.rows, batches))
+  import tensorflow as tf
+
+  from conadv_jax.data.images import views
+
+  hide_gpus()
+  ids = batches.ravel()
   order = tf.data.Dataset.from_tensor_slices(
     {'id': ids, 'epoch': np.zeros_like(ids)}
   )
@@ -114,6 +129,26 @@ def eval_batches(
 
   bad = BadExamples(name, num_classes, quarantine, replace=False)
   return map(_masked, source.batches(order, example, len(positions), bad))
+
+
+def uses_tensorflow(
+  source: Source, config: Dataset, image_views: Sequence[str]
+) -> bool:
+  """Whether `train_batches` loads TensorFlow, to decode and to augment."""
+  altered = config.crop_padding_px or config.random_flip
+  plain = isinstance(source, InMemory) and tuple(image_views) == ('clean',)
+  return bool(altered) or not plain
+
+
+def _gathered(source: InMemory, share: Share) -> Iterator[Batch]:
+  def of_step(step: int) -> Batch:
+    ids, _ = sampler.example_ids(
+      share.seed, step, share.batch_size, source.num_examples
+    )
+    return source.rows(ids[share.positions])
+
+  of_step(share.steps.start)  # A bad argument fails here, not while iterating.
+  return map(of_step, share.steps)
 
 
 def _masked(batch: Batch) -> Batch:

@@ -25,7 +25,7 @@ from conadv_jax.base import storage
 from conadv_jax.base.errors import ConfigError
 from conadv_jax.checkpoints import files
 from conadv_jax.config import Config, from_config_dict
-from conadv_jax.data import datasets, slices
+from conadv_jax.data import datasets, pipeline, slices
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.data.sources.source import Share, Source
 from conadv_jax.data.spec import DatasetSpec
@@ -231,8 +231,6 @@ def _input(subject: Subject) -> str:
 
 
 def _images_per_sec(subject: Subject, quarantine: Quarantine) -> float:
-  from conadv_jax.data import pipeline  # and with it TensorFlow
-
   config, host = subject.config, hosts.index()
   size = min(_INPUT_BATCH, len(subject.run.local_positions()))
   share = Share(

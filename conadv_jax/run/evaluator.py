@@ -12,6 +12,7 @@ import numpy as np
 
 from conadv_jax import hosts
 from conadv_jax.config import Attack, Config
+from conadv_jax.data import pipeline
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.data.sources.source import Source
 from conadv_jax.devices import loops
@@ -313,9 +314,6 @@ class Evaluator:
     positions: np.ndarray | None = None,
     example_ids: np.ndarray | None = None,
   ) -> Iterator[dict[str, np.ndarray]]:
-    # The only import of tensorflow in this file is behind this line.
-    from conadv_jax.data import pipeline
-
     return pipeline.eval_batches(
       self._source,
       self._run.config.dataset,

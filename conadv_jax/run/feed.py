@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from conadv_jax import hosts
+from conadv_jax.data import pipeline
 from conadv_jax.data.prefetch import Prefetcher
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.data.sources.source import Share, Source
@@ -32,11 +33,15 @@ class ExampleIds:
     return self._ids[batch]
 
 
-def prepare() -> None:
-  """Starts to import TensorFlow, while the step compiles, say."""
+def prepare(run: Run, source: Source) -> None:
+  """Starts to import what makes `batches`, while the step compiles, say."""
+  if not pipeline.uses_tensorflow(
+    source, run.config.dataset, run.config.fed_views
+  ):
+    return
 
   def load() -> None:
-    from conadv_jax.data import pipeline  # noqa: F401
+    from conadv_jax.data.images import views  # noqa: F401
 
   # No daemon: an interpreter that ends amid such an import may crash.
   threading.Thread(target=load).start()
@@ -64,8 +69,6 @@ def batches(
   count: int,
 ) -> Prefetcher:
   """Batches start, start + 1, ... on the devices, `count` of them."""
-  from conadv_jax.data import pipeline  # and with it TensorFlow
-
   config = run.config
   share = Share(
     seed=config.seed,

@@ -91,7 +91,7 @@ def train(
       if done := summary.finished(path, run.steps.stop):
         _say_done(path, config, done)
         return done
-    feed.prepare()
+    feed.prepare(run, source)
     start, state, weights = _restored(run, checkpoints)
     now = guard.timeline.began
     began = workdir.write_config(path, run, data, start, now, weights)

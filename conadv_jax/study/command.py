@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -35,7 +36,8 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--compare', nargs='+', default=[])
   parser.add_argument('--reference', default='')
   parser.add_argument('--output')
-  args = parser.parse_args(argv[1:])
+  args, others = parser.parse_known_args(argv[1:])
+  how = _how(others)
   if args.compare:
     if not args.output:
       raise ConfigError('missing --output=FILE.png of --compare')
@@ -48,22 +50,41 @@ def main(argv: Sequence[str]) -> None:
     raise ConfigError('missing --workdir=DIR, where the study is written')
   name, study = design.load(args.study)
   path = storage.expand(args.workdir)
-  flags = []
   if args.data_dir:
-    flags = [f'--config.dataset.data_dir={storage.expand(args.data_dir)}']
+    how['dataset.data_dir'] = str(storage.expand(args.data_dir))
+  study = dataclasses.replace(study, how=how)
   record = Record(path, name)
   if args.report:
     text = report.write(study, record)
   else:
-    text = _run(study, record, args.processes, flags)
+    text = _run(study, record, args.processes)
   print(text, flush=True)
 
 
-def _run(study, record, processes: int, flags: Sequence[str]) -> str:
+def _how(flags: Sequence[str]) -> dict[str, str]:
+  """{field: text} of flags `--config.FIELD=TEXT` that change no result.
+
+  Raises:
+    ConfigError: for another flag.
+  """
+  how = {}
+  for flag in flags:
+    name, _, text = flag.removeprefix('--config.').partition('=')
+    if flag != f'--config.{name}={text}' or name not in design.HOW:
+      allowed = ', '.join(f'--config.{name}' for name in design.HOW)
+      raise ConfigError(
+        f'{flag}: no flag of a study, whose settings are in its file; only '
+        f'where and how it runs is set here: {allowed}'
+      )
+    how[name] = text
+  return how
+
+
+def _run(study, record, processes: int) -> str:
   """Runs what is left of the study; returns its report."""
   with (
     RunLock(record.path),
-    Runner(record, processes, flags) as runner,
+    Runner(record, processes) as runner,
   ):
     try:
       choices = search.choose(study, record, runner)

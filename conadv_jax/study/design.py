@@ -29,8 +29,10 @@ from conadv_jax.config import (
 Fields = Mapping[str, Any]  # {dotted name of a field: value}
 
 SEARCH, FINAL = 'search', 'final'
-# Where things are is no part of what was run.
-_PLACES = ('dataset.data_dir', 'compile_cache')
+PLACES = ('dataset.data_dir', 'compile_cache')
+# Where things are is no part of what was run, and neither are the parts that a
+# batch is computed in: they hold whole batch-norm groups.
+HOW = (*PLACES, 'microbatches')
 # Not among those of the arms, which would be tuned on their own luck else.
 _SEARCH_SEED = 1000
 
@@ -101,6 +103,7 @@ class Study:
     analyse: flags of `conadv_jax.analysis`, which measures the weights of
       each run of `analysed`; () = none.
     analysed: arms; () = all.
+    how: fields of `HOW`, over those of every run.
   """
 
   config: str
@@ -117,6 +120,7 @@ class Study:
   figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
   analyse: tuple[str, ...] = ()
   analysed: tuple[str, ...] = ()
+  how: Fields = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     if self.searches and self.validation == self.test:
@@ -189,7 +193,9 @@ class Study:
     return self._cell(SEARCH, search, tried, fields, self.validation)
 
   def _cell(self, phase, arm, run, fields, split) -> Cell:
-    fields = {**self.fields, **fields, 'dataset.eval_split': split}
+    fields = {
+      **self.fields, **fields, 'dataset.eval_split': split, **self.how
+    }  # fmt: skip
     axes = {f.axis for f in self.figures.values() if arm in f.arms} - {''}
     return Cell(self.config, phase, arm, run, fields, tuple(sorted(axes)))
 
@@ -242,7 +248,7 @@ class Cell:
     set_here = {
       name: value
       for name, (_, value) in differences(default, self._values).items()
-      if name not in _PLACES
+      if name not in HOW
     }
     text = json.dumps(set_here, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

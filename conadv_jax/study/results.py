@@ -11,7 +11,7 @@ from etils import epath
 from conadv_jax.base.fields import flatten
 from conadv_jax.config import to_dict
 from conadv_jax.run import workdir
-from conadv_jax.study.design import Cell
+from conadv_jax.study.design import PLACES, Cell
 
 _SUMMARY = (
   'steps', 'epochs', 'top1', 'train_top1', 'train_loss', 'flops',
@@ -33,7 +33,8 @@ def row_of(cell: Cell, path: epath.Path, status: str) -> dict[str, Any]:
     'seed': cell.config.seed, 'status': status, 'digest': cell.digest,
   }  # fmt: skip
   resolved = flatten(to_dict(cell.config))
-  row |= {name: resolved[name] for name in (*cell.fields, *cell.axes)}
+  fields = (*cell.fields, *cell.axes)
+  row |= {name: resolved[name] for name in fields if name not in PLACES}
   if (path / 'config.json').exists():
     started = workdir.read_run(path)
     row['git_commit'] = started.get('git_commit', '')

@@ -36,18 +36,12 @@ class Runner:
   In this context SIGINT and SIGTERM stop the cells, which save their states.
   """
 
-  def __init__(
-    self,
-    record: Record,
-    processes: int,
-    flags: Sequence[str],
-  ):
+  def __init__(self, record: Record, processes: int):
     """Makes the runner.
 
     Args:
       record: of the study.
       processes: at a time. The cores are divided evenly between them.
-      flags: of `conadv_jax.train` that every cell gets besides its own.
 
     Raises:
       ConfigError: there are more processes than cores.
@@ -60,7 +54,6 @@ class Runner:
       )
     self._record = record
     self._cores = [cores[i::processes] for i in range(processes)]
-    self._flags = list(flags)
     self._stopped = threading.Event()
     self._running: dict[str, subprocess.Popen] = {}
     self._seconds: dict[str, list[float]] = collections.defaultdict(list)
@@ -170,7 +163,7 @@ class Runner:
   def _run_cell(self, cell: Cell) -> Row | None:
     """Trains and analyses; the row, or None if the study was stopped."""
     directory = self._record.path / 'cells' / cell.name
-    command = [*_TRAIN, *cell.flags, '--config.plots=False', *self._flags]
+    command = [*_TRAIN, *cell.flags, '--config.plots=False']
     code = self._call(cell, command, directory)
     if code == 0 and cell.analyse:
       code = self._call(cell, [*_ANALYSE, *cell.analyse], directory)

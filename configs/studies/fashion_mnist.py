@@ -24,7 +24,8 @@ Needs:   about twenty hours of two cores
 
 from conadv_jax.study.design import Arm, Figure, Search, Study
 
-# Parts of a batch that stay in a CPU's cache; the results are the same.
+# Parts of a batch that stay in a CPU's cache; the results are the same. On a
+# GPU: --config.microbatches=1.
 PARTS = {128: 1, 512: 2, 1280: 5, 2560: 10}
 
 
@@ -75,6 +76,15 @@ CLAIM = {
   'nesterov_1280': Arm(fields('baseline', **NESTEROV), 5, 'nesterov'),
   'lamb_1280': Arm(fields('baseline', **LAMB), 5, 'lamb'),
 }
+# Weights perturbed, instead of images and with them.
+WEIGHTS = {
+  'sam_1280': Arm(fields('sam'), 8, 'consam'),
+  'consam_1280': Arm(fields('consam'), 8, 'consam'),
+  'sampa_1280': Arm(fields('sampa'), 8, 'sampa'),
+  'msam_1280': Arm(fields('msam'), 8, 'msam'),
+  'random_1280': Arm(fields('random'), 8, 'consam'),
+  'conadv_consam_1280': Arm(fields('conadv_consam'), 8, 'conadv_consam'),
+}
 ARMS = {
   **CLAIM,
   # Staleness; tau = 0 and 1 are disadv_1280 and conadv_1280
@@ -97,13 +107,7 @@ ARMS = {
     fields('conadv', attack__train_mode=False), 3, 'conadv'
   ),
   'shared_bn': Arm(fields('conadv_shared_bn'), 3, 'conadv'),
-  # (d) weights perturbed, instead of images and with them
-  'sam_1280': Arm(fields('sam'), 8, 'consam'),
-  'consam_1280': Arm(fields('consam'), 8, 'consam'),
-  'sampa_1280': Arm(fields('sampa'), 8, 'sampa'),
-  'msam_1280': Arm(fields('msam'), 8, 'msam'),
-  'random_1280': Arm(fields('random'), 8, 'consam'),
-  'conadv_consam_1280': Arm(fields('conadv_consam'), 8, 'conadv_consam'),
+  **WEIGHTS,
 }
 
 STUDY = Study(
@@ -147,7 +151,7 @@ STUDY = Study(
   ),
   min_train_top1=99.0,
   analyse=('--what=curvature,sharpness', '--probes=20'),
-  analysed=tuple(CLAIM),
+  analysed=(*CLAIM, *WEIGHTS),
   figures={
     'batch_size': Figure(
       tuple(a for a in ARMS if a.startswith(('baseline_', 'conadv_')))[:7]

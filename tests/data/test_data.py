@@ -603,8 +603,51 @@ def test_gpus_are_hidden_before_tensorflow_starts(data_dir, monkeypatch):
   assert calls == [([], 'GPU'), 'read']
   del calls[:]
   train(make_source(3), num_steps=1)
-  evaluation(make_source(3), batch_size=2)
-  assert calls == [([], 'GPU')] * 2
+  assert calls == [([], 'GPU')]
+
+
+def test_images_as_they_are_need_no_tensorflow():
+  code = (
+    'import sys\n'
+    'import numpy as np\n'
+    'from conadv_jax.config import Dataset\n'
+    'from conadv_jax.data import pipeline\n'
+    'from conadv_jax.data.sources.in_memory import InMemory\n'
+    'from conadv_jax.data.sources.source import Share\n'
+    'images = np.zeros((3, 2, 2, 1), np.uint8)\n'
+    'source = InMemory(images, np.arange(3, dtype=np.int32), 3)\n'
+    'share = Share(0, 2, range(2))\n'
+    'kwargs = dict(num_classes=3, image_views=["clean"])\n'
+    'next(pipeline.train_batches(source, Dataset(), share, **kwargs))\n'
+    'crops = Dataset(crop_padding_px=1)\n'
+    'next(pipeline.eval_batches(source, crops, num_classes=3, batch_size=2))\n'
+    'print("tensorflow" in sys.modules)\n'
+    'next(pipeline.train_batches(source, crops, share, **kwargs))\n'
+    'print("tensorflow" in sys.modules)\n'
+  )
+  run = subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=REPOSITORY,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert run.stdout == 'False\nTrue\n'
+
+
+@pytest.mark.parametrize('positions', [None, [3, 1]])
+def test_images_as_they_are_equal_those_of_tensorflow(positions, monkeypatch):
+  def batches():
+    plain = dict(crop_padding_px=0, random_flip=False, start_step=2)
+    return train(make_source(), positions=positions, **plain)
+
+  found = batches()
+  monkeypatch.setattr(pipeline, 'uses_tensorflow', lambda *_: True)
+  for ours, theirs in zip(found, batches(), strict=True):
+    assert ours.keys() == theirs.keys() == {'clean', 'label', 'id'}
+    for name, array in ours.items():
+      assert array.dtype == theirs[name].dtype
+      np.testing.assert_array_equal(array, theirs[name])
 
 
 @pytest.mark.parametrize('positions', [[-1], [4], [0, 0], []])

@@ -39,7 +39,7 @@ def test_processes_have_cores_of_their_own(tmp_path, monkeypatch):
   record = Record(tmp_path / 'w', 'mine')
   study = make(analyse=('--probes=3',), analysed=('b',))
   cells = list(study.final_cells({}))
-  with runner.Runner(record, 2, ['--config.x=1']) as running:
+  with runner.Runner(record, 2) as running:
     running.run(cells)
   seen = set()
   for cell in cells:
@@ -48,7 +48,7 @@ def test_processes_have_cores_of_their_own(tmp_path, monkeypatch):
     core = trained.partition(']')[0].strip('[')
     seen.add(int(core))
     assert trained == ' '.join(
-      [f'[{core}]', *cell.flags, '--config.plots=False', '--config.x=1']
+      [f'[{core}]', *cell.flags, '--config.plots=False']
     )
     is_analysed = cell.arm == 'b'
     assert analysed == [f'[{core}] analysis --probes=3'] * is_analysed
@@ -60,7 +60,7 @@ def test_processes_have_cores_of_their_own(tmp_path, monkeypatch):
 
 def test_the_time_left_is_of_the_mean_of_each_arm(tmp_path):
   record = Record(tmp_path / 'w', 'mine')
-  running = runner.Runner(record, 1, [])
+  running = runner.Runner(record, 1)
   running._seconds['a'] += [100.0, 300.0]
   running._seconds['b'] += [50.0]
   left = make(arms={name: Arm({}, 1) for name in 'abc'}).final_cells({})
@@ -96,7 +96,7 @@ def test_a_signal_saves_the_runs_and_says_how_to_go_on(tmp_path, monkeypatch):
     os.kill(os.getpid(), signal.SIGINT)
 
   threading.Thread(target=interrupt).start()
-  with runner.Runner(record, 1, []) as running:
+  with runner.Runner(record, 1) as running:
     with pytest.raises(Preempted, match='3 runs left; run the same command'):
       running.run(cells)
   assert (began.parent / 'saved').exists()
@@ -115,7 +115,7 @@ def test_a_run_that_is_left_behind_is_waited_for(tmp_path, monkeypatch, capfd):
   held.__enter__()
   threading.Timer(1.0, held.release).start()
   start = time.monotonic()
-  with runner.Runner(record, 1, []) as running:
+  with runner.Runner(record, 1) as running:
     running.run([cell])
   assert time.monotonic() - start > 1
   assert capfd.readouterr().out.count('waiting: workdir=') == 1

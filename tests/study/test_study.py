@@ -14,6 +14,7 @@ from conadv_jax.base.errors import ConfigError
 from conadv_jax.run.lock import RunLock
 from conadv_jax.study import command, design
 from conadv_jax.study.design import Arm, Figure, Search
+from conadv_jax.study.record import Record
 from conadv_jax.study.search import _search as find_best
 
 
@@ -260,6 +261,7 @@ def test_the_digest_tells_settings_but_not_places():
   assert digest(epochs=6.0) != digest(epochs=7.0)
   assert digest(seed=0) != digest(seed=1)
   assert digest() == digest(dataset__data_dir='/elsewhere')
+  assert digest() == digest(microbatches=5)
   # A field at its default is as if it were not there.
   assert digest() == digest(loss__label_smoothing=0.1)
 
@@ -317,7 +319,9 @@ def test_shipped_studies_have_valid_cells(name):
   [
     ([], 'missing --study'),
     (['--study=digits'], 'missing --workdir'),
-    (['--study=digits', '--workdir=w', '--proceses=2'], '--proceses=2'),
+    (['--study=digits', '--workdir=w', '--proceses=2'], '--proceses=2: no'),
+    (['--study=digits', '--workdir=w', '--config.epochs=2'], 'epochs=2: no'),
+    (['--study=digits', '--workdir=w', '--microbatches=2'], '=2: no flag'),
     (['--compare', 'a'], 'missing --output'),
     (['--study=digits', '--workdir={}', '--processes=0'], 'processes=0: must'),
   ],
@@ -325,3 +329,13 @@ def test_shipped_studies_have_valid_cells(name):
 def test_wrong_flags_are_named(flags, message, tmp_path):
   with pytest.raises(ConfigError, match=message):
     command.main(['', *(flag.format(tmp_path / 'w') for flag in flags)])
+
+
+def test_how_it_runs_is_told_by_flags_and_kept_without_places(study):
+  flags = '--config.microbatches=1', '--data_dir=/data'
+  path = study(*flags)
+  for row in Record(path, 'mine').rows():
+    assert row['microbatches'] == 1
+    assert not [name for name in row if 'dir' in name]
+  calls = (path / 'calls.txt').read_text()
+  assert (study() / 'calls.txt').read_text() == calls  # the same cells

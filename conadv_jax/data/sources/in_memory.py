@@ -112,6 +112,10 @@ class InMemory:
     dataset = dataset.batch(size, drop_remainder=True).prefetch(2)
     return dataset.with_options(options).as_numpy_iterator()
 
+  def rows(self, ids: np.ndarray) -> Batch:
+    """The examples of some ids as they are; -1 is padding, of any content."""
+    return {'clean': self.images[ids], 'label': self.labels[ids], 'id': ids}
+
   def describe(self, example_id: int) -> str:
     del example_id
     return '-'  # It has no file.
