@@ -208,7 +208,7 @@ def run_file(path: pathlib.Path, flag: str) -> types.ModuleType:
   Raises:
     ConfigError: the file does not run, or raises one itself.
   """
-  name = f'recipe_{path.stem}'
+  name = f'recipe {path}'  # A file may run one of its own name, elsewhere.
   spec = importlib.util.spec_from_file_location(name, path)
   if spec is None or spec.loader is None:
     raise ConfigError(f'{flag}: must be a file of Python, NAME.py')

@@ -1,7 +1,7 @@
 """This host's share of each global batch: NumPy in, NumPy out.
 
-By tf.data; but images in memory that nothing is done to need no TensorFlow,
-whose import takes longer than a short run.
+By tf.data; but images in memory need no TensorFlow, whose import takes longer
+than a short run, unless they are augmented by AutoAugment.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 
 from conadv_jax.config import Dataset
 from conadv_jax.data import sampler
+from conadv_jax.data.images import batches
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.data.sources.in_memory import InMemory
 from conadv_jax.data.sources.source import (
@@ -56,8 +57,8 @@ def train_batches(
     ConfigError: the seed, batch size or first step is out of range.
     DataError: while iterating, for too many bad examples.
   """
-  if not uses_tensorflow(source, config, image_views):
-    return _gathered(source, share)
+  if not uses_tensorflow(source, image_views):
+    return _of_arrays(source, config, share)
   from conadv_jax.data.images import preprocess, views
 
   hide_gpus()
@@ -111,17 +112,16 @@ def eval_batches(
   padded = np.pad(
     example_ids, (0, -len(example_ids) % batch_size), constant_values=-1
   )
-  batches = padded.reshape(-1, batch_size)[:, positions]
+  ids = padded.reshape(-1, batch_size)[:, positions]
   if isinstance(source, InMemory):
-    return map(_masked, map(source.rows, batches))
+    return map(_masked, map(source.rows, ids))
   import tensorflow as tf
 
   from conadv_jax.data.images import views
 
   hide_gpus()
-  ids = batches.ravel()
   order = tf.data.Dataset.from_tensor_slices(
-    {'id': ids, 'epoch': np.zeros_like(ids)}
+    {'id': ids.ravel(), 'epoch': np.zeros_like(ids.ravel())}
   )
 
   def example(image, label, *_):
@@ -131,21 +131,26 @@ def eval_batches(
   return map(_masked, source.batches(order, example, len(positions), bad))
 
 
-def uses_tensorflow(
-  source: Source, config: Dataset, image_views: Sequence[str]
-) -> bool:
-  """Whether `train_batches` loads TensorFlow, to decode and to augment."""
-  altered = config.crop_padding_px or config.random_flip
-  plain = isinstance(source, InMemory) and tuple(image_views) == ('clean',)
-  return bool(altered) or not plain
+def uses_tensorflow(source: Source, image_views: Sequence[str]) -> bool:
+  """Whether `train_batches` loads TensorFlow, to decode or to AutoAugment."""
+  return not isinstance(source, InMemory) or 'aa' in image_views
 
 
-def _gathered(source: InMemory, share: Share) -> Iterator[Batch]:
+def _of_arrays(
+  source: InMemory, config: Dataset, share: Share
+) -> Iterator[Batch]:
   def of_step(step: int) -> Batch:
-    ids, _ = sampler.example_ids(
-      share.seed, step, share.batch_size, source.num_examples
+    ids, epochs = (
+      x[share.positions]
+      for x in sampler.example_ids(
+        share.seed, step, share.batch_size, source.num_examples
+      )
     )
-    return source.rows(ids[share.positions])
+    batch = source.rows(ids)
+    clean = batches.train_images(
+      config, batch['clean'], share.seed, epochs, ids
+    )
+    return batch | {'clean': clean}
 
   of_step(share.steps.start)  # A bad argument fails here, not while iterating.
   return map(of_step, share.steps)

@@ -35,9 +35,7 @@ class ExampleIds:
 
 def prepare(run: Run, source: Source) -> None:
   """Starts to import what makes `batches`, while the step compiles, say."""
-  if not pipeline.uses_tensorflow(
-    source, run.config.dataset, run.config.fed_views
-  ):
+  if not pipeline.uses_tensorflow(source, run.config.fed_views):
     return
 
   def load() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import queue
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -26,6 +27,9 @@ from conadv_jax.study.record import DONE, FAILED, NON_FINITE, Record, Row
 # Which starts a run again that hung, or that a signal has ended.
 _TRAIN = (sys.executable, '-m', 'conadv_jax.supervise')
 _ANALYSE = (sys.executable, '-m', 'conadv_jax.analysis')
+# Yields cells that it wants run, is sent their rows, and returns a value.
+Steps = Generator[list[Cell], list[Row], Any]
+
 _SAY_SECONDS = 60
 _LOCK_SECONDS = 5
 
@@ -57,6 +61,9 @@ class Runner:
     self._stopped = threading.Event()
     self._running: dict[str, subprocess.Popen] = {}
     self._seconds: dict[str, list[float]] = collections.defaultdict(list)
+    self._waiting: queue.SimpleQueue[Cell | None] = queue.SimpleQueue()
+    self._asked: dict[str, Cell] = {}  # of this call, by digest
+    self._over: set[str] = set()  # of those, which have ended
 
   def __enter__(self) -> Runner:
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -70,40 +77,78 @@ class Runner:
   def run(self, cells: Sequence[Cell]) -> list[Row]:
     """Runs those of `cells` that have no row yet; returns the rows of all.
 
+    As `drive` does.
+    """
+
+    def once() -> Steps:
+      return (yield list(cells))
+
+    return self.drive({'': once()})['']
+
+  def drive(self, steps: Mapping[str, Steps]) -> dict[str, Any]:
+    """Runs the cells that each of `steps` asks for, all of them side by side.
+
     A cell whose loss stops being finite has a row that says so, and so has one
     that fails, which the next call tries again.
+
+    Args:
+      steps: by name. They yield cells, are sent their rows once all have ended,
+        and return a value.
+
+    Returns:
+      Their values, by name.
 
     Raises:
       ConfigError: for a cell of a wrong setting, or a row of other settings.
       Preempted: after a signal; run the same command again to resume.
     """
-    for cell in cells:
-      _ = cell.config  # Wrong settings are errors before anything runs.
-    self._copy_same(cells)
-    left = {cell.digest: cell for cell in cells if self._is_left(cell)}
-    self._run([*left.values()])
-    self._copy_same(cells)
-    return [self._record.row(cell) for cell in cells]
-
-  def _run(self, left: Sequence[Cell]) -> None:
-    waiting: queue.SimpleQueue[Cell] = queue.SimpleQueue()
-    for cell in left:
-      waiting.put(cell)
+    self._asked, self._over = {}, set()
+    self._waiting = queue.SimpleQueue()
     ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    values: dict[str, Any] = {}
+    wanted = {name: next(each) for name, each in steps.items()}
+    for cell in itertools.chain(*wanted.values()):
+      _ = cell.config  # Wrong settings are errors before anything runs.
     threads = [
-      threading.Thread(target=self._work, args=(cores, waiting, ended))
+      threading.Thread(target=self._work, args=(cores, ended))
       for cores in self._cores
     ]
-    for thread in threads:
-      thread.start()
     try:
-      self._watch(threads, ended, left)
+      for thread in threads:
+        thread.start()
+      self._ask(steps, wanted, values)
+      while wanted:
+        self._record_one(threads, ended)
+        self._ask(steps, wanted, values)
     finally:
       self._stopped.set()
       self._signal_all()
+      self._end(threads)
       for thread in threads:
         thread.join()
     self._stopped.clear()
+    return values
+
+  def _ask(self, steps, wanted, values) -> None:
+    """Sends rows to those of `steps` that have all of them; asks for more."""
+    for name, each in steps.items():
+      while name in wanted and not self._under_way(wanted[name]):
+        rows = [self._record.row(cell) for cell in wanted[name]]
+        try:
+          wanted[name] = each.send(rows)
+        except StopIteration as end:
+          values[name] = end.value
+          del wanted[name]
+
+  def _under_way(self, cells: Sequence[Cell]) -> bool:
+    """Whether any of `cells` has not ended; those not asked for yet are now."""
+    self._copy_same(cells)
+    for cell in filter(self._is_left, cells):
+      if cell.digest not in self._asked:
+        self._asked[cell.digest] = cell
+        self._waiting.put(cell)
+    digests = {cell.digest for cell in cells}
+    return bool(digests & (self._asked.keys() - self._over))
 
   def _is_left(self, cell: Cell) -> bool:
     row = self._record.row(cell)
@@ -119,39 +164,48 @@ class Runner:
         names = {'cell': cell.name, 'phase': cell.phase, 'arm': cell.arm}
         self._record.add(row | names)
 
-  def _watch(self, threads, ended, left: Sequence[Cell]) -> None:
-    """Reports progress until all cells have ended, or something stops them."""
-    done, last = 0, time.monotonic()
-    while done < len(left):
+  def _record_one(self, threads, ended) -> None:
+    """Waits for a cell to end, and records it; reports progress meanwhile."""
+    last = time.monotonic()
+    while True:
       try:
         cell, row, seconds = ended.get(timeout=1)
+        break
       except queue.Empty:
-        if self._stopped.is_set() and not any(t.is_alive() for t in threads):
-          raise Preempted(
-            f'stopped with {len(left) - done} runs left; run the same command '
-            'again to go on'
-          ) from None
+        self._check_stopped(threads)
         if time.monotonic() - last > _SAY_SECONDS:
           last = time.monotonic()
           self._say_running()
-        continue
-      if isinstance(row, Exception):
-        raise row
-      done += 1
-      self._seconds[cell.arm].append(seconds)
-      self._record.add(row)
-      self._record.log(
-        f'{done}/{len(left)} {results.describe(row)}{self._eta(left[done:])}'
+    if isinstance(row, Exception):
+      raise row
+    self._over.add(cell.digest)
+    self._seconds[cell.arm].append(seconds)
+    self._record.add(row)
+    left = [c for c in self._asked.values() if c.digest not in self._over]
+    self._record.log(
+      f'{len(self._over)}/{len(self._asked)} {results.describe(row)}'
+      f'{self._eta(left)}'
+    )
+
+  def _check_stopped(self, threads) -> None:
+    if not self._stopped.is_set():
+      return
+    self._end(threads)
+    if not any(thread.is_alive() for thread in threads):
+      raise Preempted(
+        f'stopped with {len(self._asked) - len(self._over)} runs left; run the '
+        'same command again to go on'
       )
 
-  def _work(self, cores, waiting, ended) -> None:
+  def _end(self, threads) -> None:
+    """Wakes the threads that wait for a cell, to end."""
+    for _ in threads:
+      self._waiting.put(None)
+
+  def _work(self, cores, ended) -> None:
     """Runs one cell after the other, in a thread that is bound to `cores`."""
     os.sched_setaffinity(0, cores)  # of this thread, and of what it starts
-    while not self._stopped.is_set():
-      try:
-        cell = waiting.get_nowait()
-      except queue.Empty:
-        return
+    while (cell := self._waiting.get()) and not self._stopped.is_set():
       start = time.monotonic()
       try:
         row = self._run_cell(cell)

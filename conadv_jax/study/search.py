@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from conadv_jax.base.errors import ConfigError
-from conadv_jax.study.design import Cell, Study
+from conadv_jax.study.design import Study
 from conadv_jax.study.record import DONE, Record, Row
-from conadv_jax.study.runner import Runner
+from conadv_jax.study.runner import Runner, Steps
 
 _MOST_ADDED = 3  # values beyond each end of a grid
 
 _Score = tuple[float, float]  # accuracy, and loss times -1
 _BAD = (-1.0, 0.0)  # of a run that did not end well: worse than all others
-
-# Yields runs that it wants, and is sent their rows; returns what it chose.
-_Steps = Generator[list[Cell], list[Row], dict[str, Any]]
 
 
 def choose(study: Study, record: Record, runner: Runner) -> Mapping[str, Any]:
@@ -33,24 +30,19 @@ def choose(study: Study, record: Record, runner: Runner) -> Mapping[str, Any]:
   known = record.choices()
   if known is not None:
     return known
-  searches = {name: _search(study, name) for name in study.searches}
-  wanted = {name: next(steps) for name, steps in searches.items()}
-  choices: dict[str, Any] = {}
-  while wanted:
-    runner.run([cell for cells in wanted.values() for cell in cells])
-    for name, cells in list(wanted.items()):
-      try:
-        wanted[name] = searches[name].send([record.row(c) for c in cells])
-      except StopIteration as end:
-        choices[name] = end.value
-        del wanted[name]
-        record.log(f'{name}: chose {end.value}')
+
+  def logged(name: str) -> Steps:
+    chosen = yield from _search(study, name)
+    record.log(f'{name}: chose {chosen}')
+    return chosen
+
+  choices = runner.drive({name: logged(name) for name in study.searches})
   record.choose(choices)
   record.log('all choices are fixed; the test split is looked at from here on')
   return choices
 
 
-def _search(study: Study, name: str) -> _Steps:
+def _search(study: Study, name: str) -> Steps:
   """Tries the values of one field after the other."""
   chosen: dict[str, Any] = {}
   for field, values in study.searches[name].grid.items():

@@ -497,6 +497,7 @@ def test_each_op_has_a_stream_of_its_own(monkeypatch):
     return op_seed(seed, stream)
 
   monkeypatch.setattr(preprocess, 'op_seed', record)
+  monkeypatch.setattr(pipeline, 'uses_tensorflow', lambda *_: True)
   train(make_source(3), num_steps=1)
   assert len(streams) == len(set(streams)) == 2
 
@@ -561,7 +562,9 @@ def test_augmentation_is_keyed_by_epoch_and_id_not_by_place():
   assert len({small[0, epoch] for epoch in range(6)}) >= 4
 
 
-def test_slow_examples_keep_their_places():
+def test_slow_examples_keep_their_places(monkeypatch):
+  monkeypatch.setattr(pipeline, 'uses_tensorflow', lambda *_: True)
+
   class SlowSource(in_memory.InMemory):
     def lookup(self, example_id):
       def read(i):
@@ -602,29 +605,29 @@ def test_gpus_are_hidden_before_tensorflow_starts(data_dir, monkeypatch):
   load(MANUAL, 'eval', data_dir)
   assert calls == [([], 'GPU'), 'read']
   del calls[:]
+  monkeypatch.setattr(pipeline, 'uses_tensorflow', lambda *_: True)
   train(make_source(3), num_steps=1)
   assert calls == [([], 'GPU')]
 
 
-def test_images_as_they_are_need_no_tensorflow():
-  code = (
-    'import sys\n'
-    'import numpy as np\n'
-    'from conadv_jax.config import Dataset\n'
-    'from conadv_jax.data import pipeline\n'
-    'from conadv_jax.data.sources.in_memory import InMemory\n'
-    'from conadv_jax.data.sources.source import Share\n'
-    'images = np.zeros((3, 2, 2, 1), np.uint8)\n'
-    'source = InMemory(images, np.arange(3, dtype=np.int32), 3)\n'
-    'share = Share(0, 2, range(2))\n'
-    'kwargs = dict(num_classes=3, image_views=["clean"])\n'
-    'next(pipeline.train_batches(source, Dataset(), share, **kwargs))\n'
-    'crops = Dataset(crop_padding_px=1)\n'
-    'next(pipeline.eval_batches(source, crops, num_classes=3, batch_size=2))\n'
-    'print("tensorflow" in sys.modules)\n'
-    'next(pipeline.train_batches(source, crops, share, **kwargs))\n'
-    'print("tensorflow" in sys.modules)\n'
-  )
+@pytest.mark.parametrize('views, loaded', [('clean', False), ('aa', True)])
+def test_images_in_memory_need_no_tensorflow(views, loaded):
+  code = f"""
+import sys
+import numpy as np
+from conadv_jax.config import Dataset
+from conadv_jax.data import pipeline
+from conadv_jax.data.sources.in_memory import InMemory
+from conadv_jax.data.sources.source import Share
+
+images, labels = np.zeros((3, 2, 2, 3), np.uint8), np.arange(3, dtype=np.int32)
+source, config = InMemory(images, labels, 3), Dataset(crop_padding_px=1)
+next(pipeline.eval_batches(source, config, num_classes=3, batch_size=2))
+next(pipeline.train_batches(
+  source, config, Share(0, 2, range(2)), num_classes=3, image_views=[{views!r}]
+))
+print('tensorflow' in sys.modules)
+"""
   run = subprocess.run(
     [sys.executable, '-c', code],
     cwd=REPOSITORY,
@@ -632,14 +635,26 @@ def test_images_as_they_are_need_no_tensorflow():
     text=True,
     check=True,
   )
-  assert run.stdout == 'False\nTrue\n'
+  assert run.stdout == f'{loaded}\n'
 
 
-@pytest.mark.parametrize('positions', [None, [3, 1]])
-def test_images_as_they_are_equal_those_of_tensorflow(positions, monkeypatch):
+@pytest.mark.parametrize('positions', [None, [11, 1, 4]])
+@pytest.mark.parametrize('seed', [5, 2**63 - 1])
+@pytest.mark.parametrize('padding, flip', [(0, False), (3, False), (2, True)])
+def test_crops_and_flips_equal_those_of_tensorflow(
+  padding, flip, seed, positions, monkeypatch
+):
   def batches():
-    plain = dict(crop_padding_px=0, random_flip=False, start_step=2)
-    return train(make_source(), positions=positions, **plain)
+    return train(
+      make_source(40),
+      crop_padding_px=padding,
+      random_flip=flip,
+      seed=seed,
+      batch_size=12,
+      start_step=2**33,
+      num_steps=5,
+      positions=positions,
+    )
 
   found = batches()
   monkeypatch.setattr(pipeline, 'uses_tensorflow', lambda *_: True)

@@ -16,7 +16,7 @@ from studies import fake_row, make
 from conadv_jax.base.errors import Preempted
 from conadv_jax.run.lock import RunLock
 from conadv_jax.study import results, runner
-from conadv_jax.study.design import Arm
+from conadv_jax.study.design import Arm, Cell
 from conadv_jax.study.record import Record
 
 LIST_CORES = """
@@ -56,6 +56,51 @@ def test_processes_have_cores_of_their_own(tmp_path, monkeypatch):
   lines = (tmp_path / 'w' / 'study.log').read_text().splitlines()
   assert [line.split()[1] for line in lines] == ['1/3', '2/3', '3/3']
   assert [' left' in line for line in lines] == [True, True, False]
+
+
+WAIT = """
+import os, pathlib, sys, time
+path = pathlib.Path(sys.argv[-1].partition('=')[2])
+(path / 'began').touch()
+end = time.monotonic() + 60
+while 'slow' in path.parts and not (path.parents[1] / 'b/two/began').exists():
+  if time.monotonic() > end:
+    sys.exit(1)
+  time.sleep(0.05)
+"""
+
+
+def test_nothing_waits_for_what_it_did_not_ask_for(tmp_path, monkeypatch):
+  """One asks for a cell that ends only when the other's second one begins."""
+  if len(os.sched_getaffinity(0)) < 2:
+    pytest.skip('needs two cores')
+  monkeypatch.setattr(runner, '_TRAIN', (sys.executable, '-c', WAIT))
+  monkeypatch.setattr(
+    results, 'row_of', lambda cell, _, s: fake_row(cell) | {'status': s}
+  )
+
+  def cell(arm, run, seed):
+    return Cell('digits', 'final', arm, run, {'seed': seed})
+
+  def steps(*cells):
+    rows = []
+    for each in cells:
+      rows += yield [each]
+    return [row['cell'] for row in rows if row['status'] == 'done']
+
+  same = cell('b', 'again', 1)  # the settings of a cell that ended
+  asked = {
+    'a': steps(cell('a', 'slow', 0)),
+    'b': steps(cell('b', 'one', 1), cell('b', 'two', 2), same),
+  }
+  record = Record(tmp_path / 'w', 'mine')
+  with runner.Runner(record, 2) as running:
+    values = running.drive(asked)
+  assert values == {
+    'a': ['final/a/slow'],
+    'b': ['final/b/one', 'final/b/two', 'final/b/again'],
+  }
+  assert not (tmp_path / 'w/cells/final/b/again').exists()
 
 
 def test_the_time_left_is_of_the_mean_of_each_arm(tmp_path):

@@ -311,6 +311,22 @@ def test_shipped_studies_have_valid_cells(name):
     )
 
 
+def test_a_study_may_build_on_a_shipped_one_of_its_name(tmp_path):
+  file = tmp_path / 'digits.py'
+  file.write_text(
+    'import dataclasses\n'
+    'from conadv_jax.study import design\n'
+    '_, shipped = design.load("digits")\n'
+    '@dataclasses.dataclass\n'  # which looks for this module by its name
+    'class Mine:\n'
+    '  study: "design.Study"\n'
+    'STUDY = Mine(dataclasses.replace(shipped, arms={}, figures={}, small="",\n'
+    '  large="", recover=(), equivalent=())).study\n'
+  )
+  assert design.load(str(file))[1].arms == {}
+  assert design.load('digits')[1].arms
+
+
 # ---- Flags ------------------------------------------------------------------
 
 

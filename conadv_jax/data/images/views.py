@@ -7,14 +7,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from conadv_jax.config import Dataset
-from conadv_jax.data.images import autoaugment, decode, preprocess
-
-# Streams of random numbers of an example: one for each op, never renumbered.
-_CROP = 0
-_FLIP = 1
-_AA_CROP = 2
-_AA_FLIP = 3
-_AA_POLICY = 4
+from conadv_jax.data.images import autoaugment, decode, preprocess, streams
 
 Views = dict[str, tf.Tensor]
 
@@ -35,10 +28,13 @@ def make_train_views(
     `decode`), and its seed from `preprocess.example_seed`, that returns uint8
     [H, W, C] for each view.
   """
-  streams = {'clean': (_CROP, _FLIP), 'aa': (_AA_CROP, _AA_FLIP)}
+  pairs = {
+    'clean': (streams.CROP, streams.FLIP),
+    'aa': (streams.AA_CROP, streams.AA_FLIP),
+  }
   if settings.aa_shares_crop:
-    streams['aa'] = streams['clean']
-  used = list(dict.fromkeys(streams[view] for view in views))
+    pairs['aa'] = pairs['clean']
+  used = list(dict.fromkeys(pairs[view] for view in views))
 
   def train_views(image: tf.Tensor, seed: tf.Tensor) -> Views:
     seeds = [preprocess.op_seed(seed, crop) for crop, _ in used]
@@ -48,9 +44,9 @@ def make_train_views(
         crops[i] = preprocess.random_flip(
           crops[i], preprocess.op_seed(seed, flip)
         )
-    made = {view: crops[used.index(streams[view])] for view in views}
+    made = {view: crops[used.index(pairs[view])] for view in views}
     if 'aa' in made:
-      policy_seed = preprocess.op_seed(seed, _AA_POLICY)
+      policy_seed = preprocess.op_seed(seed, streams.AA_POLICY)
       made['aa'] = _auto_augment(settings, made['aa'], policy_seed)
     return made
 
