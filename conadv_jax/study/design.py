@@ -7,6 +7,7 @@ is for the arms, once all choices are fixed.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -242,16 +243,24 @@ class Cell:
   def digest(self) -> str:
     """Tells its results from those of other settings.
 
-    A field at its default does not count, so that results outlive new fields.
+    A field at its default does not count, so that results outlive new fields,
+    nor does one that says what its preset says.
     """
     default = default_config().to_dict()
     set_here = {
       name: value
-      for name, (_, value) in differences(default, self._values).items()
-      if name not in HOW
+      for name, (usual, value) in differences(default, self._values).items()
+      if name not in HOW and not (usual is None and self._is_implied(name))
     }
     text = json.dumps(set_here, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+  def _is_implied(self, name: str) -> bool:
+    """Whether a field would have its value without being set."""
+    values = copy.deepcopy(self._values)
+    *groups, field = name.split('.')
+    functools.reduce(dict.__getitem__, groups, values)[field] = None
+    return from_config_dict(values) == self.config
 
   @property
   def flags(self) -> list[str]:

@@ -262,6 +262,11 @@ def test_the_digest_tells_settings_but_not_places():
   assert digest(seed=0) != digest(seed=1)
   assert digest() == digest(dataset__data_dir='/elsewhere')
   assert digest() == digest(microbatches=5)
+  # What a preset says, said again: epsilon is 16 in the recipe, rho 0.05.
+  assert digest() == digest(staleness_steps=1) != digest(staleness_steps=2)
+  assert digest(method='sam') == digest(method='sam', sam__rho=0.05)
+  assert digest(method='sam') != digest(method='sam', sam__rho=0.1)
+  assert digest(method='sam', sam__rho=0.3) != digest(method='msam')
   # A field at its default is as if it were not there.
   assert digest() == digest(loss__label_smoothing=0.1)
 
