@@ -47,7 +47,6 @@ SMALL = {
   r'-m conadv_jax\.study --study': '--report',
   r'-m conadv_jax\.(models$|export |preflight |study --compare)': '',
   r'examples/conadv_minimal': '--epochs=1',
-  r'scripts/study_digits': '--methods=baseline --batch_sizes=640 --seeds=0',
   r'scripts/make_fake_imagenet': '--num_train=32 --num_eval=16',
   r'scripts/bench_reliability': '--model=resnet8 --repeats=1',
   r'scripts/bench_input': '--quick',
