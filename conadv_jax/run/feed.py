@@ -33,10 +33,8 @@ class ExampleIds:
     return self._ids[batch]
 
 
-def prepare(run: Run, source: Source) -> None:
-  """Starts to import what makes `batches`, while the step compiles, say."""
-  if not pipeline.uses_tensorflow(source, run.config.fed_views):
-    return
+def prepare() -> None:
+  """Starts to import TensorFlow, while the step compiles, say."""
 
   def load() -> None:
     from conadv_jax.data.images import views  # noqa: F401

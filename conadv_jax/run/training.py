@@ -16,6 +16,7 @@ from conadv_jax import experiment, hosts
 from conadv_jax.checkpoints import checksum
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import Config, describe
+from conadv_jax.data import pipeline
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.data.sources.source import Source
 from conadv_jax.experiment import Run
@@ -91,7 +92,8 @@ def train(
       if done := summary.finished(path, run.steps.stop):
         _say_done(path, config, done)
         return done
-    feed.prepare(run, source)
+    if pipeline.uses_tensorflow(source, config.fed_views):
+      feed.prepare()
     start, state, weights = _restored(run, checkpoints)
     now = guard.timeline.began
     began = workdir.write_config(path, run, data, start, now, weights)
