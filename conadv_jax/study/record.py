@@ -52,6 +52,12 @@ class Record:
     with open(self.path / 'study.log', 'a', encoding='utf-8') as file:
       file.write(f'{now} {text}\n')
 
+  def has_logged(self, text: str) -> bool:
+    """Whether the log has the line `text`, with any time."""
+    file = self.path / 'study.log'
+    lines = file.read_text().splitlines() if file.exists() else []
+    return any(line.partition(' ')[2] == text for line in lines)
+
   def rows(self, phase: str | None = None) -> list[Row]:
     """The rows, sorted by cell; numbers are floats."""
     found = [self._rows[name] for name in sorted(self._rows)]

@@ -33,7 +33,9 @@ def choose(study: Study, record: Record, runner: Runner) -> Mapping[str, Any]:
 
   def logged(name: str) -> Steps:
     chosen = yield from _search(study, name)
-    record.log(f'{name}: chose {chosen}')
+    text = f'{name}: chose {chosen}'
+    if not record.has_logged(text):  # before a stop
+      record.log(text)
     return chosen
 
   choices = runner.drive({name: logged(name) for name in study.searches})

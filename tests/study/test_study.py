@@ -360,3 +360,14 @@ def test_how_it_runs_is_told_by_flags_and_kept_without_places(study):
     assert not [name for name in row if 'dir' in name]
   calls = (path / 'calls.txt').read_text()
   assert (study() / 'calls.txt').read_text() == calls  # the same cells
+
+
+def test_a_rerun_does_not_log_a_choice_again(study):
+  path = study()
+  log = path / 'study.log'
+  chosen = [line for line in log.read_text().splitlines() if 'chose' in line]
+  assert len(chosen) == 2
+  (path / 'choices.json').unlink()  # as of a study that was stopped before
+  study()
+  again = [line for line in log.read_text().splitlines() if 'chose' in line]
+  assert again == chosen
