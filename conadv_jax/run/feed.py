@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from conadv_jax import hosts
+from conadv_jax.config import Config
 from conadv_jax.data import pipeline
 from conadv_jax.data.prefetch import Prefetcher
 from conadv_jax.data.quarantine import Quarantine
@@ -41,6 +42,12 @@ def prepare() -> None:
 
   # No daemon: an interpreter that ends amid such an import may crash.
   threading.Thread(target=load).start()
+
+
+def prepare_for(source: Source, config: Config) -> None:
+  """As `prepare`, where the batches of `config` need TensorFlow."""
+  if pipeline.uses_tensorflow(source, config.fed_views):
+    prepare()
 
 
 def started(*args: Any) -> futures.Future[tuple[Prefetcher, Any]]:

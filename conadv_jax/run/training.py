@@ -16,7 +16,6 @@ from conadv_jax import experiment, hosts
 from conadv_jax.checkpoints import checksum
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.config import Config, describe
-from conadv_jax.data import pipeline
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.data.sources.source import Source
 from conadv_jax.experiment import Run
@@ -92,8 +91,7 @@ def train(
       if done := summary.finished(path, run.steps.stop):
         _say_done(path, config, done)
         return done
-    if pipeline.uses_tensorflow(source, config.fed_views):
-      feed.prepare()
+    feed.prepare_for(source, config)
     start, state, weights = _restored(run, checkpoints)
     now = guard.timeline.began
     began = workdir.write_config(path, run, data, start, now, weights)
