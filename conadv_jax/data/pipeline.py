@@ -140,12 +140,10 @@ def _of_arrays(
   source: InMemory, config: Dataset, share: Share
 ) -> Iterator[Batch]:
   def of_step(step: int) -> Batch:
-    ids, epochs = (
-      x[share.positions]
-      for x in sampler.example_ids(
-        share.seed, step, share.batch_size, source.num_examples
-      )
+    places = sampler.example_ids(
+      share.seed, step, share.batch_size, source.num_examples
     )
+    ids, epochs = (of_batch[share.positions] for of_batch in places)
     batch = source.rows(ids)
     clean = batches.train_images(
       config, batch['clean'], share.seed, epochs, ids

@@ -138,6 +138,17 @@ def evaluation(source, **kwargs):
   return list(batches)
 
 
+def printed_by(code):
+  """What `code` prints in a process of its own."""
+  return subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=REPOSITORY,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+
+
 # ---- Data sets --------------------------------------------------------------
 
 
@@ -149,14 +160,7 @@ def test_the_registry_needs_no_tensorflow():
     'heavy = {"tensorflow", "tensorflow_datasets", "sklearn", "jax"}\n'
     'print(sorted(heavy & set(sys.modules)))\n'
   )
-  run = subprocess.run(
-    [sys.executable, '-c', code],
-    cwd=REPOSITORY,
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  assert run.stdout == '[]\n'
+  assert printed_by(code) == '[]\n'
 
 
 def test_registered_specs_are_consistent():
@@ -628,14 +632,7 @@ next(pipeline.train_batches(
 ))
 print('tensorflow' in sys.modules)
 """
-  run = subprocess.run(
-    [sys.executable, '-c', code],
-    cwd=REPOSITORY,
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  assert run.stdout == f'{loaded}\n'
+  assert printed_by(code) == f'{loaded}\n'
 
 
 @pytest.mark.parametrize('positions', [None, [11, 1, 4]])
@@ -658,11 +655,8 @@ def test_crops_and_flips_equal_those_of_tensorflow(
 
   found = batches()
   monkeypatch.setattr(pipeline, 'uses_tensorflow', lambda *_: True)
-  for ours, theirs in zip(found, batches(), strict=True):
-    assert ours.keys() == theirs.keys() == {'clean', 'label', 'id'}
-    for name, array in ours.items():
-      assert array.dtype == theirs[name].dtype
-      np.testing.assert_array_equal(array, theirs[name])
+  assert found[0].keys() == {'clean', 'label', 'id'}
+  helpers.assert_batches_equal(found, batches())
 
 
 @pytest.mark.parametrize('positions', [[-1], [4], [0, 0], []])
