@@ -4,6 +4,7 @@ import gc
 import os
 import pathlib
 import signal
+import socket
 import sys
 
 # Nothing that an import makes is garbage, and a collection that looks through
@@ -67,6 +68,18 @@ def jax_cache():
   for name, value in before.items():
     jax.config.update(name, value)
   compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+  """Opening a socket fails a test."""
+
+  def refuse(*args, **kwargs):
+    raise AssertionError('opened a socket')
+
+  monkeypatch.setattr(socket, 'socket', refuse)
+  monkeypatch.setattr(socket, 'create_connection', refuse)
+  monkeypatch.setattr(socket, 'getaddrinfo', refuse)
 
 
 @pytest.fixture

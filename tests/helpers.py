@@ -190,6 +190,14 @@ def one_device(config: Config) -> mesh.Mesh:
   )
 
 
+def load_part(
+  spec: datasets.DatasetSpec, part: str, data_dir: str | os.PathLike[str]
+) -> Any:
+  """The source of a data set in `data_dir`; `part` is 'train' or 'eval'."""
+  config = from_config_dict(default_config()).dataset
+  return spec.open(part, dataclasses.replace(config, data_dir=str(data_dir)))
+
+
 def random_batches(
   config: Config,
   count: int,
@@ -228,6 +236,17 @@ def run_without(
     text=True,
     check=False,
   )
+
+
+def printed_by(code: str) -> str:
+  """What `code` prints in a process of its own."""
+  return subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=pathlib.Path(__file__).parents[1],
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
 
 
 def scaled_error(actual: Any, expected: Any) -> float:

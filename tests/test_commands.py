@@ -71,11 +71,10 @@ TESTED = {
     'help_and_version_come',
   ),
   '.*evaluate.*--autoattack': ('tests/run/test_attacked.py', 'autoattack_agr'),
-  '.*scripts/(prepare_imagenet|prepare_cifar)': (
+  '.*scripts/(prepare_(imagenet|cifar|fashion_mnist))': (
     r'tests/data/test_\1.py',
     r'\1',
   ),
-  '.*scripts/prepare_fashion': ('tests/data/test_data.py', 'prepare_fashion'),
   '.*scripts/prepare_tfds': ('tests/data/test_prepare_tfds.py', 'main()'),
   r'.*scripts/(bench_step|bench_scaling)\.py': (
     r'tests/test_\1.py',
