@@ -10,7 +10,7 @@ from etils import epath
 from conadv_jax.run.plots import save, subplots
 from conadv_jax.study import statistics
 from conadv_jax.study.design import Figure, Study
-from conadv_jax.study.record import DONE, Row
+from conadv_jax.study.record import DONE, SECONDS, Row
 from conadv_jax.study.statistics import Values
 
 _PANELS = {
@@ -20,7 +20,6 @@ _PANELS = {
   'gap': 'train - test top-1, points',
   'top1_fgsm': 'top-1 under FGSM, %',
   'top1_pgd': 'top-1 under PGD, %',
-  'seconds': 'training time, s',
 }
 _AXES = {
   'batch_size': 'batch size, examples',
@@ -43,7 +42,9 @@ def draw(
       for row in done
       if row['arm'] in figure.arms and (not figure.axis or figure.axis in row)
     ]
-    panels = [p for p in _PANELS if any(p in row for row in shown)]
+    known = {name for row in shown for name in row}
+    times = sorted(name for name in known if name.startswith(SECONDS))
+    panels = [*(name for name in _PANELS if name in known), *times]
     if panels:
       drawn[name] = f'{name}.png'
       _figure(study, figure, shown, panels, folder / drawn[name])
@@ -65,9 +66,10 @@ def _figure(
   axes = list(axes.flat)
   for panel, axis in zip(panels, axes, strict=False):
     _panel(study, figure, rows, panel, axis)
-    axis.set_title(_PANELS[panel], fontsize=10)
+    time = panel.replace(SECONDS, 'training time, s', 1)
+    axis.set_title(_PANELS.get(panel, time), fontsize=10)
     axis.grid(alpha=0.3)
-    if panel == 'seconds':
+    if panel.startswith(SECONDS):
       axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
   for axis in axes[len(panels) :]:
     axis.set_axis_off()
@@ -84,12 +86,13 @@ def _panel(study, figure: Figure, rows, measure: str, axis) -> None:
   values: dict[str, dict[int, float]] = collections.defaultdict(dict)
   places: dict[str, float] = {}
   for row in rows:
+    places[row['arm']] = _place(figure, row)
     if measure in row:
       values[row['arm']][int(row['seed'])] = row[measure]
-      places[row['arm']] = _place(figure, row)
+  # Places and colours are the same in all panels.
   lines = collections.defaultdict(list)
   for arm in figure.arms:
-    if arm in values:
+    if arm in places:
       own = study.arms[arm].line or arm if figure.axis else arm
       lines[figure.line or own].append(arm)
   ticks = sorted(set(places.values()))
@@ -98,7 +101,7 @@ def _panel(study, figure: Figure, rows, measure: str, axis) -> None:
     axis.set_xscale('log')
   for number, (line, arms) in enumerate(lines.items()):
     apart = _APART ** (number - (len(lines) - 1) / 2) if is_log else 1
-    arms = sorted(arms, key=places.get)
+    arms = sorted(values.keys() & set(arms), key=places.get)
     x = [places[arm] * apart for arm in arms]
     _line(line, x, [values[arm] for arm in arms], f'C{number % 10}', axis)
   if figure.axis:
@@ -106,7 +109,7 @@ def _panel(study, figure: Figure, rows, measure: str, axis) -> None:
     axis.minorticks_off()
     axis.set_xlabel(_AXES.get(figure.axis, figure.axis))
   else:
-    shown = [arm for arm in figure.arms if arm in values]
+    shown = [arm for arm in figure.arms if arm in places]
     axis.set_xticks(
       [places[arm] for arm in shown], shown, rotation=40, ha='right', fontsize=8
     )

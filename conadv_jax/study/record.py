@@ -23,7 +23,8 @@ from conadv_jax.study.design import Cell
 
 DONE, NON_FINITE, FAILED = 'done', 'non-finite', 'failed'
 # Values that two runs of the same cell do not share.
-TIMINGS = ('seconds', 'images_per_sec', 'git_commit', 'device')
+SECONDS = 'seconds'
+TIMINGS = (SECONDS, 'images_per_sec', 'git_commit', 'device')
 _FIRST = ('cell', 'phase', 'arm', 'seed', 'status', 'digest')
 
 Row = dict[str, Any]
@@ -112,6 +113,14 @@ class Record:
     if lacking:
       raise ConfigError(f'{file}: has no columns {", ".join(lacking)}')
     return [{k: _number(k, v) for k, v in row.items() if v} for row in rows]
+
+
+def by_device(row: Row) -> Row:
+  """`row` with 'seconds, DEVICE': it cannot be averaged with other devices'."""
+  if 'device' not in row:
+    return row
+  of_device = f'{SECONDS}, {row["device"]}'
+  return {of_device if k == SECONDS else k: v for k, v in row.items()}
 
 
 def to_csv(rows: Sequence[Row]) -> str:

@@ -18,11 +18,11 @@ from conadv_jax.base.page import page
 from conadv_jax.run.metrics import clock
 from conadv_jax.study import plots, progress, statistics
 from conadv_jax.study.design import FINAL, SEARCH, Arm, Study
-from conadv_jax.study.record import DONE, Record, Row
+from conadv_jax.study.record import DONE, SECONDS, Record, Row, by_device
 from conadv_jax.study.statistics import Interval, Values
 
 # Columns of the table of arms: title, and name in a row.
-_BUDGET = ('arm', 'seeds', 'steps', 'epochs', 'PFLOP', 's')
+_BUDGET = ('arm', 'seeds', 'steps', 'epochs', 'PFLOP')
 _MEASURED = (
   ('train, %', 'train_top1'),
   ('train loss', 'train_loss'),
@@ -40,9 +40,10 @@ _WIDTH_REM = 84  # of the page: the widest table has eleven columns
 
 def write(study: Study, record: Record) -> str:
   """Writes the report of what has been run so far; returns its text."""
-  arms = values_by_arm(record.rows(FINAL))
+  rows = [by_device(row) for row in record.rows(FINAL)]
+  arms = values_by_arm(rows)
   top1 = {name: arms[name]['top1'] for name in study.arms}
-  drawn = plots.draw(study, record.rows(FINAL), record.path)
+  drawn = plots.draw(study, rows, record.path)
   parts = [
     f'# Study `{record.name}`\n\n{_measured_on(study, record)}',
     *_progress(study, record),
@@ -161,6 +162,7 @@ def _gap(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
     )
   yield text
   batch = study.arms[study.large].fields.get('batch_size')
+  times = _times(arms.values())
   rows = []
   for name, arm in study.arms.items():
     gain = statistics.difference(arms[name]['top1'], large)
@@ -169,11 +171,12 @@ def _gap(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
       share = statistics.recovery(arms[name]['top1'], large, small)
       asked = 'yes' if name in study.recover else ''
       recovered = 'void' if is_void else shown(share)
-      rows.append([name, *_budget(arm, arms[name]), str(gain.count)])
+      rows.append([name, *_budget(arm, arms[name], times), str(gain.count)])
       rows[-1] += [shown(gain), recovered, asked]
   gain = f'arm - {study.large}, points'
   if rows:
-    yield table((*_BUDGET, 'pairs', gain, 'R', 'asked beforehand'), rows)
+    heads = (*_BUDGET, *times.values())
+    yield table((*heads, 'pairs', gain, 'R', 'asked beforehand'), rows)
 
 
 def _equivalence(study: Study, top1: Mapping[str, Values]) -> Iterator[str]:
@@ -211,8 +214,9 @@ def _figures(drawn: Mapping[str, str]) -> Iterator[str]:
 def _accuracies(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
   """What every arm cost, and how accurate it is."""
   present = [m for m in _MEASURED if any(m[1] in arm for arm in arms.values())]
+  times = _times(arms.values())
   rows = [
-    [name, *_budget(arm, arms[name])]
+    [name, *_budget(arm, arms[name], times)]
     + [
       shown(statistics.mean(arms[name][key]), 3 if 'loss' in key else 2)
       for _, key in present
@@ -231,7 +235,8 @@ def _accuracies(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
     + _attacks(study, present)
   )
   yield from _unfit(study, arms)
-  yield table((*_BUDGET, *(head for head, _ in present)), rows)
+  heads = (*_BUDGET, *times.values(), *(head for head, _ in present))
+  yield table(heads, rows)
 
 
 def _attacks(study: Study, present: Sequence[tuple[str, str]]) -> str:
@@ -349,19 +354,27 @@ def _unfit(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _budget(arm: Arm, found: Mapping[str, Mapping[int, float]]) -> list[str]:
+def _times(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+  """{name of the seconds on a device: head of their column}."""
+  names = sorted({k for row in rows for k in row if k.startswith(SECONDS)})
+  return {name: name.replace(SECONDS, 's', 1) for name in names}
+
+
+def _budget(
+  arm: Arm, found: Mapping[str, Mapping[int, float]], times: Iterable[str]
+) -> list[str]:
   """Seeds, steps, epochs, PFLOP and seconds of a run, as text."""
   done = f'{len(found["top1"])}'
-  means = {
-    name: statistics.mean(found[name]).value
-    for name in ('steps', 'epochs', 'flops', 'seconds')
-  }
+
+  def mean(name: str) -> float:
+    return statistics.mean(found[name]).value
+
   return [
     done if len(found['top1']) == arm.seeds else f'{done} of {arm.seeds}',
-    f'{means["steps"]:.0f}',
-    f'{means["epochs"]:.1f}',
-    f'{means["flops"] / 1e15:.3g}',
-    f'{means["seconds"]:.0f}',
+    f'{mean("steps"):.0f}',
+    f'{mean("epochs"):.1f}',
+    f'{mean("flops") / 1e15:.3g}',
+    *(f'{mean(name):.0f}' if found[name] else '' for name in times),
   ]
 
 
@@ -375,23 +388,25 @@ def _tuning(study: Study, record: Record) -> Iterator[str]:
     'before it.'
   )
   choices = record.choices() or {}
+  found = [by_device(row) for row in record.rows(SEARCH)]
+  times = _times(found)
   rows = []
-  for row in record.rows(SEARCH):
+  for row in found:
     field, _, value = row['cell'].rpartition('/')[2].partition('=')
     chosen = choices.get(row['arm'], {}).get(field)
     best = chosen is not None and f'{chosen:g}' == value
-    found = f'{row["top1"]:.2f}' if row['status'] == DONE else row['status']
+    top1 = f'{row["top1"]:.2f}' if row['status'] == DONE else row['status']
     cost = [
       f'{row[name] / unit:.{digits}g}' if name in row else ''
       for name, unit, digits in (
-        ('steps', 1, 6), ('flops', 1e15, 3), ('seconds', 1, 4)
+        ('steps', 1, 6), ('flops', 1e15, 3), *((name, 1, 4) for name in times)
       )
     ]  # fmt: skip
     train = f'{row["train_top1"]:.2f}' if 'train_top1' in row else ''
     rows.append([row['arm'], field, value, *cost, train])
-    rows[-1].append(f'**{found}**' if best else found)
+    rows[-1].append(f'**{top1}**' if best else top1)
   rows.sort(key=lambda row: (row[0], row[1], float(row[2])))
-  heads = ('steps', 'PFLOP', 's', 'train, %', 'validation, %')
+  heads = ('steps', 'PFLOP', *times.values(), 'train, %', 'validation, %')
   yield table(('search', 'field', 'value', *heads), rows)
 
 

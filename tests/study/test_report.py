@@ -264,6 +264,22 @@ def test_figures_have_a_point_for_each_arm_on_its_axis(record, canvases):
   assert canvas.axes[0].get_xlabel() == 'batch size, examples'
 
 
+def test_times_of_several_devices_are_never_averaged(record, canvases):
+  add(record, 'a', 0, top1=80.0, device='cpu', seconds=600.0)
+  add(record, 'a', 1, top1=80.0, device='H200', seconds=14.0)
+  add(record, 'b', 0, top1=80.0, device='H200', seconds=16.0)
+  study = make(
+    arms={'a': Arm({}, 2), 'b': Arm({}, 1)},
+    figures={'f': Figure(('a', 'b'), axis='')},
+  )
+  text = report.write(study, record)
+  assert '| PFLOP | s, H200 | s, cpu | test, % |' in text
+  assert '| a | 2 | 1 | 1.0 | 1 | 14 | 600 | 80.00' in text
+  assert '| b | 1 | 1 | 1.0 | 1 | 16 |  | 80.00 |' in text
+  titles = [axis.get_title() for axis in canvases['f.png'].axes]
+  assert titles[1:] == ['training time, s, H200', 'training time, s, cpu']
+
+
 def test_places_without_a_measure_stay_empty(record, canvases):
   measures = ('top1', 'train_top1', 'train_loss', 'gap')
   add(record, 'a', 0, **dict.fromkeys(measures, 1.0))
