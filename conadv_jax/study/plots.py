@@ -10,7 +10,7 @@ from etils import epath
 from conadv_jax.run.plots import save, subplots
 from conadv_jax.study import statistics
 from conadv_jax.study.design import Figure, Study
-from conadv_jax.study.record import DONE, SECONDS, Row
+from conadv_jax.study.record import DONE, SECONDS, Row, times
 from conadv_jax.study.statistics import Values
 
 _PANELS = {
@@ -43,8 +43,7 @@ def draw(
       if row['arm'] in figure.arms and (not figure.axis or figure.axis in row)
     ]
     known = {name for row in shown for name in row}
-    times = sorted(name for name in known if name.startswith(SECONDS))
-    panels = [*(name for name in _PANELS if name in known), *times]
+    panels = [*(name for name in _PANELS if name in known), *times(shown)]
     if panels:
       drawn[name] = f'{name}.png'
       _figure(study, figure, shown, panels, folder / drawn[name])

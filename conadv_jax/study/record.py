@@ -11,7 +11,7 @@ import csv
 import datetime as dt
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -121,6 +121,11 @@ def by_device(row: Row) -> Row:
     return row
   of_device = f'{SECONDS}, {row["device"]}'
   return {of_device if k == SECONDS else k: v for k, v in row.items()}
+
+
+def times(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+  """The names that `by_device` has given in `rows`, sorted."""
+  return sorted({k for row in rows for k in row if k.startswith(SECONDS)})
 
 
 def to_csv(rows: Sequence[Row]) -> str:

@@ -18,7 +18,14 @@ from conadv_jax.base.page import page
 from conadv_jax.run.metrics import clock
 from conadv_jax.study import plots, progress, statistics
 from conadv_jax.study.design import FINAL, SEARCH, Arm, Study
-from conadv_jax.study.record import DONE, SECONDS, Record, Row, by_device
+from conadv_jax.study.record import (
+  DONE,
+  SECONDS,
+  Record,
+  Row,
+  by_device,
+  times,
+)
 from conadv_jax.study.statistics import Interval, Values
 
 # Columns of the table of arms: title, and name in a row.
@@ -162,7 +169,7 @@ def _gap(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
     )
   yield text
   batch = study.arms[study.large].fields.get('batch_size')
-  times = _times(arms.values())
+  seconds = _times(arms.values())
   rows = []
   for name, arm in study.arms.items():
     gain = statistics.difference(arms[name]['top1'], large)
@@ -171,11 +178,11 @@ def _gap(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
       share = statistics.recovery(arms[name]['top1'], large, small)
       asked = 'yes' if name in study.recover else ''
       recovered = 'void' if is_void else shown(share)
-      rows.append([name, *_budget(arm, arms[name], times), str(gain.count)])
+      rows.append([name, *_budget(arm, arms[name], seconds), str(gain.count)])
       rows[-1] += [shown(gain), recovered, asked]
   gain = f'arm - {study.large}, points'
   if rows:
-    heads = (*_BUDGET, *times.values())
+    heads = (*_BUDGET, *seconds.values())
     yield table((*heads, 'pairs', gain, 'R', 'asked beforehand'), rows)
 
 
@@ -214,9 +221,9 @@ def _figures(drawn: Mapping[str, str]) -> Iterator[str]:
 def _accuracies(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
   """What every arm cost, and how accurate it is."""
   present = [m for m in _MEASURED if any(m[1] in arm for arm in arms.values())]
-  times = _times(arms.values())
+  seconds = _times(arms.values())
   rows = [
-    [name, *_budget(arm, arms[name], times)]
+    [name, *_budget(arm, arms[name], seconds)]
     + [
       shown(statistics.mean(arms[name][key]), 3 if 'loss' in key else 2)
       for _, key in present
@@ -235,7 +242,7 @@ def _accuracies(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
     + _attacks(study, present)
   )
   yield from _unfit(study, arms)
-  heads = (*_BUDGET, *times.values(), *(head for head, _ in present))
+  heads = (*_BUDGET, *seconds.values(), *(head for head, _ in present))
   yield table(heads, rows)
 
 
@@ -356,12 +363,11 @@ def _unfit(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
 
 def _times(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
   """{name of the seconds on a device: head of their column}."""
-  names = sorted({k for row in rows for k in row if k.startswith(SECONDS)})
-  return {name: name.replace(SECONDS, 's', 1) for name in names}
+  return {name: name.replace(SECONDS, 's', 1) for name in times(rows)}
 
 
 def _budget(
-  arm: Arm, found: Mapping[str, Mapping[int, float]], times: Iterable[str]
+  arm: Arm, found: Mapping[str, Mapping[int, float]], seconds: Iterable[str]
 ) -> list[str]:
   """Seeds, steps, epochs, PFLOP and seconds of a run, as text."""
   done = f'{len(found["top1"])}'
@@ -374,7 +380,7 @@ def _budget(
     f'{mean("steps"):.0f}',
     f'{mean("epochs"):.1f}',
     f'{mean("flops") / 1e15:.3g}',
-    *(f'{mean(name):.0f}' if found[name] else '' for name in times),
+    *(f'{mean(name):.0f}' if found[name] else '' for name in seconds),
   ]
 
 
@@ -389,7 +395,7 @@ def _tuning(study: Study, record: Record) -> Iterator[str]:
   )
   choices = record.choices() or {}
   found = [by_device(row) for row in record.rows(SEARCH)]
-  times = _times(found)
+  seconds = _times(found)
   rows = []
   for row in found:
     field, _, value = row['cell'].rpartition('/')[2].partition('=')
@@ -399,14 +405,14 @@ def _tuning(study: Study, record: Record) -> Iterator[str]:
     cost = [
       f'{row[name] / unit:.{digits}g}' if name in row else ''
       for name, unit, digits in (
-        ('steps', 1, 6), ('flops', 1e15, 3), *((name, 1, 4) for name in times)
+        ('steps', 1, 6), ('flops', 1e15, 3), *((name, 1, 4) for name in seconds)
       )
     ]  # fmt: skip
     train = f'{row["train_top1"]:.2f}' if 'train_top1' in row else ''
     rows.append([row['arm'], field, value, *cost, train])
     rows[-1].append(f'**{top1}**' if best else top1)
   rows.sort(key=lambda row: (row[0], row[1], float(row[2])))
-  heads = ('steps', 'PFLOP', *times.values(), 'train, %', 'validation, %')
+  heads = ('steps', 'PFLOP', *seconds.values(), 'train, %', 'validation, %')
   yield table(('search', 'field', 'value', *heads), rows)
 
 

@@ -4,30 +4,16 @@ import dataclasses
 import functools
 import gzip
 import hashlib
-import importlib.util
 import pathlib
 import shutil
 import struct
-import sys
 
 import numpy as np
 import pytest
 from helpers import load_part
 
 from conadv_jax.data import datasets
-
-REPOSITORY = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(scope='module')
-def script():
-  path = REPOSITORY / 'scripts' / 'prepare_fashion_mnist.py'
-  spec = importlib.util.spec_from_file_location('prepare_fashion_mnist', path)
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[spec.name] = module
-  spec.loader.exec_module(module)
-  yield module
-  del sys.modules[spec.name]
+from scripts import prepare_fashion_mnist as script
 
 
 def idx_bytes(array):
@@ -36,7 +22,7 @@ def idx_bytes(array):
 
 
 @pytest.fixture
-def idx(script, tmp_path):
+def idx(tmp_path):
   """(directory of four small IDX files, what they hold, their arrays)."""
   rng = np.random.default_rng(0)
   directory = tmp_path / 'idx'
@@ -64,7 +50,7 @@ def sorted_pairs(images, labels):
 
 
 def test_fashion_mnist_is_built_from_idx_files(
-  script, idx, tmp_path, no_network, capsys
+  idx, tmp_path, no_network, capsys
 ):
   directory, files, arrays = idx
   plain = directory / 't10k-labels-idx1-ubyte'  # One of them not gzipped.
@@ -91,7 +77,7 @@ def test_fashion_mnist_is_built_from_idx_files(
 
 @pytest.mark.parametrize('file_format', ['tfrecord', 'array_record'])
 def test_classes_take_turns_in_the_balanced_order(
-  script, idx, tmp_path, no_network, monkeypatch, file_format
+  idx, tmp_path, no_network, monkeypatch, file_format
 ):
   directory, files, arrays = idx
   usual = functools.partialmethod(
@@ -119,7 +105,7 @@ def test_classes_take_turns_in_the_balanced_order(
   np.testing.assert_array_equal(source.images[..., 0], images[order[2:5]])
 
 
-def test_missing_idx_files_are_listed(script, tmp_path, capsys):
+def test_missing_idx_files_are_listed(tmp_path, capsys):
   (tmp_path / 'train-images-idx3-ubyte.gz').touch()
   with pytest.raises(SystemExit) as error:
     script.main([f'--idx_dir={tmp_path}', f'--data_dir={tmp_path}/tfds'])
@@ -142,7 +128,7 @@ def of_another_data_set(data):
     (lambda data: b'\x00' + data, r'not an IDX file of \[7, 28, 28\]'),
   ],
 )
-def test_wrong_idx_files_are_refused(script, idx, tmp_path, change, message):
+def test_wrong_idx_files_are_refused(idx, tmp_path, change, message):
   directory, files, _ = idx
   path = directory / 'train-images-idx3-ubyte.gz'
   path.write_bytes(gzip.compress(change(gzip.decompress(path.read_bytes()))))
@@ -151,7 +137,7 @@ def test_wrong_idx_files_are_refused(script, idx, tmp_path, change, message):
   assert str(path) in str(error.value)
 
 
-def test_truncated_gzip_is_refused(script, idx, tmp_path):
+def test_truncated_gzip_is_refused(idx, tmp_path):
   directory, files, _ = idx
   path = directory / 'train-images-idx3-ubyte.gz'
   path.write_bytes(path.read_bytes()[:-20])
@@ -159,7 +145,7 @@ def test_truncated_gzip_is_refused(script, idx, tmp_path):
     script.prepare(str(directory), str(tmp_path / 'tfds'), files)
 
 
-def test_half_prepared_fashion_mnist_is_not_reused(script, idx, tmp_path):
+def test_half_prepared_fashion_mnist_is_not_reused(idx, tmp_path):
   directory, files, _ = idx
   (tmp_path / 'tfds' / 'fashion_mnist' / '3.0.1').mkdir(parents=True)
   with pytest.raises(script.IdxError, match='half-prepared'):
@@ -167,7 +153,7 @@ def test_half_prepared_fashion_mnist_is_not_reused(script, idx, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_packaged_fashion_mnist_is_complete(script, tmp_path):
+def test_the_packaged_fashion_mnist_is_complete(tmp_path):
   if not pathlib.Path(script.DEFAULT_IDX_DIR).is_dir():
     pytest.skip('needs `apt install dataset-fashion-mnist`')
   script.prepare(script.DEFAULT_IDX_DIR, str(tmp_path))
@@ -181,7 +167,7 @@ def test_the_packaged_fashion_mnist_is_complete(script, tmp_path):
 
 
 @pytest.mark.slow
-def test_slices_of_the_balanced_fashion_mnist_are_balanced(script, tmp_path):
+def test_slices_of_the_balanced_fashion_mnist_are_balanced(tmp_path):
   if not pathlib.Path(script.DEFAULT_IDX_DIR).is_dir():
     pytest.skip('needs `apt install dataset-fashion-mnist`')
   script.main(['--balanced', f'--data_dir={tmp_path}'])
