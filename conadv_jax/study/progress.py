@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import collections
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from conadv_jax.study.design import Cell, Study
-from conadv_jax.study.record import FAILED, Record, Row
+from conadv_jax.study.record import FAILED, SECONDS, Record, Row
 
 
 class Left(NamedTuple):
@@ -19,30 +18,32 @@ class Left(NamedTuple):
   Attributes:
     searches: runs; at least, as a best value at an end of a grid adds one.
     arms: runs.
-    seconds: of training in one process, at the pace of the runs so far; nan
-      before the first.
+    seconds: {device: of training there in one process}, at the pace of the
+      device's runs so far; of every device that has any.
   """
 
   searches: int
   arms: int
-  seconds: float
+  seconds: dict[str, float]
 
 
 def left(study: Study, record: Record) -> Left:
   """Counts the runs that have no result yet, and what they take.
 
-  A run takes the seconds per epoch of its arm so far; of its search, if the arm
-  has none, and of all runs, if that has none.
+  On each device, a run takes the seconds per epoch of its arm there so far; of
+  its search, if the arm has none, and of all runs, if that has none.
   """
   rows, choices = record.rows(), record.choices()
   ended = {row['cell'] for row in rows if row['status'] != FAILED}
   searches = [] if choices is not None else _searches(study, ended)
   cells = study.final_cells(choices or study.untuned)
   arms = [cell for cell in cells if cell.name not in ended]
-  pace = _pace(rows)
   # Arms of the same settings share a run.
   runs = {cell.digest: cell for cell in (*searches, *arms)}.values()
-  seconds = sum(_pace_of(study, c, pace) * c.config.epochs for c in runs)
+  seconds = {
+    device: sum(_pace_of(study, c, pace) * c.config.epochs for c in runs)
+    for device, pace in _pace(rows).items()
+  }
   return Left(len(searches), len(arms), seconds)
 
 
@@ -58,17 +59,20 @@ def _searches(study: Study, ended: Collection[str]) -> list[Cell]:
   return cells
 
 
-def _pace(rows: Sequence[Row]) -> dict[str, float]:
-  """{arm or search: median seconds per epoch}; '' of all."""
-  found = collections.defaultdict(list)
+def _pace(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+  """{device: {arm or search: median seconds per epoch}}; '' of all."""
+  found = collections.defaultdict(lambda: collections.defaultdict(list))
   for row in rows:
-    if row.get('epochs') and 'seconds' in row:
+    if row.get('epochs') and {SECONDS, 'device'} <= row.keys():
       for name in (row['arm'], ''):
-        found[name].append(row['seconds'] / row['epochs'])
-  return {name: float(np.median(paces)) for name, paces in found.items()}
+        found[row['device']][name].append(row[SECONDS] / row['epochs'])
+  return {
+    device: {name: float(np.median(paces)) for name, paces in names.items()}
+    for device, names in sorted(found.items())
+  }
 
 
 def _pace_of(study: Study, cell: Cell, pace: Mapping[str, float]) -> float:
   arm = study.arms.get(cell.arm)
   names = (cell.arm, arm.search if arm else '', '')
-  return next((pace[name] for name in names if name in pace), math.nan)
+  return next(pace[name] for name in names if name in pace)

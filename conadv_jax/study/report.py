@@ -136,10 +136,11 @@ def _progress(study: Study, record: Record) -> Iterator[str]:
       f'{found.searches} are left; '
     )
   text += f'{done[FINAL]} of {total} runs of the arms are done.**'
-  if not math.isnan(found.seconds):
+  if found.seconds:
+    hours = (f'{clock(took)} on {on}' for on, took in found.seconds.items())
     text += (
-      f' At the pace so far, the rest takes about {clock(found.seconds)} hours '
-      'of training in one process.'
+      ' At the pace so far, the rest is this many hours of training in one '
+      f'process: {", ".join(hours)}.'
     )
   yield text
 

@@ -92,7 +92,7 @@ def add(record, arm, seed, phase='final', status='done', **values):
     {
       'cell': f'{phase}/{arm}/seed={seed}', 'phase': phase, 'arm': arm,
       'seed': seed, 'status': status, 'digest': f'{arm}{seed}', 'steps': 1,
-      'epochs': 1.0, 'flops': 1e15, 'seconds': 1.0, **values,
+      'epochs': 1.0, 'flops': 1e15, 'seconds': 1.0, 'device': 'cpu', **values,
     }
   )  # fmt: skip
 
@@ -184,7 +184,7 @@ def test_what_is_left_and_how_long_it_takes(record):
   study = make(
     fields={'epochs': 20.0}, arms=arms, searches={'s': Search({}, grid)}
   )
-  assert math.isnan(progress.left(study, record).seconds)
+  assert progress.left(study, record).seconds == {}
 
   def searched(field, value, **values):
     name = f'search/s/{field}={value}'
@@ -196,16 +196,19 @@ def test_what_is_left_and_how_long_it_takes(record):
   # One rate again and one epsilon, as the other is that of a run before; and
   # the arms, of which two share a run. 11 s an epoch.
   expected = 11.0 * (2 * 20 + 3 * 30 + 50)
-  assert progress.left(study, record) == (2, 5, pytest.approx(expected))
+  assert progress.left(study, record) == (
+    2, 5, {'cpu': pytest.approx(expected)}
+  )  # fmt: skip
   record.choose({'s': {'optimizer.learning_rate': 1.0}})
   add(record, 'a', 0, seconds=100.0, top1=90.0)
   add(record, 'b', 0, status='non-finite', epochs=0)
+  searched('optimizer.learning_rate', 8, seconds=1.0, device='H200')
   # The arm's own pace; `same` has the digest of a run that is not left.
   assert progress.left(study, record)[:2] == (0, 3)
   text = report.write(study, record)
   assert '**Not complete: 1 of 5 runs of the arms are done.**' in text
-  # Two runs at 100 s an epoch, one at 11.
-  assert 'takes about 1:45:30 hours of training' in text
+  # On the CPU two runs at 100 s an epoch, one at 11; on the H200 three at 1.
+  assert 'in one process: 0:01:30 on H200, 1:45:30 on cpu.' in text
 
 
 # ---- Pictures ---------------------------------------------------------------
@@ -259,7 +262,7 @@ def test_figures_have_a_point_for_each_arm_on_its_axis(record, canvases):
   assert list(lines('joined')) == ['all']
   canvas = canvases['along.png']
   assert [axis.get_title() for axis in canvas.axes if axis.axison] == [
-    'test top-1, %', 'training time, s'
+    'test top-1, %', 'training time, s, cpu'
   ]  # fmt: skip
   assert canvas.axes[0].get_xlabel() == 'batch size, examples'
 
