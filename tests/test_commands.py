@@ -65,7 +65,10 @@ TESTED = {
   'pip install pre-commit': ('tests/test_site.py', 'pre-commit-config'),
   'UPDATE_GOLDEN': ('tests/test_golden.py', 'UPDATE_GOLDEN'),
   r'conadv-cloud \w+$': ('tests/cloud/test_cloud.py', 'from_creation_to_del'),
-  r'python -m conadv_jax\.audit': ('tests/audit/test_audit.py', 'the_command_'),
+  r'python -m conadv_jax\.audit': (
+    'tests/audit/test_audit_tpu.py',
+    'the_command_',
+  ),
   r'python -m conadv_jax\.(?!models)\w+$': (
     'tests/test_architecture.py',
     'help_and_version_come',

@@ -1,13 +1,17 @@
 """ArrayRecord files under pressure: few open files, many threads."""
 
 import concurrent.futures
+import os
+import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from array_record.python import array_record_module
+from record_files import RECORDS, write
 
+from conadv_jax.data.sources import array_record
 from conadv_jax.data.sources.array_record import ArrayRecords
 
 COUNT = 300  # files of two records
@@ -55,6 +59,49 @@ def test_more_files_than_may_be_open(paths, hard):
   )
   assert done.returncode == 0, done.stderr
   assert (int(done.stdout) > COUNT) == (not hard)
+
+
+def test_open_files_are_bounded(tmp_path):
+  def count():
+    links = [
+      os.path.realpath(f'/proc/self/fd/{fd}')
+      for fd in os.listdir('/proc/self/fd')
+    ]
+    return sum(link.startswith(str(tmp_path)) for link in links)
+
+  if not pathlib.Path('/proc/self/fd').exists():
+    pytest.skip('needs /proc')
+  paths, lengths = write(tmp_path, 'array_record', (1,) * 12)
+  source = ArrayRecords(paths, lengths, max_open_files=3)
+  assert count() == 3
+  for _ in range(3):
+    assert source.fetch(np.arange(12)) == RECORDS[:12]
+    assert count() == 3
+  del source
+  assert count() == 0
+
+
+def test_a_low_limit_of_open_files_is_raised_or_kept(monkeypatch):
+  limits = {}
+
+  def run(soft, hard, wanted):
+    monkeypatch.setattr(
+      array_record.resource, 'getrlimit', lambda _: (soft, hard)
+    )
+    monkeypatch.setattr(
+      array_record.resource,
+      'setrlimit',
+      lambda _, limit: limits.update(set=limit),
+    )
+    limits.clear()
+    return array_record._raise_open_files(wanted), limits.get('set')
+
+  assert run(1024, 4096, 1024) == (1024, (1536, 4096))
+  assert run(1024, 1200, 1024) == (944, (1200, 1200))
+  assert run(4096, 4096, 1024) == (1024, None)
+  assert run(1024, -1, 1024) == (1024, (1536, -1))
+  assert run(-1, -1, 1024) == (1024, None)
+  assert run(100, 100, 1024)[0] == 1
 
 
 @pytest.mark.parametrize('max_open_files', [3, 300])

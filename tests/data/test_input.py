@@ -12,8 +12,8 @@ import hypothesis
 import numpy as np
 import odd_images
 import pytest
+import record_files
 import tensorflow as tf
-import test_records
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -205,7 +205,7 @@ def source_of(name, images, root):
     ).SerializeToString()
     for data in images
   ]
-  open_source, write = test_records.FORMATS[name]
+  open_source, write = record_files.FORMATS[name]
   write(root / 'records', records)
   return open_source([root / 'records'], [len(records)])
 

@@ -22,7 +22,7 @@ from conadv_jax.models import efficientnet, resnet
 from conadv_jax.run import metrics
 from configs import imagenet_efficientnet, imagenet_resnet50
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 NUM_TRAIN = datasets.get_spec('imagenet2012').num_train
 BATCHES = {
   '4k': 4096, '8k': 8192, '16k': 16384, '32k': 32768, '64k': 65536,

@@ -306,7 +306,7 @@ def test_a_run_shows_its_settings(tmp_path, jax_cache):
     'hang_timeout_seconds': [600],
   }
   assert changes.keys() == done.keys()
-  # A damaged one; test_checkpoint.py has what happens without `strict`.
+  # A damaged one; test_damaged_checkpoints.py has it without `strict`.
   shutil.rmtree(tmp_path / 'other/checkpoints/4/state')
   (tmp_path / 'other/summary.json').unlink()
   with pytest.raises(CheckpointError, match=r'checkpoint\.strict=False'):
