@@ -63,7 +63,7 @@ class Row:
   peer_of: str = ''
 
 
-# ---- Ours -------------------------------------------------------------------
+# ---- Ours, and that of peers ------------------------------------------------
 
 
 def _settings(**changes):
@@ -122,66 +122,17 @@ def _cpu_seconds() -> float:
   return time.process_time() + ticks / os.sysconf('SC_CLK_TCK')
 
 
-# ---- Peers ------------------------------------------------------------------
-
-
 def peer(
   library: str, policy: str = ''
 ) -> Callable[[pathlib.Path, int], float]:
-  """A DataLoader over torchvision's ImageFolder: clean, or clean and aa."""
-
   def run(root, num_images):
-    from scripts.bench import torch_step
+    from scripts.bench import torch_input
 
-    torch_step.import_timm()  # also beside a torch of another build
-    import torch
-    from torchvision import datasets
-
-    torch.set_num_threads(1)
-    clean, augmented = _transforms(library, policy)
-
-    def views(image):
-      return (clean(image), augmented(image)) if policy else clean(image)
-
-    folder = datasets.ImageFolder(str(root / 'train'), transform=views)
-    order = torch.randint(
-      len(folder), (num_images,), generator=torch.Generator().manual_seed(0)
+    return _rate(
+      torch_input.batches(root, library, policy, SIZE_PX, BATCH, num_images)
     )
-    loader = torch.utils.data.DataLoader(
-      folder, BATCH, sampler=order.tolist(), num_workers=1, drop_last=True
-    )
-    return _rate(iter(loader))
 
   return run
-
-
-def _transforms(library: str, policy: str):
-  """Crop, flip, AutoAugment if there is a policy, uint8 tensor: twice."""
-  if library == 'timm':
-    from timm import data
-
-    def make(auto_augment):
-      return data.create_transform(
-        SIZE_PX,
-        is_training=True,
-        scale=(0.08, 1.0),
-        ratio=(3 / 4, 4 / 3),
-        interpolation='bicubic',
-        color_jitter=None,
-        auto_augment=auto_augment,
-        use_prefetcher=True,  # uint8; normalised on the device, as ours
-      )
-
-    return make(None), make(policy or None)
-  from torchvision import transforms as t
-
-  bicubic = t.InterpolationMode.BICUBIC
-
-  def make(*extra):
-    crop = t.RandomResizedCrop(SIZE_PX, interpolation=bicubic)
-    return t.Compose([crop, t.RandomHorizontalFlip(), *extra, t.PILToTensor()])
-
-  return make(), make(t.AutoAugment(t.AutoAugmentPolicy.IMAGENET))
 
 
 ROWS = {
@@ -195,10 +146,7 @@ ROWS = {
     ),
     Row('clean, timm', peer('timm'), 'clean'),
     Row('clean, torchvision', peer('torchvision'), 'clean'),
-    Row(
-      'clean+aa, shared crop',
-      ours('clean', 'aa', aa_shares_crop=True),
-    ),
+    Row('clean+aa, shared crop', ours('clean', 'aa', aa_shares_crop=True)),
     Row('clean+aa, own crops', ours('clean', 'aa')),
     Row(
       'clean+aa, own crops, no antialias',
