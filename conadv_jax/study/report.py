@@ -166,7 +166,10 @@ def _gap(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
   else:
     text += (
       f' R = (arm - {study.large}) / G is the share of it that an arm gives '
-      'back, over the seeds that the three have, with its bootstrap interval.'
+      'back, over the seeds that the three have, with the interval of Fieller, '
+      'which has ends where the gap of these seeds is not 0. The interval of '
+      'the bootstrap is too narrow: at 95 % it covers R in about 74 % of '
+      'studies of 3 seeds, and in 88 % of 8.'
     )
   yield text
   batch = study.arms[study.large].fields.get('batch_size')
@@ -176,15 +179,17 @@ def _gap(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
     gain = statistics.difference(arms[name]['top1'], large)
     at_large = arm.fields.get('batch_size') == batch and name != study.large
     if gain.count and at_large:
-      share = statistics.recovery(arms[name]['top1'], large, small)
+      of = (arms[name]['top1'], large, small)
+      shares = statistics.recovery(*of), statistics.bootstrapped_recovery(*of)
+      shares = ['void' if is_void else shown(share) for share in shares]
       asked = 'yes' if name in study.recover else ''
-      recovered = 'void' if is_void else shown(share)
       rows.append([name, *_budget(arm, arms[name], seconds), str(gain.count)])
-      rows[-1] += [shown(gain), recovered, asked]
+      rows[-1] += [shown(gain), *shares, asked]
   gain = f'arm - {study.large}, points'
   if rows:
     heads = (*_BUDGET, *seconds.values())
-    yield table((*heads, 'pairs', gain, 'R', 'asked beforehand'), rows)
+    heads = (*heads, 'pairs', gain, 'R', 'R, bootstrap', 'asked beforehand')
+    yield table(heads, rows)
 
 
 def _equivalence(study: Study, top1: Mapping[str, Values]) -> Iterator[str]:

@@ -75,30 +75,46 @@ def recovery(
     R = mean(method - large) / mean(small - large)
 
   `large` and `small` are the baseline at a large and at a small batch. The
-  interval is the percentile bootstrap over seeds, which keeps the three runs of
-  a seed together (Efron & Tibshirani 1993, chapter 13). It means nothing where
-  the gap may be 0.
+  interval is Fieller's over seeds: all R for which Student's t test does not
+  reject mean(method - large) = R mean(small - large). It has ends where the gap
+  of these seeds differs from 0 at the same level (Fieller 1954).
 
   Args:
     method: accuracy at the large batch.
     large: of the baseline at the large batch.
     small: of the baseline at the small batch.
-    level: of the interval.
+    level: that the interval covers R with.
   """
-  seeds = _shared(method, large, small)
-  if not seeds:
-    return Interval(np.nan, np.nan, np.nan, 0)
-  gain = np.array([method[seed] - large[seed] for seed in seeds])
-  gap = np.array([small[seed] - large[seed] for seed in seeds])
-  value, low, high = _ratio(gain, gap), np.nan, np.nan
-  if len(seeds) > 1 and not np.isnan(value):
-    picks = np.random.default_rng(0).integers(
-      len(seeds), size=(_RESAMPLES, len(seeds))
-    )
-    ratios = _ratio(gain[picks], gap[picks])
+  gain, gap = _gain_and_gap(method, large, small)
+  count, value, low, high = len(gain), _ratio(gain, gap), np.nan, np.nan
+  if count > 1:
+    t = scipy.stats.t.ppf((1 + level) / 2, count - 1)
+    # The ends are the roots of a R^2 - 2 b R + c.
+    means = np.array([gain.mean(), gap.mean()])
+    (c, b), (_, a) = np.outer(means, means) - t**2 * np.cov(gain, gap) / count
+    if a > 0:
+      half = np.sqrt(max(b**2 - a * c, 0.0)) / a
+      low, high = b / a - half, b / a + half
+  return Interval(float(value), float(low), float(high), count)
+
+
+def bootstrapped_recovery(
+  method: Values, large: Values, small: Values, level: float = 0.95
+) -> Interval:
+  """Computes `recovery`, with the percentile bootstrap over seeds.
+
+  A seed keeps its three runs (Efron & Tibshirani 1993, chapter 13). Of few
+  seeds it is too narrow: of normal values it covers R at 95 % in about 74 % of
+  studies of 3 seeds, 85 % of 5, 88 % of 8 and 93 % of 20.
+  """
+  gain, gap = _gain_and_gap(method, large, small)
+  count, value, low, high = len(gain), _ratio(gain, gap), np.nan, np.nan
+  if count > 1 and not np.isnan(value):
+    picks = np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
     tail = 50 * (1 - level)
+    ratios = _ratio(gain[picks], gap[picks])
     low, high = np.nanpercentile(ratios, [tail, 100 - tail])
-  return Interval(float(value), float(low), float(high), len(seeds))
+  return Interval(float(value), float(low), float(high), count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +174,19 @@ def _shared(*arms: Values) -> list[int]:
   return sorted(set.intersection(*(set(arm) for arm in arms)))
 
 
+def _gain_and_gap(
+  method: Values, large: Values, small: Values
+) -> tuple[np.ndarray, np.ndarray]:
+  """method - large and small - large, of the seeds that all three have."""
+  seeds = _shared(method, large, small)
+  values = [[arm[seed] for seed in seeds] for arm in (method, large, small)]
+  of_method, of_large, of_small = np.array(values, float)
+  return of_method - of_large, of_small - of_large
+
+
 def _ratio(gain: np.ndarray, gap: np.ndarray) -> np.ndarray:
-  """Of the means over the last axis; nan where the gap is 0."""
+  """Of the means over the last axis; nan of none, and of a gap of 0."""
+  if not gap.size:
+    return np.array(np.nan)
   gap = gap.mean(-1)
   return gain.mean(-1) / np.where(gap == 0, np.nan, gap)

@@ -18,7 +18,7 @@ def test_the_report_answers_what_was_asked(study):
   # By hand: every seed loses 2 points, and ConAdv gives back 1 of them.
   assert 'The gap G = baseline_64 - baseline_640 is 2.00 ± 0.00 points' in text
   row = '| conadv_640 | 3 | 10 | 1.5 | 3 | 2 | 3 | 1.00 ± 0.00 | 0.50 ± 0.00 |'
-  assert f'{row} yes |' in text
+  assert f'{row} 0.50 ± 0.00 | yes |' in text
   assert '| conadv_640 - baseline_64 | 3 | -1.00 ± 0.00 | 0.5 | 1.000 |' in text
   # 78, 78.1 and 78.2: t of 2 degrees of freedom is 4.303, the error 0.1 / 3^.5.
   fitted = '99.50 ± 0.00 | 0.100 ± 0.000'
@@ -163,7 +163,7 @@ def test_a_gap_that_may_be_none_makes_the_test_void(record, small, verdict):
   )  # fmt: skip
   text = report.write(study, record)
   assert verdict in text and 'so the test of recovery is void.**' in text
-  assert '| 2 | 4.00 ± 0.00 | void | yes |' in text
+  assert '| 2 | 4.00 ± 0.00 | void | void | yes |' in text
   # A difference without spread: below the margin of 9, above that of 0.5.
   assert '| c - b | 2 | 4.00 ± 0.00 | 9 | < 0.001 | equivalent |' in text
   assert '| c - d | 2 | -1.00 ± 0.00 | 0.5 | 1.000 | not shown |' in text

@@ -31,23 +31,67 @@ def test_differences_are_of_shared_seeds():
   assert (found.value, found.count) == (1.5, 2)
 
 
-def test_recovery_is_the_share_of_the_gap():
+RECOVERIES = pytest.mark.parametrize(
+  'recovery', [statistics.recovery, statistics.bootstrapped_recovery]
+)
+
+
+@RECOVERIES
+def test_recovery_is_the_share_of_the_gap(recovery):
   large = by_seed([80, 82, 81])
   small = by_seed([82, 84, 83])
   method = by_seed([81, 83, 82])
   found = recovery(method, large, small)
-  # Every seed gives back half of its gap, so every resample does.
+  # Every seed gives back half of its gap: nothing is left to chance.
   assert (found.value, found.low, found.high) == pytest.approx((0.5,) * 3)
   assert found.count == 3
+
+
+@RECOVERIES
+def test_recovery_of_no_gap_is_no_number(recovery):
+  found = recovery(by_seed([1, 2]), by_seed([1, 1]), by_seed([1, 1]))
+  assert np.isnan(found.value) and np.isnan(found.low)
+  assert np.isnan(recovery({0: 1.0}, {1: 1.0}, {0: 2.0}).value)
+
+
+def test_a_bootstrap_draws_seeds():
   # 1 + 2 of a gap of 2 + 2, from seeds that differ.
-  found = recovery(by_seed([81, 84]), by_seed([80, 82]), by_seed([82, 84]))
+  values = by_seed([81, 84]), by_seed([80, 82]), by_seed([82, 84])
+  found = statistics.bootstrapped_recovery(*values)
   assert found.value == pytest.approx(0.75)
   assert (found.low, found.high) == pytest.approx((0.5, 1.0))
 
 
-def test_recovery_of_no_gap_is_no_number():
-  found = recovery(by_seed([1, 2]), by_seed([1, 1]), by_seed([1, 1]))
-  assert np.isnan(found.value)
+def test_fiellers_interval_of_a_gap_without_spread_is_students():
+  # The interval of the mean of 1, 2 and 3, over a gap of 4.
+  large = by_seed([80, 80, 80])
+  found = recovery(by_seed([81, 82, 83]), large, by_seed([84, 84, 84]))
+  half = 4.3027 / np.sqrt(3)
+  ends = ((2 - half) / 4, (2 + half) / 4)
+  assert (found.low, found.high) == pytest.approx(ends, 1e-4)
+
+
+def test_fiellers_interval_ends_where_a_t_test_rejects():
+  large = by_seed([80, 82, 81, 80])
+  small, method = by_seed([83, 84, 84, 82]), by_seed([81, 84, 82, 81])
+  found = recovery(method, large, small)
+  assert found.low < found.value < found.high
+  for share in (found.low, found.high):
+    left = {
+      seed: method[seed] - large[seed] - share * (small[seed] - large[seed])
+      for seed in large
+    }
+    of_left = mean(left)
+    ends = min(abs(of_left.low), abs(of_left.high))
+    assert ends == pytest.approx(0, abs=1e-12)
+
+
+def test_recovery_of_a_gap_that_may_be_0_has_no_ends():
+  large = by_seed([80, 82, 81])
+  small, method = by_seed([80.5, 81, 83]), by_seed([81, 83, 82])
+  assert not difference(small, large).excludes_zero
+  found = recovery(method, large, small)
+  assert found.value > 0 and np.isnan(found.low) and np.isnan(found.high)
 
 
 def simulated(count, pairs, shift, seed=0):
@@ -70,19 +114,30 @@ def test_intervals_of_differences_cover_at_their_level():
   assert 100 * np.mean(covered) == pytest.approx(95, abs=1.04)
 
 
-def test_intervals_of_recovery_cover_about_at_their_level(monkeypatch):
-  monkeypatch.setattr(statistics, '_RESAMPLES', 400)
+@pytest.mark.parametrize(
+  ('recovery', 'seeds', 'expected'),
+  [
+    *((statistics.recovery, seeds, 95) for seeds in (3, 5, 8)),
+    (statistics.bootstrapped_recovery, 3, 74),
+    (statistics.bootstrapped_recovery, 8, 88),
+  ],
+)
+def test_intervals_of_recovery_cover_as_often_as_they_say(
+  recovery, seeds, expected, monkeypatch
+):
+  """With the spread over seeds of the study of Fashion-MNIST."""
+  monkeypatch.setattr(statistics, '_RESAMPLES', 300)
   draw = np.random.default_rng(1)
   covered = []
-  for _ in range(400):
-    common = draw.normal(0, 1, 20)
-    small = common + 2 + draw.normal(0, 0.3, 20)
-    method = common + 1 + draw.normal(0, 0.3, 20)
-    large = common + draw.normal(0, 0.3, 20)
-    found = recovery(by_seed(method), by_seed(large), by_seed(small))
-    covered.append(found.low <= 0.5 <= found.high)
-  # The percentile bootstrap is a little narrow with 20 seeds.
-  assert 89 <= 100 * np.mean(covered) <= 98
+  for _ in range(1000):
+    large, method, small = draw.normal(0, (0.25, 0.2, 0.1), (seeds, 3)).T
+    found = recovery(
+      by_seed(method + 0.6), by_seed(large), by_seed(small + 1.2)
+    )
+    # Where there are no ends, no value is left out.
+    covered.append(not (found.low > 0.5 or found.high < 0.5))
+  spread = np.sqrt(expected * (100 - expected) / 1000)
+  assert 100 * np.mean(covered) == pytest.approx(expected, abs=3 * spread + 1)
 
 
 @pytest.mark.parametrize('shift', [-0.8, 0.8])
