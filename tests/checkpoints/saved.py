@@ -5,9 +5,15 @@ import time
 import helpers
 import jax
 import jax.numpy as jnp
+import pytest
 
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 from conadv_jax.method.state import Snapshot, TrainState
+
+# Where an array cannot be read, orbax drops the coroutines of the others.
+DROPS_COROUTINES = pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
 
 
 def make_state(value=1.0):

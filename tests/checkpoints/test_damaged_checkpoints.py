@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import pytest
 import tensorstore
 from etils import epath
-from saved import abstract, assert_is, data_files, make_state, restored, save
+from saved import (
+  DROPS_COROUTINES,
+  abstract,
+  assert_is,
+  data_files,
+  make_state,
+  restored,
+  save,
+)
 
 from conadv_jax.base import faults
 from conadv_jax.base.errors import CheckpointError
@@ -18,10 +26,7 @@ from conadv_jax.checkpoints import files as checkpoint_files
 from conadv_jax.checkpoints import manifest
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 
-# Where an array cannot be read, orbax drops the coroutines of the others.
-pytestmark = pytest.mark.filterwarnings(
-  'ignore::pytest.PytestUnraisableExceptionWarning'
-)
+pytestmark = DROPS_COROUTINES
 
 # ---- Damage -----------------------------------------------------------------
 

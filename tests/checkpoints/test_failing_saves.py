@@ -7,7 +7,14 @@ import subprocess
 import sys
 
 import pytest
-from saved import abstract, assert_is, finish, make_state, restored
+from saved import (
+  DROPS_COROUTINES,
+  abstract,
+  assert_is,
+  finish,
+  make_state,
+  restored,
+)
 
 from conadv_jax.base import faults
 from conadv_jax.base.errors import StorageError
@@ -15,10 +22,7 @@ from conadv_jax.checkpoints import checkpoint
 from conadv_jax.checkpoints import files as checkpoint_files
 from conadv_jax.checkpoints.checkpoint import Checkpoints
 
-# Where an array cannot be read, orbax drops the coroutines of the others.
-pytestmark = pytest.mark.filterwarnings(
-  'ignore::pytest.PytestUnraisableExceptionWarning'
-)
+pytestmark = DROPS_COROUTINES
 
 
 @pytest.fixture

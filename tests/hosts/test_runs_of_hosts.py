@@ -146,7 +146,7 @@ def test_a_signal_to_one_host_stops_all_and_the_rerun_finishes(
 
 @pytest.mark.slow
 def test_a_run_of_two_hosts_goes_on_with_the_same_bits_on_one(tmp_path):
-  """Test 15, in float64, where one process goes on with its four devices."""
+  """In float64; one process of four devices resumes what two hosts began."""
   wide = ('--config.dtype=float64', '--config.max_steps=3')
 
   def run(name, count, *more):
