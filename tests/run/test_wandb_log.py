@@ -105,13 +105,14 @@ def test_what_is_not_installed_is_an_error_at_start(monkeypatch):
 
 @pytest.mark.parity
 def test_wandb_keeps_a_run_offline(tmp_path, monkeypatch):
-  pytest.importorskip('wandb')
+  wandb = pytest.importorskip('wandb')
   monkeypatch.setenv('WANDB_MODE', 'offline')
   Image.new('RGB', (5, 3)).save(tmp_path / 'grid.png')
   writer = metrics.make_writer(epath.Path(tmp_path), 0, 'p')
   writer.write(1, 'train', {'loss': 0.5})
   writer.pictures(1, [epath.Path(tmp_path / 'grid.png')])
   writer.close()
+  wandb.teardown()  # Its own process writes the file, some ms after `finish`.
   (file,) = tmp_path.glob('wandb/offline-run-*/*.wandb')
   content = file.read_bytes()
   assert b'train/loss' in content and b'plots/grid' in content
