@@ -19,7 +19,7 @@ from typing import Any
 
 from conadv_jax.analysis import options
 from conadv_jax.base.errors import ConfigError, unknown
-from conadv_jax.base.fields import differences
+from conadv_jax.base.fields import differences, flatten
 from conadv_jax.config import (
   Config,
   default_config,
@@ -141,6 +141,10 @@ class Study:
     for name in (*self.asked, *shown, *self.analysed):
       if name not in self.arms:
         raise unknown('arm', name, self.arms)
+    known = flatten(default_config().to_dict())
+    for figure in self.figures.values():
+      if figure.axis and figure.axis not in known:
+        raise unknown('axis', figure.axis, known)
     if self.recover and not (self.small and self.large):
       raise ConfigError('recover: a recovery needs arms `small` and `large`')
     budgets = {
@@ -197,8 +201,7 @@ class Study:
     fields = {
       **self.fields, **fields, 'dataset.eval_split': split, **self.how
     }  # fmt: skip
-    axes = {f.axis for f in self.figures.values() if arm in f.arms} - {''}
-    return Cell(self.config, phase, arm, run, fields, tuple(sorted(axes)))
+    return Cell(self.config, phase, arm, run, fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +214,6 @@ class Cell:
     arm: or the name of the search.
     run: the seed of an arm, or the value that a search tries.
     fields: over the recipe.
-    axes: fields that it is drawn along.
     analyse: flags of the analysis of its weights; () = none.
   """
 
@@ -220,7 +222,6 @@ class Cell:
   arm: str
   run: str
   fields: Fields
-  axes: tuple[str, ...] = ()
   analyse: tuple[str, ...] = ()
 
   @property

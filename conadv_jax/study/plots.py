@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from conadv_jax.base.fields import flatten
+from conadv_jax.config import to_dict
 from conadv_jax.run.plots import save, subplots
 from conadv_jax.study import statistics
 from conadv_jax.study.design import Figure, Study
@@ -34,14 +36,17 @@ def draw(
   study: Study, rows: Sequence[Row], folder: epath.Path
 ) -> dict[str, str]:
   """Draws each figure that has results; returns {figure: file in folder}."""
-  done = [row for row in rows if row['status'] == DONE]
+  # What neither an arm nor its search sets is that of its method or recipe.
+  cells = {cell.arm: cell for cell in study.final_cells(study.untuned)}
+  implied = {arm: flatten(to_dict(cell.config)) for arm, cell in cells.items()}
+  done = [
+    implied[row['arm']] | row
+    for row in rows
+    if row['status'] == DONE and row['arm'] in implied
+  ]
   drawn = {}
   for name, figure in study.figures.items():
-    shown = [
-      row
-      for row in done
-      if row['arm'] in figure.arms and (not figure.axis or figure.axis in row)
-    ]
+    shown = [row for row in done if row['arm'] in figure.arms]
     known = {name for row in shown for name in row}
     panels = [*(name for name in _PANELS if name in known), *times(shown)]
     if panels:
@@ -98,9 +103,12 @@ def _panel(study, figure: Figure, rows, measure: str, axis) -> None:
   is_log = bool(figure.axis) and min(ticks) > 0
   if is_log:
     axis.set_xscale('log')
+  elif figure.axis:
+    smallest = min((tick for tick in ticks if tick > 0), default=1)
+    axis.set_xscale('symlog', linthresh=smallest, linscale=0.3)
   for number, (line, arms) in enumerate(lines.items()):
     apart = _APART ** (number - (len(lines) - 1) / 2) if is_log else 1
-    arms = sorted(values.keys() & set(arms), key=places.get)
+    arms = sorted((arm for arm in arms if arm in values), key=places.get)
     x = [places[arm] * apart for arm in arms]
     _line(line, x, [values[arm] for arm in arms], f'C{number % 10}', axis)
   if figure.axis:

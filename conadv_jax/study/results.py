@@ -24,17 +24,16 @@ def row_of(cell: Cell, path: epath.Path, status: str) -> dict[str, Any]:
   """The row of `cell`, which ended with `status` in `path`.
 
   Returns:
-    What it was, its settings in `cell.fields` and `cell.axes`, and what was
-    measured: numbers of summary.json, the gap train_top1 - top1 in points,
-    `_SCORES`, the top-1 under each attack, and what its analyses found.
+    What it was, its settings in `cell.fields`, and what was measured: numbers
+    of summary.json, the gap train_top1 - top1 in points, `_SCORES`, the top-1
+    under each attack, and what its analyses found.
   """
   row = {
     'cell': cell.name, 'phase': cell.phase, 'arm': cell.arm,
     'seed': cell.config.seed, 'status': status, 'digest': cell.digest,
   }  # fmt: skip
   resolved = flatten(to_dict(cell.config))
-  fields = (*cell.fields, *cell.axes)
-  row |= {name: resolved[name] for name in fields if name not in PLACES}
+  row |= {name: resolved[name] for name in cell.fields if name not in PLACES}
   if (path / 'config.json').exists():
     started = workdir.read_run(path)
     row['git_commit'] = started.get('git_commit', '')

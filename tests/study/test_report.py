@@ -238,6 +238,7 @@ def test_figures_have_a_point_for_each_arm_on_its_axis(record, canvases):
     'along': Figure(tuple(arms)),
     'beside': Figure(tuple(arms), axis=''),
     'joined': Figure(tuple(arms), line='all'),
+    'stale': Figure(tuple(arms), axis='staleness_steps'),
   }
   report.write(make(arms=arms, figures=figures), record)
 
@@ -254,6 +255,10 @@ def test_figures_have_a_point_for_each_arm_on_its_axis(record, canvases):
 
   assert lines('along') == {
     'baseline': [sizes(64, 640), [80.5, 81.5]], 'other': [sizes(640), [82.5]]
+  }  # fmt: skip
+  # Rows that do not have the field: what the method implies; 0 has its place.
+  assert lines('stale') == {
+    'baseline': [[0, 0], [80.5, 81.5]], 'other': [[1], [82.5]]
   }  # fmt: skip
   # Side by side, nothing joins them.
   assert lines('beside') == {
