@@ -141,7 +141,8 @@ class Study:
     for name in (*self.asked, *shown, *self.analysed):
       if name not in self.arms:
         raise unknown('arm', name, self.arms)
-    known = flatten(default_config().to_dict())
+    usual = flatten(default_config().to_dict())
+    known = [k for k, value in usual.items() if not isinstance(value, str)]
     for figure in self.figures.values():
       if figure.axis and figure.axis not in known:
         raise unknown('axis', figure.axis, known)

@@ -46,7 +46,12 @@ def draw(
   ]
   drawn = {}
   for name, figure in study.figures.items():
-    shown = [row for row in done if row['arm'] in figure.arms]
+    shown = [
+      row
+      for row in done
+      if row['arm'] in figure.arms
+      and (not figure.axis or row[figure.axis] is not None)
+    ]
     known = {name for row in shown for name in row}
     panels = [*(name for name in _PANELS if name in known), *times(shown)]
     if panels:
@@ -104,6 +109,7 @@ def _panel(study, figure: Figure, rows, measure: str, axis) -> None:
   if is_log:
     axis.set_xscale('log')
   elif figure.axis:
+    # 0 stands as far below the smallest as half of that would.
     smallest = min((tick for tick in ticks if tick > 0), default=1)
     axis.set_xscale('symlog', linthresh=smallest, linscale=0.3)
   for number, (line, arms) in enumerate(lines.items()):

@@ -239,6 +239,7 @@ def test_figures_have_a_point_for_each_arm_on_its_axis(record, canvases):
     'beside': Figure(tuple(arms), axis=''),
     'joined': Figure(tuple(arms), line='all'),
     'stale': Figure(tuple(arms), axis='staleness_steps'),
+    'unset': Figure(tuple(arms), axis='network.dropout_rate'),
   }
   report.write(make(arms=arms, figures=figures), record)
 
@@ -260,6 +261,7 @@ def test_figures_have_a_point_for_each_arm_on_its_axis(record, canvases):
   assert lines('stale') == {
     'baseline': [[0, 0], [80.5, 81.5]], 'other': [[1], [82.5]]
   }  # fmt: skip
+  assert 'unset.png' not in canvases  # None is nowhere on an axis.
   # Side by side, nothing joins them.
   assert lines('beside') == {
     'small': [[0], [80.5]], 'large': [[1], [81.5]], 'other': [[2], [82.5]]
