@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from etils import epath
 
@@ -60,6 +60,37 @@ def draw(
   return drawn
 
 
+def minima(
+  arms: Mapping[str, Mapping[str, Values]],
+  measures: Sequence[str],
+  path: epath.Path,
+) -> None:
+  """Draws test accuracy against measures of the minima: runs, means of arms.
+
+  Args:
+    arms: {arm: {measure: {seed: value}}}, with `top1` in percent.
+    measures: one panel for each.
+    path: file to write.
+  """
+  canvas, axes = subplots(1, len(measures), (6.5 * len(measures) + 2, 5.5))
+  for axis, measure in zip(axes.flat, measures, strict=True):
+    for number, (arm, values) in enumerate(arms.items()):
+      found = values[measure]
+      style = {'color': f'C{number % 10}', 'marker': 'osD^'[number // 10 % 4]}
+      top1 = [values['top1'][seed] for seed in found]
+      axis.scatter(found.values(), top1, 12, alpha=0.4, lw=0, **style)
+      x, y = (statistics.mean(values[key]).value for key in (measure, 'top1'))
+      axis.scatter(x, y, 60, edgecolor='black', lw=0.8, label=arm, **style)
+    axis.set_xscale('log', subs=(2, 5))
+    axis.xaxis.set_major_formatter('{x:g}')
+    axis.xaxis.set_minor_formatter('{x:g}')
+    axis.set(xlabel=measure.replace('_', ' '), ylabel='test top-1, %')
+    axis.grid(alpha=0.3)
+  handles, labels = canvas.axes[0].get_legend_handles_labels()
+  canvas.legend(handles, labels, loc='outside right center', frameon=False)
+  save(canvas, path)
+
+
 def _figure(
   study: Study,
   figure: Figure,
@@ -91,7 +122,10 @@ def _figure(
 
 
 def _panel(study, figure: Figure, rows, measure: str, axis) -> None:
-  """Points of all seeds, and mean and 95 % interval of each arm."""
+  """Points of all seeds, and mean and 95 % interval of each arm.
+
+  Times get no interval: of two seeds it would hide the points.
+  """
   values: dict[str, dict[int, float]] = collections.defaultdict(dict)
   places: dict[str, float] = {}
   for row in rows:
@@ -116,7 +150,8 @@ def _panel(study, figure: Figure, rows, measure: str, axis) -> None:
     apart = _APART ** (number - (len(lines) - 1) / 2) if is_log else 1
     arms = sorted((arm for arm in arms if arm in values), key=places.get)
     x = [places[arm] * apart for arm in arms]
-    _line(line, x, [values[arm] for arm in arms], f'C{number % 10}', axis)
+    color, is_time = f'C{number % 10}', measure.startswith(SECONDS)
+    _line(line, x, [values[arm] for arm in arms], color, axis, not is_time)
   if figure.axis:
     axis.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
     axis.minorticks_off()
@@ -129,14 +164,19 @@ def _panel(study, figure: Figure, rows, measure: str, axis) -> None:
 
 
 def _line(
-  line: str, x: Sequence[float], values: Sequence[Values], color: str, axis
+  line: str,
+  x: Sequence[float],
+  values: Sequence[Values],
+  color: str,
+  axis,
+  with_intervals: bool,
 ) -> None:
   means = [statistics.mean(of_arm) for of_arm in values]
   y = [found.value for found in means]
   half = [found.high - found.value for found in means]  # nan of one seed
   axis.errorbar(
-    x, y, half, color=color, marker='o', ms=6, mfc='white', capsize=3, lw=1.2,
-    label=line,
+    x, y, half if with_intervals else None, color=color, marker='o', ms=6,
+    mfc='white', capsize=3, lw=1.2, label=line,
   )  # fmt: skip
   for place, of_arm in zip(x, values, strict=True):
     points = list(of_arm.values())

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import markdown
+from etils import epath
 
 from conadv_jax.base import storage
 from conadv_jax.base.page import page
@@ -59,7 +60,7 @@ def write(study: Study, record: Record) -> str:
     *_figures(drawn),
     *_accuracies(study, arms),
     *_along_batches(study, arms),
-    *_minima(study, arms),
+    *_minima(study, arms, record.path),
     *_tuning(study, record),
     *_commands(study),
     *_without_result(record),
@@ -219,7 +220,7 @@ def _figures(drawn: Mapping[str, str]) -> Iterator[str]:
   if drawn:
     yield (
       '## Figures\n\nDots are runs, one for each seed; marks are their means, '
-      'with 95 % intervals where there are two seeds or more.'
+      'with 95 % intervals (not of times) where there are two seeds or more.'
     )
     yield from (f'### {name}\n\n![{name}]({f})' for name, f in drawn.items())
 
@@ -294,7 +295,9 @@ def _along_batches(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
     yield table(('difference', 'pairs', *heads), rows)
 
 
-def _minima(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
+def _minima(
+  study: Study, arms: Mapping[str, Any], folder: epath.Path
+) -> Iterator[str]:
   """What analyses of the weights found, and whether it tells the accuracy."""
   known = sorted({name for arm in arms.values() for name in arm})
   names = dict.fromkeys(
@@ -339,6 +342,11 @@ def _minima(study: Study, arms: Mapping[str, Any]) -> Iterator[str]:
   )
   heads = (name.replace('_', ' ') for name in names)
   yield table(('arm', 'seeds', *heads), [*rows, runs, means])
+  if shown := [name for name in names if name.startswith(_ANALYSED[0])]:
+    found = {a: arms[a] for a in with_any if all(map(arms[a].get, shown))}
+    plots.minima(found, shown, folder / 'minima.png')
+    yield 'Small marks are runs, large ones means of arms.'
+    yield '![minima](minima.png)'
 
 
 def _significant(found: Interval) -> str:

@@ -1,9 +1,6 @@
-"""ImageNet's input: order, views, and examples that cannot be used."""
+"""ImageNet's input: data set, order, views, evaluation and cache."""
 
-import dataclasses
-import functools
 import itertools
-import json
 import shutil
 import time
 
@@ -15,113 +12,37 @@ import pytest
 import record_files
 import tensorflow as tf
 from hypothesis import strategies as st
-from PIL import Image
+from pipelines import (
+  FORMATS,
+  NUM_EVAL,
+  NUM_TRAIN,
+  evaluation,
+  load,
+  settings_of,
+  train,
+)
 
-from conadv_jax.base.errors import ConfigError, DataError
-from conadv_jax.config import default_config, from_config_dict
+from conadv_jax.base.errors import ConfigError
 from conadv_jax.data import datasets, pipeline, sampler
-from conadv_jax.data.images import autoaugment, views
 from conadv_jax.data.prefetch import Prefetcher
 from conadv_jax.data.quarantine import Quarantine
 from conadv_jax.data.sources import cache, image_folder, in_memory
-from conadv_jax.data.sources.source import Encoded, Share
+from conadv_jax.data.sources.source import Share
 from scripts import make_fake_imagenet
 
-FORMATS = ('array_record', 'tfrecord')
 # TFRecord every time, ArrayRecord too where slow tests are run.
 EACH_FORMAT = (
   'tfrecord',
   pytest.param('array_record', marks=pytest.mark.slow),
 )
-NUM_TRAIN, NUM_EVAL = 23, 13
 
-
-@pytest.fixture(scope='module', autouse=True)
-def few_small_graphs():
-  """One of each kind of views, of two operations; test_autoaugment.py has all.
-
-  Building the graphs takes nearly all of the time of a pipeline so short.
-  """
-  make_train_views, eval_view = views.make_train_views, views.eval_view
-
-  @functools.cache
-  def train_graph(settings, names):
-    return tf.function(make_train_views(settings, names))
-
-  @functools.cache
-  def eval_graph(settings):
-    return tf.function(functools.partial(eval_view, settings))
-
-  with pytest.MonkeyPatch.context() as patch:
-    for name, first in (('v0', 'Invert'), ('reduced_imagenet', 'Rotate')):
-      steps = (first, 0.8, 4), ('Posterize', 0.5, 4)
-      patch.setitem(autoaugment.POLICIES, name, (steps, steps[::-1]))
-    patch.setattr(views, 'make_train_views', train_graph)
-    patch.setattr(views, 'eval_view', lambda s, image: eval_graph(s)(image))
-    yield
-
-
-@pytest.fixture(scope='session')
-def fake_dirs(tmp_path_factory):
-  """The same images as ArrayRecord, as TFRecord and in folders."""
-  root = tmp_path_factory.mktemp('fake')
-  for name in FORMATS:
-    make_fake_imagenet.prepare(str(root / name), name, NUM_TRAIN, NUM_EVAL, 3)
-  make_fake_imagenet.write_folder(str(root / 'folder'), NUM_TRAIN, NUM_EVAL)
-  return root
-
-
-def settings_of(**changes):
-  dataset = from_config_dict(default_config()).dataset
-  changes = {
-    'name': 'imagenet2012',
-    'image_size_px': 32,
-    'random_flip': True,
-  } | changes
-  return dataclasses.replace(dataset, **changes)
-
-
-def load(root, split='train', **changes):
-  settings = settings_of(data_dir=str(root), **changes)
-  spec = datasets.resolve(settings)
-  return spec.open(split, settings)
-
-
-def train(
-  source,
-  views=('clean', 'aa'),
-  *,
-  changes=None,
-  num_classes=1000,
-  batch_size=4,
-  start_step=0,
-  num_steps=8,
-  quarantine=None,
-  **share,
-):
-  steps = range(start_step, start_step + num_steps)
-  batches = pipeline.train_batches(
-    source,
-    settings_of(**(changes or {})),
-    Share(3, batch_size, steps, **share),
-    image_views=views,
-    num_classes=num_classes,
-    quarantine=quarantine,
-  )
-  return list(batches)
+pytestmark = pytest.mark.usefixtures('few_small_graphs')
 
 
 @pytest.fixture(scope='module')
-def batches(fake_dirs):
+def batches(fake_dirs, few_small_graphs):
   """What `train` makes of the ArrayRecord files."""
   return train(load(fake_dirs / 'array_record'))
-
-
-def evaluation(source, **kwargs):
-  defaults = dict(num_classes=1000, batch_size=4)
-  return list(
-    pipeline.eval_batches(source, settings_of(), **(defaults | kwargs))
-  )
 
 
 def by_id(batches):
@@ -380,6 +301,19 @@ def test_both_formats_give_the_same_image_for_an_id(fake_dirs, batches):
   assert all(one[key] == other[key] for key in both)
 
 
+def test_a_slow_file_does_not_change_the_order(fake_dirs, batches):
+  """Threads finish in another order than they start."""
+  source = load(fake_dirs / 'array_record')
+  fetch = source.fetch
+
+  def slow(ids):
+    time.sleep(0.05 * (int(ids[0]) % 3))
+    return fetch(ids)
+
+  source.fetch = slow
+  helpers.assert_batches_equal(train(source), batches)
+
+
 # ---- Views ------------------------------------------------------------------
 
 
@@ -439,178 +373,6 @@ def test_evaluation_sees_each_example_once(
   assert sorted(seen) == list(range(NUM_EVAL))
 
 
-# ---- Bad examples -----------------------------------------------------------
-
-
-class Folder(Encoded):
-  """Files in memory, with the interface of the readers."""
-
-  def __init__(self, files, labels=None):
-    self._files = list(files)
-    self._labels = [0] * len(self._files) if labels is None else labels
-    self.num_examples = len(self._files)
-
-  def fetch(self, ids):
-    return [self._files[i] for i in ids]
-
-  def parse(self, record, example_id):
-    return record, tf.gather(tf.constant(self._labels, tf.int32), example_id)
-
-  def describe(self, example_id):
-    return f'file{example_id}'
-
-  @property
-  def nbytes(self):
-    return sum(map(len, self._files))
-
-
-def plain(grey):
-  return odd_images.encode(Image.new('RGB', (50, 40), (grey,) * 3))
-
-
-GREYS = [10 * i for i in range(1, 13)]
-
-
-def damaged(*bad):
-  return Folder([b'nonsense' if i in bad else plain(g)
-                 for i, g in enumerate(GREYS)])  # fmt: skip
-
-
-def greys(batch):
-  return [round(float(image.mean()) / 10) - 1 for image in batch['clean']]
-
-
-def test_a_bad_example_is_replaced_by_the_next_good_one(tmp_path):
-  quarantine = Quarantine(tmp_path / 'q.jsonl', max_share=0.5)
-  batches = train(
-    damaged(4, 7, 8, 11), ('clean',), num_steps=6, quarantine=quarantine
-  )
-  instead = {4: 5, 7: 9, 8: 9, 11: 0}
-  for batch in batches:
-    expected = [instead.get(i, i) for i in batch['id'].tolist()]
-    assert greys(batch) == expected
-  rows = [json.loads(x) for x in (tmp_path / 'q.jsonl').read_text().split('\n')
-          if x]  # fmt: skip
-  assert {row['id'] for row in rows} == {4, 7, 8, 11} and len(rows) == 4
-  for row in rows:
-    assert row['split'] == 'train' and row['place'] == f'file{row["id"]}'
-    assert 'neither JPEG, PNG nor WebP' in row['reason']
-  # On two hosts, and from the middle, the same.
-  for positions in ([0, 1], [2, 3]):
-    half = train(
-      damaged(4, 7, 8, 11), ('clean',), start_step=1, num_steps=5,
-      positions=np.array(positions), quarantine=quarantine,
-    )  # fmt: skip
-    for got, expected in zip(half, batches[1:], strict=True):
-      np.testing.assert_array_equal(got['clean'], expected['clean'][positions])
-  assert len(quarantine) == 4
-
-
-def test_the_run_stops_when_too_many_are_bad(tmp_path):
-  for bad, share in (((2, 3, 4, 5), 0.1), (range(12), 0.99)):
-    quarantine = Quarantine(max_share=share)
-    with pytest.raises(DataError, match='dataset.max_bad_share'):
-      train(damaged(*bad), ('clean',), quarantine=quarantine)
-  with pytest.raises(DataError, match='1 of the 12 examples'):
-    train(damaged(2), ('clean',))
-
-
-@pytest.mark.slow
-def test_the_quarantine_goes_on_after_a_restart(tmp_path):
-  path = tmp_path / 'q.jsonl'
-  train(damaged(1, 2), ('clean',), quarantine=Quarantine(path, max_share=0.2))
-  again = Quarantine(path, max_share=0.2)
-  assert len(again) == again.count('train') == 2
-  train(damaged(1, 2), ('clean',), quarantine=again)
-  with pytest.raises(DataError, match='4 of the 12'):
-    train(damaged(1, 2, 3, 4), ('clean',), quarantine=again)
-
-
-def test_a_label_out_of_range_is_a_bad_example():
-  files = [plain(grey) for grey in GREYS]
-  labels = [0] * 12
-  labels[5], labels[6] = 3, -1
-  quarantine = Quarantine(max_share=0.5)
-  batches = train(
-    Folder(files, labels), ('clean',), num_classes=3, quarantine=quarantine
-  )
-  assert len(quarantine) == 2
-  for batch in batches:
-    assert not batch['label'].any()
-    assert 5 not in greys(batch) and 6 not in greys(batch)
-
-
-class Flaky(Folder):
-  """Storage that fails once."""
-
-  failures = 1
-
-  def fetch(self, ids):
-    if self.failures and 4 in ids:
-      self.failures -= 1
-      return [b''] * len(ids)
-    return super().fetch(ids)
-
-
-@pytest.mark.slow
-def test_an_example_that_can_be_read_later_is_used():
-  files = [plain(grey) for grey in GREYS]
-  expected = train(Folder(files), ('clean',), num_steps=3)
-  helpers.assert_batches_equal(
-    train(Flaky(files), ('clean',), num_steps=3), expected
-  )
-  expected = evaluation(Folder(files), batch_size=12)
-  helpers.assert_batches_equal(
-    evaluation(Flaky(files), batch_size=12), expected
-  )
-
-
-def test_evaluation_leaves_bad_examples_out_and_names_them():
-  quarantine = Quarantine(max_share=0.5)
-  batches = evaluation(damaged(2, 9), batch_size=5, quarantine=quarantine)
-  left = [i for b in batches for i in b['id'][b['mask']].tolist()]
-  assert sorted(left) == [i for i in range(12) if i not in (2, 9)]
-  assert quarantine.count('eval') == 2
-  with pytest.raises(DataError):
-    evaluation(damaged(2), batch_size=5)
-
-
-@pytest.mark.parametrize('size', [1, 33])
-def test_any_batch_size_keeps_the_places(size):
-  quarantine = Quarantine(max_share=0.5)
-  (batch, *_) = train(
-    damaged(3), ('clean',), batch_size=size, quarantine=quarantine
-  )
-  ids, _ = sampler.example_ids(3, 0, size, 12)
-  assert batch['id'].tolist() == ids.tolist()
-  assert greys(batch) == [4 if i == 3 else i for i in ids]
-
-
-def test_a_short_tfrecord_file_stops_the_run(fake_dirs, tmp_path):
-  shutil.copytree(fake_dirs / 'tfrecord', tmp_path / 'data')
-  paths = sorted(tmp_path.glob('data/imagenet2012/*/*train.tfrecord*'))
-  records = [r.numpy() for r in tf.data.TFRecordDataset(str(paths[1]))]
-  with tf.io.TFRecordWriter(str(paths[1])) as writer:
-    for record in records[:-1]:
-      writer.write(record)
-  quarantine = Quarantine(max_share=0.9)
-  with pytest.raises(DataError, match=paths[1].name):
-    train(load(tmp_path / 'data'), num_steps=12, quarantine=quarantine)
-
-
-def test_a_slow_file_does_not_change_the_order(fake_dirs, batches):
-  """Threads finish in another order than they start."""
-  source = load(fake_dirs / 'array_record')
-  fetch = source.fetch
-
-  def slow(ids):
-    time.sleep(0.05 * (int(ids[0]) % 3))
-    return fetch(ids)
-
-  source.fetch = slow
-  helpers.assert_batches_equal(train(source), batches)
-
-
 # ---- Cache ------------------------------------------------------------------
 
 
@@ -637,16 +399,3 @@ def test_a_cache_that_does_not_fit_is_refused(fake_dirs, monkeypatch):
   for kind in ('raw', 'decoded'):
     with pytest.raises(ConfigError, match=f"dataset.cache='{kind}'.*GB"):
       load(fake_dirs / 'array_record', cache=kind)
-
-
-@pytest.mark.slow
-def test_a_bad_example_stays_bad_in_a_cache(tmp_path):
-  source = damaged(2)
-  for kind in ('raw', 'decoded'):
-    quarantine = Quarantine(max_share=0.5)
-    cached = cache.Cached(source, kind)
-    batches = train(cached, ('clean',), quarantine=quarantine)
-    helpers.assert_batches_equal(
-      batches, train(source, ('clean',), quarantine=quarantine)
-    )
-    assert len(quarantine) == 1

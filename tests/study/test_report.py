@@ -12,6 +12,16 @@ from conadv_jax.study.record import Record
 from conadv_jax.study.statistics import Interval
 
 
+@pytest.fixture
+def canvases(monkeypatch):
+  """The pictures that are drawn, by name."""
+  drawn = {}
+  monkeypatch.setattr(
+    plots, 'save', lambda canvas, path: drawn.update({path.name: canvas})
+  )
+  return drawn
+
+
 def test_the_report_answers_what_was_asked(study):
   path = study()
   text = (path / 'report.md').read_text()
@@ -97,7 +107,7 @@ def add(record, arm, seed, phase='final', status='done', **values):
   )  # fmt: skip
 
 
-def test_minima_are_set_beside_the_accuracy(record):
+def test_minima_are_set_beside_the_accuracy(record, canvases):
   for arm, seed, top1, sharpness, adaptive in (
     ('a', 0, 80.0, 3.0, 0.05), ('a', 1, 81.0, 2.0, 0.06),
     ('b', 0, 82.0, 4.0, 0.001234),
@@ -111,6 +121,12 @@ def test_minima_are_set_beside_the_accuracy(record):
   # Ranks 3 2 1 of 80 81 82 with 2 3 1 and 2 1 3; means of two arms.
   assert '| *correlation, runs* | *3* | *-0.50* | *0.50* |' in text
   assert '| *correlation, arms* | *2* | *-1.00* | *1.00* |' in text
+  (panel,) = canvases['minima.png'].axes
+  points = [marks.get_offsets().tolist() for marks in panel.collections]
+  assert points == [
+    [[0.05, 80], [0.06, 81]], [[pytest.approx(0.055), 80.5]],
+    [[0.001234, 82]], [[0.001234, 82]],
+  ]  # fmt: skip
 
 
 def test_the_report_of_nothing_yet_says_what_is_not_there(record):
@@ -214,16 +230,6 @@ def test_what_is_left_and_how_long_it_takes(record):
 # ---- Pictures ---------------------------------------------------------------
 
 
-@pytest.fixture
-def canvases(monkeypatch):
-  """The pictures that are drawn, by name."""
-  drawn = {}
-  monkeypatch.setattr(
-    plots, 'save', lambda canvas, path: drawn.update({path.name: canvas})
-  )
-  return drawn
-
-
 def test_figures_have_a_point_for_each_arm_on_its_axis(record, canvases):
   arms = {
     'small': Arm({'method': 'baseline', 'batch_size': 64}, 2, line='baseline'),
@@ -233,7 +239,10 @@ def test_figures_have_a_point_for_each_arm_on_its_axis(record, canvases):
   for number, (name, arm) in enumerate(arms.items()):
     for seed in range(2):
       size = float(arm.fields['batch_size'])
-      add(record, name, seed, top1=80.0 + number + seed, batch_size=size)
+      add(
+        record, name, seed, top1=80.0 + number + seed, batch_size=size,
+        seconds=10.0 + 5 * seed,
+      )  # fmt: skip
   figures = {
     'along': Figure(tuple(arms)),
     'beside': Figure(tuple(arms), axis=''),
@@ -272,6 +281,9 @@ def test_figures_have_a_point_for_each_arm_on_its_axis(record, canvases):
     'test top-1, %', 'training time, s, cpu'
   ]  # fmt: skip
   assert canvas.axes[0].get_xlabel() == 'batch size, examples'
+  # Intervals over two seeds reach to 87.9 % and 44 s: drawn, and left out.
+  assert canvas.axes[0].get_ylim()[1] > 87
+  assert canvas.axes[1].get_ylim()[1] < 20
 
 
 def test_times_of_several_devices_are_never_averaged(record, canvases):

@@ -211,6 +211,7 @@ def test_a_wrong_setting_is_an_error_before_anything_runs(study, tmp_path):
     ({'figures': {'f': Figure(('a', 'c'))}}, "unknown arm 'c'"),
     ({'figures': {'f': Figure(('a',), 'batch')}}, "unknown axis 'batch'"),
     ({'figures': {'f': Figure(('a',), 'method')}}, "unknown axis 'method'"),
+    ({'figures': {'minima': Figure(('a',))}}, 'choose another name'),
     ({'equivalent': (('a', 'c', 1.0),)}, "unknown arm 'c'"),
     ({'arms': {'a': Arm({}, 1, 'none')}}, "unknown search 'none'"),
     ({'analysed': ('c',)}, "unknown arm 'c'"),
