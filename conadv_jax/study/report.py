@@ -43,7 +43,7 @@ _MEASURED = (
 _ANALYSED = (
   'sharpness_adaptive', 'lambda_max', 'trace', 'sharpness', 'weight_norm',
 )  # fmt: skip
-_WIDTH_REM = 84  # of the page: the widest table has eleven columns
+_WIDTH_REM = 106  # of the page: the widest table has thirteen columns
 
 
 def write(study: Study, record: Record) -> str:
