@@ -141,12 +141,12 @@ class Study:
     for name in (*self.asked, *shown, *self.analysed):
       if name not in self.arms:
         raise unknown('arm', name, self.arms)
-    usual = flatten(default_config().to_dict())
-    known = [k for k, value in usual.items() if not isinstance(value, str)]
     if 'minima' in self.figures:
       raise ConfigError(
         'figures: the report itself draws minima.png; choose another name'
       )
+    usual = flatten(default_config().to_dict())
+    known = [k for k, value in usual.items() if not isinstance(value, str)]
     for figure in self.figures.values():
       if figure.axis and figure.axis not in known:
         raise unknown('axis', figure.axis, known)

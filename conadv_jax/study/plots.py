@@ -81,7 +81,7 @@ def minima(
       axis.scatter(found.values(), top1, 12, alpha=0.4, lw=0, **style)
       x, y = (statistics.mean(values[key]).value for key in (measure, 'top1'))
       axis.scatter(x, y, 60, edgecolor='black', lw=0.8, label=arm, **style)
-    axis.set_xscale('log', subs=(2, 5))
+    _logarithmic(axis, [x for a in arms.values() for x in a[measure].values()])
     axis.xaxis.set_major_formatter('{x:g}')
     axis.xaxis.set_minor_formatter('{x:g}')
     axis.set(xlabel=measure.replace('_', ' '), ylabel='test top-1, %')
@@ -139,13 +139,7 @@ def _panel(study, figure: Figure, rows, measure: str, axis) -> None:
       own = study.arms[arm].line or arm if figure.axis else arm
       lines[figure.line or own].append(arm)
   ticks = sorted(set(places.values()))
-  is_log = bool(figure.axis) and min(ticks) > 0
-  if is_log:
-    axis.set_xscale('log')
-  elif figure.axis:
-    # 0 stands as far below the smallest as half of that would.
-    smallest = min((tick for tick in ticks if tick > 0), default=1)
-    axis.set_xscale('symlog', linthresh=smallest, linscale=0.3)
+  is_log = bool(figure.axis) and _logarithmic(axis, ticks)
   for number, (line, arms) in enumerate(lines.items()):
     apart = _APART ** (number - (len(lines) - 1) / 2) if is_log else 1
     arms = sorted((arm for arm in arms if arm in values), key=places.get)
@@ -183,6 +177,17 @@ def _line(
     axis.plot(
       [place] * len(points), points, 'o', color=color, alpha=0.6, ms=4, mew=0
     )
+
+
+def _logarithmic(axis, values: Sequence[float]) -> bool:
+  """Gives the x axis a logarithmic scale; returns False if 0 is on it."""
+  if min(values) > 0:
+    axis.set_xscale('log', subs=(2, 5))
+    return True
+  # 0 stands as far below the smallest as half of that would.
+  smallest = min((value for value in values if value > 0), default=1)
+  axis.set_xscale('symlog', linthresh=smallest, linscale=0.3, subs=(2, 5))
+  return False
 
 
 def _place(figure: Figure, row: Row) -> float:

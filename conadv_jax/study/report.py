@@ -342,11 +342,12 @@ def _minima(
   )
   heads = (name.replace('_', ' ') for name in names)
   yield table(('arm', 'seeds', *heads), [*rows, runs, means])
-  if shown := [name for name in names if name.startswith(_ANALYSED[0])]:
-    found = {a: arms[a] for a in with_any if all(map(arms[a].get, shown))}
-    plots.minima(found, shown, folder / 'minima.png')
-    yield 'Small marks are runs, large ones means of arms.'
-    yield '![minima](minima.png)'
+  if drawn := [name for name in names if name.startswith(_ANALYSED[0])]:
+    found = {a: arms[a] for a in with_any}
+    plots.minima(found, drawn, folder / 'minima.png')
+    yield (
+      'Small marks are runs, large ones means of arms.\n\n![minima](minima.png)'
+    )
 
 
 def _significant(found: Interval) -> str:

@@ -30,7 +30,8 @@ def train(
   source,
   views=('clean', 'aa'),
   *,
-  changes=None,
+  settings=None,
+  seed=3,
   num_classes=1000,
   batch_size=4,
   start_step=0,
@@ -41,8 +42,8 @@ def train(
   steps = range(start_step, start_step + num_steps)
   batches = pipeline.train_batches(
     source,
-    settings_of(**(changes or {})),
-    Share(3, batch_size, steps, **share),
+    settings or settings_of(),
+    Share(seed, batch_size, steps, **share),
     image_views=views,
     num_classes=num_classes,
     quarantine=quarantine,

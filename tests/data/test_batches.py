@@ -6,6 +6,7 @@ import time
 
 import helpers
 import numpy as np
+import pipelines
 import pytest
 import tensorflow as tf
 
@@ -14,7 +15,6 @@ from conadv_jax.config import default_config, from_config_dict
 from conadv_jax.data import pipeline, sampler
 from conadv_jax.data.images import preprocess
 from conadv_jax.data.sources import in_memory
-from conadv_jax.data.sources.source import Share
 
 SETTINGS = from_config_dict(default_config()).dataset
 
@@ -30,29 +30,13 @@ def make_source(num_examples=10, size=4, num_classes=10):
   )
 
 
-def train(
-  source,
-  *,
-  crop_padding_px=2,
-  random_flip=True,
-  seed=5,
-  batch_size=4,
-  start_step=0,
-  num_steps=8,
-  positions=None,
-):
-  config = dataclasses.replace(
+def train(source, *, crop_padding_px=2, random_flip=True, seed=5, **kwargs):
+  settings = dataclasses.replace(
     SETTINGS, crop_padding_px=crop_padding_px, random_flip=random_flip
   )
-  steps = range(start_step, start_step + num_steps)
-  batches = pipeline.train_batches(
-    source,
-    config,
-    Share(seed, batch_size, steps, positions),
-    image_views=('clean',),
-    num_classes=10,
+  return pipelines.train(
+    source, ('clean',), settings=settings, seed=seed, num_classes=10, **kwargs
   )
-  return list(batches)
 
 
 def evaluation(source, **kwargs):

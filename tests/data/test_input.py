@@ -98,7 +98,10 @@ def test_webp_files_are_read_as_their_pixels(name, kind, tmp_path):
     cached = source if kind == 'none' else cache.Cached(source, kind)
     quarantine = Quarantine(max_share=0.5)
     made[file_format] = train(
-      cached, changes={'cache': kind}, num_steps=2, quarantine=quarantine
+      cached,
+      settings=settings_of(cache=kind),
+      num_steps=2,
+      quarantine=quarantine,
     )
     assert len(quarantine) == 1
   helpers.assert_batches_equal(made['PNG'], made['WEBP'])
@@ -321,7 +324,7 @@ def test_a_slow_file_does_not_change_the_order(fake_dirs, batches):
 def test_views_have_crops_of_their_own_unless_shared(fake_dirs, batches):
   source = load(fake_dirs / 'array_record')
   alone = train(source, views=('clean',))
-  shared = train(source, changes={'aa_shares_crop': True})
+  shared = train(source, settings=settings_of(aa_shares_crop=True))
   for a, b, c in zip(batches, alone, shared, strict=True):
     # The clean view does not depend on what else is made.
     np.testing.assert_array_equal(a['clean'], b['clean'])
@@ -338,7 +341,7 @@ def test_the_policy_of_the_settings_is_applied(fake_dirs, batches):
   made = {'v0': batches}
   for policy in ('reduced_imagenet', 'randaugment'):
     source = load(fake_dirs / 'array_record')
-    made[policy] = train(source, changes={'autoaugment': policy})
+    made[policy] = train(source, settings=settings_of(autoaugment=policy))
   for one, other in itertools.combinations(made.values(), 2):
     for a, b in zip(one, other, strict=True):
       np.testing.assert_array_equal(a['clean'], b['clean'])

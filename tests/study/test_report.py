@@ -127,6 +127,11 @@ def test_minima_are_set_beside_the_accuracy(record, canvases):
     [[0.05, 80], [0.06, 81]], [[pytest.approx(0.055), 80.5]],
     [[0.001234, 82]], [[0.001234, 82]],
   ]  # fmt: skip
+  # A sharpness of 0, where nothing around is worse, has its place, too.
+  assert panel.get_xscale() == 'log'
+  add(record, 'b', 1, top1=82.0, **{'sharpness_adaptive_0.1': 0.0})
+  report.write(make(), record)
+  assert canvases['minima.png'].axes[0].get_xscale() == 'symlog'
 
 
 def test_the_report_of_nothing_yet_says_what_is_not_there(record):
